@@ -1,0 +1,158 @@
+"""Linear operators: what solvers and SciPy see of a curvature matrix.
+
+Rows are right-hand sides: ``matmat`` takes and returns ``[V, P]``.
+"""
+
+from __future__ import annotations
+
+import abc
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from influence_ext.errors import ArgumentError, DeviceError, DTypeError, ShapeError
+
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator as ScipyLinearOperator
+
+
+class LinearOperator(abc.ABC):
+    """A symmetric matrix known by its products.
+
+    Subclasses set ``num_parameters``, ``dtype`` and ``device`` and implement ``_matmat``.
+    """
+
+    num_parameters: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(P, P)``."""
+        return (self.num_parameters, self.num_parameters)
+
+    @abc.abstractmethod
+    def _matmat(self, V: Tensor) -> Tensor:
+        """``[V, P] -> [V, P]``; the argument is checked, contiguous, of the operator's dtype and device, and not to be modified."""
+
+    def matmat(self, V: Tensor) -> Tensor:
+        """Multiply onto many vectors at once.
+
+        Args:
+            V: ``[V, P]``, one vector a row, of the operator's dtype and device. Not modified.
+
+        Returns:
+            ``[V, P]``.
+
+        Raises:
+            ShapeError: ``V`` is not ``[V, P]``.
+            DTypeError: another dtype.
+            DeviceError: another device.
+        """
+        self._check(V, "[V, P]", V.dim() == 2 and V.shape[1] == self.num_parameters)
+        return self._matmat(V.detach().contiguous())
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """Multiply onto one vector ``[P] -> [P]``."""
+        self._check(v, "[P]", v.dim() == 1 and v.shape[0] == self.num_parameters)
+        return self._matmat(v.detach().contiguous()[None])[0]
+
+    def __matmul__(self, v: Any) -> Any:
+        """``[P] -> [P]`` or ``[P, V] -> [P, V]`` (columns, as in linear algebra; ``matmat`` takes rows and is the fast path)."""
+        if not isinstance(v, Tensor):
+            raise DTypeError(
+                f"{type(self).__name__}: expected a tensor of shape [P] or [P, V], got {type(v).__name__}; "
+                "convert it with torch.as_tensor."
+            )
+        self._check(v, "[P] or [P, V]", v.dim() in (1, 2) and v.shape[0] == self.num_parameters)
+        return self.matvec(v) if v.dim() == 1 else self.matmat(v.T).T
+
+    def diagonal(self) -> Tensor:
+        """``[P]``, the exact diagonal. Cost: P products unless a subclass knows better."""
+        return self.to_dense().diagonal().clone()
+
+    def trace(self) -> Tensor:
+        """Scalar tensor: the exact trace."""
+        return self.diagonal().sum()
+
+    def to_dense(self, block_size: int = 64) -> Tensor:
+        """``[P, P]``, assembled by products onto unit vectors, ``block_size`` at a time.
+
+        Raises:
+            ArgumentError: the matrix would take more than 8 GiB.
+        """
+        P = self.num_parameters
+        size = P * P * self.dtype.itemsize
+        if size > 8 * 2**30:
+            raise ArgumentError(
+                f"{type(self).__name__}.to_dense: expected a matrix of at most 8 GiB, got [{P}, {P}] = {size / 2**30:.1f} GiB; "
+                "use products (matmat) or a solver instead."
+            )
+        dense = torch.empty(P, P, dtype=self.dtype, device=self.device)
+        for start in range(0, P, block_size):
+            stop = min(start + block_size, P)
+            unit = torch.zeros(stop - start, P, dtype=self.dtype, device=self.device)
+            unit[torch.arange(stop - start), torch.arange(start, stop)] = 1
+            dense[start:stop] = self.matmat(unit)
+        return (dense + dense.T) / 2
+
+    def to_scipy(self) -> ScipyLinearOperator:
+        """The operator as ``scipy.sparse.linalg.LinearOperator`` (CPU, NumPy arrays in and out, the operator's dtype)."""
+        import numpy as np
+        from scipy.sparse.linalg import LinearOperator as ScipyLinearOperator
+
+        numpy_dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
+
+        def columns(X: np.ndarray) -> np.ndarray:
+            rows = torch.as_tensor(np.ascontiguousarray(X.T), dtype=self.dtype, device=self.device)
+            return self.matmat(rows.reshape(-1, self.num_parameters)).cpu().numpy().T
+
+        return ScipyLinearOperator(
+            shape=self.shape,
+            dtype=numpy_dtype,
+            matvec=lambda x: columns(x.reshape(-1, 1))[:, 0],
+            matmat=columns,
+            rmatvec=lambda x: columns(x.reshape(-1, 1))[:, 0],
+            rmatmat=columns,
+        )
+
+    def _check(self, v: Tensor, expected: str, shape_ok: bool) -> None:
+        who = type(self).__name__
+        if not shape_ok:
+            raise ShapeError(
+                f"{who}: expected v of shape {expected} with P = {self.num_parameters}, got {list(v.shape)}{self._hint()}."
+            )
+        if v.dtype != self.dtype:
+            raise DTypeError(f"{who}: expected v of dtype {self.dtype}, got {v.dtype}; convert it with v.to({self.dtype}).")
+        if v.device != self.device:
+            raise DeviceError(f"{who}: expected v on {self.device}, got {v.device}; move it with v.to('{self.device}').")
+
+    def _hint(self) -> str:
+        return ""
+
+
+class CurvatureOperator(LinearOperator):
+    """``G + damping·I`` with a known root: ``G = Uᵀ U``, ``U`` of shape ``[R, P]``.
+
+    The root is what lets a solver work in the ``R``-dimensional space of outputs instead of the ``P``-dimensional one of parameters.
+    """
+
+    damping: float
+    num_roots: int
+
+    @abc.abstractmethod
+    def damped(self, damping: float) -> CurvatureOperator:
+        """The same curvature with another damping; the cached state is shared, not copied."""
+
+    @abc.abstractmethod
+    def root_matmat(self, V: Tensor) -> Tensor:
+        """``U`` applied: ``[V, P] -> [V, R]``."""
+
+    @abc.abstractmethod
+    def root_rmatmat(self, Y: Tensor) -> Tensor:
+        """``Uᵀ`` applied: ``[V, R] -> [V, P]``."""
+
+    @abc.abstractmethod
+    def root_gram(self) -> Tensor:
+        """``U Uᵀ``, ``[R, R]``, without forming ``U``."""

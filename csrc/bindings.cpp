@@ -1,0 +1,336 @@
+// The only file that knows Python and torch: tensors in, pointers on, tensors out. No logic.
+//
+// Shapes and types are promised by the Python layer (influence_ext/plan.py, losses.py), which words the errors for users; the checks here keep
+// a wrong call from reading foreign memory.
+#include <ATen/Parallel.h>
+#include <torch/extension.h>
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "common/build_info.h"
+#include "kernels/gemm.h"
+#include "layers/rule.h"
+#include "losses/loss.h"
+#include "per_example/factors.h"
+#include "plan/tape.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using namespace infl;
+
+Context cpu_context() { return {Device::cpu, at::get_num_threads(), nullptr}; }
+
+template <class T>
+constexpr at::ScalarType scalar_type() {
+  return std::is_same_v<T, float> ? at::kFloat : at::kDouble;
+}
+
+template <class T>
+const T* data(const at::Tensor& t, int64_t size, const char* what) {
+  TORCH_CHECK(t.device().is_cpu() && t.is_contiguous() && t.scalar_type() == scalar_type<T>() && t.numel() == size, what, ": expected a contiguous CPU ",
+              scalar_type<T>(), " tensor of ", size, " elements, got ", t.toString(), " of ", t.numel(), t.is_contiguous() ? "" : ", not contiguous", ".");
+  return t.const_data_ptr<T>();
+}
+
+template <class T>
+at::Tensor empty(at::IntArrayRef shape) {
+  return at::empty(shape, at::TensorOptions().dtype(scalar_type<T>()));
+}
+
+template <class T>
+OutputHessian<T> make_hessian(int shape, int64_t C, double scale, int64_t N, const std::optional<at::Tensor>& state, const std::optional<at::Tensor>& weights) {
+  TORCH_CHECK(shape >= 0 && shape <= 2 && (shape == 0) == !state.has_value(), "OutputHessian: expected a state for shapes 1 and 2 only, got shape ", shape, ".");
+  OutputHessian<T> h;
+  h.shape = static_cast<HessianShape>(shape);
+  h.C = C;
+  h.scale = static_cast<T>(scale);
+  if (state) h.state = data<T>(*state, N * C, "OutputHessian state");
+  if (weights) h.weights = data<T>(*weights, N, "OutputHessian weights");
+  return h;
+}
+
+// A tape and the tensors it points into.
+template <class T>
+struct BoundTape {
+  BoundTape(std::shared_ptr<Plan<T>> plan, std::vector<at::Tensor> inputs) : inputs(std::move(inputs)) {
+    TORCH_CHECK(static_cast<int>(this->inputs.size()) == plan->num_inputs(), "Tape: expected ", plan->num_inputs(), " inputs, got ", this->inputs.size(), ".");
+    const int64_t N = this->inputs.at(0).size(0);
+    std::vector<const T*> pointers;
+    for (size_t i = 0; i < this->inputs.size(); ++i) pointers.push_back(data<T>(this->inputs[i], N * plan->input_widths()[i], "Tape input"));
+    tape = std::make_unique<Tape<T>>(plan, N, std::move(pointers));
+  }
+  void linearize(const std::vector<at::Tensor>& theta) {
+    const auto& slots = tape->plan().slots();
+    TORCH_CHECK(theta.size() == slots.size(), "Tape: expected ", slots.size(), " parameters and constants, got ", theta.size(), ".");
+    std::vector<const T*> pointers;
+    for (size_t s = 0; s < slots.size(); ++s) pointers.push_back(data<T>(theta[s], slots[s].size, "Tape parameter"));
+    const Context ctx = cpu_context();
+    py::gil_scoped_release release;
+    tape->linearize(ctx, pointers);
+  }
+  int64_t N() const { return tape->num_examples(); }
+  int64_t C() const { return tape->plan().output_width(); }
+  int64_t P() const { return tape->plan().num_parameters(); }
+
+  std::vector<at::Tensor> inputs;
+  std::unique_ptr<Tape<T>> tape;
+};
+
+// Factors and the tape they point into.
+template <class T>
+struct BoundFactors {
+  std::shared_ptr<BoundTape<T>> tape;
+  std::unique_ptr<FactorSet<T>> set;
+};
+
+template <class T>
+void bind(py::module_& m, const std::string& suffix) {
+  py::class_<Plan<T>, std::shared_ptr<Plan<T>>>(m, ("Plan" + suffix).c_str())
+      .def(py::init([](const std::vector<py::dict>& nodes, const std::vector<std::pair<int64_t, int64_t>>& slots, std::vector<int64_t> input_widths,
+                       std::vector<int> aliases, int output) {
+             std::vector<Node> parsed;
+             for (const py::dict& d : nodes) {
+               Node node;
+               node.rule = d["rule"].cast<std::string>();
+               node.name = d["name"].cast<std::string>();
+               node.inputs = d["inputs"].cast<std::vector<int>>();
+               node.output = d["output"].cast<int>();
+               node.slots = d["slots"].cast<std::vector<int>>();
+               node.ints = d["ints"].cast<std::map<std::string, int64_t>>();
+               node.floats = d["floats"].cast<std::map<std::string, double>>();
+               node.width = d["width"].cast<int64_t>();
+               parsed.push_back(std::move(node));
+             }
+             std::vector<Slot> parsed_slots;
+             for (const auto& [size, offset] : slots) parsed_slots.push_back({size, offset});
+             return std::make_shared<Plan<T>>(std::move(parsed), std::move(parsed_slots), std::move(input_widths), std::move(aliases), output);
+           }),
+           py::arg("nodes"), py::arg("slots"), py::arg("input_widths"), py::arg("aliases"), py::arg("output"))
+      .def_property_readonly("num_parameters", &Plan<T>::num_parameters)
+      .def_property_readonly("output_depends_on_parameters", &Plan<T>::output_depends_on_parameters)
+      .def_property_readonly("widest_activation", &Plan<T>::widest_activation)
+      .def_property_readonly("sweep_width", [](const Plan<T>& plan) { return plan.schedules().sweep_width; })
+      .def_property_readonly("fused_nodes", [](const Plan<T>& plan) {
+        std::vector<std::string> names;
+        for (const TangentStep& step : plan.schedules().tangent) {
+          if (step.scale_by >= 0) names.push_back(plan.nodes()[step.scale_by].name);
+        }
+        return names;
+      });
+
+  py::class_<BoundTape<T>, std::shared_ptr<BoundTape<T>>>(m, ("Tape" + suffix).c_str())
+      .def(py::init<std::shared_ptr<Plan<T>>, std::vector<at::Tensor>>(), py::arg("plan"), py::arg("inputs"))
+      .def("linearize", &BoundTape<T>::linearize, py::arg("theta"))
+      .def_property_readonly("num_examples", &BoundTape<T>::N)
+      .def_property_readonly("cached_bytes", [](const BoundTape<T>& b) { return b.tape->cached_bytes(); })
+      .def("set_schedule", [](BoundTape<T>& b, int choice) { b.tape->set_schedule(static_cast<ScheduleChoice>(choice)); }, py::arg("choice"))
+      .def("workspace_bytes", [](const BoundTape<T>& b, int64_t V) { return b.tape->workspace_bytes(V, at::get_num_threads()); }, py::arg("V"))
+      .def(
+          "tiling",
+          [](const BoundTape<T>& b, int64_t V) {
+            const Tiling t = b.tape->tiling(V, at::get_num_threads());
+            return std::make_tuple(t.by_example, t.tile, t.num_threads);
+          },
+          py::arg("V"))
+      .def("outputs",
+           [](const BoundTape<T>& b) {
+             at::Tensor out = empty<T>({b.N(), b.C()});
+             std::memcpy(out.mutable_data_ptr(), b.tape->outputs(), out.nbytes());
+             return out;
+           })
+      .def(
+          "jvp",
+          [](const BoundTape<T>& b, const at::Tensor& v) {
+            const int64_t V = v.size(0);
+            const T* from = data<T>(v, V * b.P(), "jvp");
+            at::Tensor out = empty<T>({V, b.N(), b.C()});
+            T* to = out.mutable_data_ptr<T>();
+            const Context ctx = cpu_context();
+            py::gil_scoped_release release;
+            if (V > 0) b.tape->jvp(ctx, V, from, to);
+            return out;
+          },
+          py::arg("v"))
+      .def(
+          "vjp",
+          [](const BoundTape<T>& b, const at::Tensor& g) {
+            const int64_t V = g.size(0);
+            const T* from = data<T>(g, V * b.N() * b.C(), "vjp");
+            at::Tensor out = empty<T>({V, b.P()});
+            T* to = out.mutable_data_ptr<T>();
+            const Context ctx = cpu_context();
+            py::gil_scoped_release release;
+            if (V > 0) b.tape->vjp(ctx, V, from, to);
+            return out;
+          },
+          py::arg("g"))
+      .def(
+          "ggn",
+          [](const BoundTape<T>& b, const at::Tensor& v, int shape, double scale, const std::optional<at::Tensor>& state, const std::optional<at::Tensor>& weights) {
+            const int64_t V = v.size(0);
+            const T* from = data<T>(v, V * b.P(), "ggn");
+            const OutputHessian<T> h = make_hessian<T>(shape, b.C(), scale, b.N(), state, weights);
+            at::Tensor out = empty<T>({V, b.P()});
+            T* to = out.mutable_data_ptr<T>();
+            const Context ctx = cpu_context();
+            py::gil_scoped_release release;
+            if (V > 0) b.tape->ggn(ctx, V, from, h, to);
+            return out;
+          },
+          py::arg("v"), py::arg("shape"), py::arg("scale"), py::arg("state"), py::arg("weights"))
+      .def(
+          "factors",
+          [](std::shared_ptr<BoundTape<T>> b, const at::Tensor& g) {
+            const int64_t V = g.size(0);
+            const T* from = data<T>(g, V * b->N() * b->C(), "factors");
+            const Context ctx = cpu_context();
+            py::gil_scoped_release release;
+            std::vector<Buffer<T>> storage;
+            auto factors = b->tape->factors(ctx, V, from, storage);
+            auto set = std::make_unique<FactorSet<T>>(V, b->N(), b->tape->plan().slots(), std::move(factors), std::move(storage));
+            return std::make_shared<BoundFactors<T>>(BoundFactors<T>{b, std::move(set)});
+          },
+          py::arg("g"));
+
+  py::class_<BoundFactors<T>, std::shared_ptr<BoundFactors<T>>>(m, ("Factors" + suffix).c_str())
+      .def(
+          "materialise",
+          [](const BoundFactors<T>& f, const std::optional<at::Tensor>& out) {
+            const int64_t V = f.set->num_vectors(), N = f.set->num_examples(), P = f.tape->P();
+            at::Tensor result = out ? *out : empty<T>({V, N, P});
+            data<T>(result, V * N * P, "materialise");
+            T* to = result.mutable_data_ptr<T>();
+            const Context ctx = cpu_context();
+            py::gil_scoped_release release;
+            f.set->materialise(ctx, to, P);
+            return result;
+          },
+          py::arg("out") = py::none())
+      .def("square_norms",
+           [](const BoundFactors<T>& f) {
+             at::Tensor out = empty<T>({f.set->num_vectors(), f.set->num_examples()});
+             T* to = out.mutable_data_ptr<T>();
+             const Context ctx = cpu_context();
+             py::gil_scoped_release release;
+             f.set->square_norms(ctx, to);
+             return out;
+           })
+      .def("square_sum",
+           [](const BoundFactors<T>& f) {
+             at::Tensor out = empty<T>({f.tape->P()});
+             T* to = out.mutable_data_ptr<T>();
+             const Context ctx = cpu_context();
+             py::gil_scoped_release release;
+             f.set->square_sum(ctx, to);
+             return out;
+           })
+      .def(
+          "gram",
+          [](const BoundFactors<T>& f, const BoundFactors<T>& other) {
+            at::Tensor out = empty<T>({f.set->num_vectors() * f.set->num_examples(), other.set->num_vectors() * other.set->num_examples()});
+            T* to = out.mutable_data_ptr<T>();
+            const Context ctx = cpu_context();
+            py::gil_scoped_release release;
+            f.set->gram(ctx, *other.set, to);
+            return out;
+          },
+          py::arg("other"));
+}
+
+// Calls `fn` with the type of z's elements.
+template <class Fn>
+void dispatch(const at::Tensor& z, const Fn& fn) {
+  if (z.scalar_type() == at::kFloat) {
+    fn(float{});
+  } else {
+    TORCH_CHECK(z.scalar_type() == at::kDouble, "expected float32 or float64, got ", z.scalar_type(), ".");
+    fn(double{});
+  }
+}
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+template <class T>
+T* writable(const OptionalTensor& t, int64_t size, const char* what) {
+  return t ? const_cast<T*>(data<T>(*t, size, what)) : nullptr;
+}
+
+// Fills the outputs that are given.
+template <class T>
+void loss_evaluate(const std::string& name, double s, const at::Tensor& z, const at::Tensor& target, const OptionalTensor& value,
+                   const OptionalTensor& gradient, const OptionalTensor& state) {
+  const Loss<T>* loss = find_loss<T>(name);
+  TORCH_CHECK(loss != nullptr, "loss_evaluate: expected one of the native losses, got '", name, "'.");
+  LossArguments<T> a;
+  a.N = z.size(0);
+  a.C = z.size(1);
+  a.s = static_cast<T>(s);
+  a.z = data<T>(z, a.N * a.C, "loss output");
+  if (loss->takes_index()) {
+    TORCH_CHECK(target.scalar_type() == at::kLong && target.is_contiguous() && target.numel() == a.N, "loss_evaluate: expected int64 targets [N].");
+    a.index = target.const_data_ptr<int64_t>();
+    for (int64_t n = 0; n < a.N; ++n) TORCH_CHECK(a.index[n] >= 0 && a.index[n] < a.C, "loss_evaluate: class index ", a.index[n], " out of [0, ", a.C, ").");
+  } else {
+    a.target = data<T>(target, a.N * a.C, "loss target");
+  }
+  a.value = writable<T>(value, a.N, "loss value");
+  a.gradient = writable<T>(gradient, a.N * a.C, "loss gradient");
+  a.state = writable<T>(state, a.N * a.C, "loss state");
+  loss->evaluate(cpu_context(), a);
+}
+
+template <class T>
+void loss_bregman(const std::string& name, double s, const at::Tensor& z, const at::Tensor& z_s, const at::Tensor& out) {
+  const Loss<T>* loss = find_loss<T>(name);
+  TORCH_CHECK(loss != nullptr, "loss_bregman: expected one of the native losses, got '", name, "'.");
+  const int64_t N = z.size(0), C = z.size(1);
+  loss->bregman(cpu_context(), N, C, static_cast<T>(s), data<T>(z, N * C, "loss output"), data<T>(z_s, N * C, "reference output"),
+                writable<T>(out, N, "Bregman divergence"));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  bind<float>(m, "32");
+  bind<double>(m, "64");
+  m.def("build_info", &build_info);
+  m.def("rules", &rule_names);
+  m.def("losses", &loss_names);
+  m.def(
+      "loss_evaluate",
+      [](const std::string& name, double s, const at::Tensor& z, const at::Tensor& target, const OptionalTensor& value, const OptionalTensor& gradient,
+         const OptionalTensor& state) { dispatch(z, [&](auto tag) { loss_evaluate<decltype(tag)>(name, s, z, target, value, gradient, state); }); },
+      py::arg("name"), py::arg("s"), py::arg("z"), py::arg("target"), py::arg("value"), py::arg("gradient"), py::arg("state"));
+  m.def(
+      "loss_bregman",
+      [](const std::string& name, double s, const at::Tensor& z, const at::Tensor& z_s, const at::Tensor& out) {
+        dispatch(z, [&](auto tag) { loss_bregman<decltype(tag)>(name, s, z, z_s, out); });
+      },
+      py::arg("name"), py::arg("s"), py::arg("z"), py::arg("z_s"), py::arg("out"));
+  // (shape, scale, has a state) of a loss's Hessian.
+  m.def(
+      "loss_hessian",
+      [](const std::string& name, double s) {
+        const Loss<double>* loss = find_loss<double>(name);
+        TORCH_CHECK(loss != nullptr, "loss_hessian: expected one of the native losses, got '", name, "'.");
+        const HessianShape shape = loss->hessian_shape();
+        return std::make_tuple(static_cast<int>(shape), loss->hessian_scale(s), shape != HessianShape::scaled_identity);
+      },
+      py::arg("name"), py::arg("s"));
+  // u [V, N, C] in place; part: 0 product, 1 root, 2 root transposed.
+  m.def(
+      "output_hessian",
+      [](int shape, double scale, const OptionalTensor& state, const OptionalTensor& weights, int part, const at::Tensor& u) {
+        dispatch(u, [&](auto tag) {
+          using T = decltype(tag);
+          const OutputHessian<T> h = make_hessian<T>(shape, u.size(2), scale, u.size(1), state, weights);
+          TORCH_CHECK(part >= 0 && part <= 2, "output_hessian: expected part 0, 1 or 2, got ", part, ".");
+          output_hessian_stub<T>(cpu_context(), h, static_cast<HessianPart>(part), u.size(0), u.size(1), writable<T>(u, u.numel(), "cotangents"));
+        });
+      },
+      py::arg("shape"), py::arg("scale"), py::arg("state"), py::arg("weights"), py::arg("part"), py::arg("u"));
+}

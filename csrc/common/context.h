@@ -1,0 +1,28 @@
+// Where a kernel runs and with how many threads.
+#pragma once
+
+#include <cstdint>
+
+namespace infl {
+
+enum class Device : int { cpu = 0, cuda = 1 };
+
+// Vector instruction sets a CPU kernel is compiled for; chosen once per process, see active_isa().
+enum class Isa : int { baseline = 0, avx2 = 1, avx512 = 2 };
+
+inline constexpr int kNumIsas = 3;
+
+const char* isa_name(Isa isa);
+
+constexpr int vector_bytes(Isa isa) { return isa == Isa::avx512 ? 64 : isa == Isa::avx2 ? 32 : 16; }
+
+// The best instruction set of this processor, or what INFLUENCE_EXT_ISA (baseline | avx2 | avx512) asks for if the processor has it.
+Isa active_isa();
+
+struct Context {
+  Device device = Device::cpu;
+  int num_threads = 1;       // threads a kernel may use; 1 inside a schedule that is parallel itself
+  void* stream = nullptr;    // CUDA only
+};
+
+}  // namespace infl

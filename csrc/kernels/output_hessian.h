@@ -1,0 +1,33 @@
+// output_hessian: multiply a loss Hessian H_n = w_n (s I | diag d_n | diag p_n − p_n p_nᵀ), or a factor S_n of it (S_n S_nᵀ = H_n), onto
+// cotangents in place:
+//
+//   product          u[v, n] <- H_n u[v, n]
+//   root             u[v, n] <- S_n u[v, n]
+//   root_transposed  u[v, n] <- S_nᵀ u[v, n]
+//
+// Every loss whose Hessian has one of these shapes needs no code of its own here. Softmax: S = diag(√p) − p √pᵀ, for then
+// S Sᵀ = diag p − p pᵀ because Σ p = 1. Shapes: u [V, n, C] contiguous, state [n, C], weights [n] or absent. Deterministic.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dispatch.h"
+
+namespace infl {
+
+enum class HessianShape : int { scaled_identity = 0, diagonal = 1, softmax = 2 };
+enum class HessianPart : int { product = 0, root = 1, root_transposed = 2 };
+
+template <class T>
+struct OutputHessian {
+  HessianShape shape = HessianShape::scaled_identity;
+  int64_t C = 0;
+  T scale = 1;                  // multiplies H (not its root alone: the root takes the square root of it)
+  const T* state = nullptr;     // d or p of the first example of the tile
+  const T* weights = nullptr;   // w of the first example of the tile, all >= 0
+};
+
+template <class T>
+inline KernelStub<void(const Context&, const OutputHessian<T>&, HessianPart part, int64_t V, int64_t n, T* u)> output_hessian_stub{"output_hessian"};
+
+}  // namespace infl

@@ -1,0 +1,172 @@
+// linear: y[n, t, o] = Σ_i x[n, t, i] W[o, i] + b[o], for every position t = 1..width / features; W stored [O, I], or [I, O] if `transposed`.
+//
+//   jvp          t_y = t_x Wᵀ + x T_Wᵀ + 1 t_bᵀ              one product with two terms
+//   vjp_input    g_x = g_y W
+//   vjp_params   g_W += Σ_{n,t} g_y xᵀ,  g_b += Σ_{n,t} g_y
+//   per_example  W: outer product of g_y and x;  b: dense g_y
+//   tape         x if W is differentiated; W packed both ways (each O·I elements, shared by all tiles)
+//
+// With M = n·t rows the products cost 2 M·O·I operations each; nothing is spent on absent tangents or frozen parameters.
+#include "kernels/elementwise.h"
+#include "kernels/gemm.h"
+#include "layers/rule.h"
+
+namespace infl {
+namespace {
+
+template <class T>
+class Linear final : public Rule<T> {
+ public:
+  Storage storage(const Node& node) const override {
+    const int64_t I = node.attribute("in_features"), O = node.attribute("out_features");
+    if (I <= 0 || O <= 0 || node.input_widths[0] % I != 0 || node.width != node.input_widths[0] / I * O) {
+      throw std::invalid_argument("linear (" + node.name + "): expected widths that are multiples of in_features = " + std::to_string(I) +
+                                  " and out_features = " + std::to_string(O) + ", got " + std::to_string(node.input_widths[0]) + " and " +
+                                  std::to_string(node.width) + ".");
+    }
+    return {.keeps_input = {node.is_trainable(0)},
+            .state_widths = {},
+            .packed_size = gemm_packed_size<T>(I, O) + gemm_packed_size<T>(O, I),
+            .tangent_packed_size = node.is_trainable(0) ? gemm_packed_size<T>(I, O) : 0};
+  }
+
+  bool fuses_scale() const override { return true; }
+
+  void pack(const Tile<T>& tile) const override {
+    const Shape s(tile);
+    // as the right factor of x Wᵀ [I, O], then of g W [O, I]
+    gemm_pack_stub<T>(tile.ctx, 1, s.I, s.O, tile.theta[0], 0, s.in_stride, s.out_stride, tile.packed);
+    gemm_pack_stub<T>(tile.ctx, 1, s.O, s.I, tile.theta[0], 0, s.out_stride, s.in_stride, tile.packed + gemm_packed_size<T>(s.I, s.O));
+  }
+
+  void pack_tangents(const Tile<T>& tile, const ParameterTangents<T>& t_theta, T* packed) const override {
+    const Shape s(tile);
+    gemm_pack_stub<T>(tile.ctx, tile.V, s.I, s.O, t_theta.theta[0], t_theta.stride, s.in_stride, s.out_stride, packed);
+  }
+
+  void forward(const Tile<T>& tile, T* y) const override {
+    const Shape s(tile);
+    Gemm<T> g = product(s, 1, s.O, y);
+    g.terms[0] = left(s, tile.x[0], s.I, 0);
+    g.terms[0].packed = tile.packed;
+    g.bias = tile.theta[1];
+    gemm_stub<T>(tile.ctx, g);
+  }
+
+  void jvp(const Tile<T>& tile, const T* const* t_x, const ParameterTangents<T>& t_theta, const T* scale, T* t_y) const override {
+    const Shape s(tile);
+    Gemm<T> g = product(s, tile.V, s.O, t_y);
+    if (t_x[0]) {
+      g.terms[0] = left(s, t_x[0], s.I, s.M * s.I);
+      g.terms[0].packed = tile.packed;
+    }
+    if (t_theta.theta[0]) {
+      g.terms[1] = left(s, tile.x[0], s.I, 0);
+      g.terms[1].packed = t_theta.packed;
+      g.terms[1].packed_batch = gemm_packed_size<T>(s.I, s.O);
+    }
+    g.bias = t_theta.theta[1];
+    g.bias_batch = t_theta.stride;
+    g.scale = scale;
+    g.scale_ld = s.O;
+    gemm_stub<T>(tile.ctx, g);
+  }
+
+  void vjp_input(const Tile<T>& tile, int /*i*/, const T* g_y, const T* scale, T* g_x, bool accumulate) const override {
+    const Shape s(tile);
+    Gemm<T> g = product(s, tile.V, s.I, g_x);
+    g.terms[0] = left(s, g_y, s.O, s.M * s.O);
+    g.terms[0].packed = tile.packed + gemm_packed_size<T>(s.I, s.O);
+    g.accumulate = accumulate;
+    g.scale = scale;
+    g.scale_ld = s.I;
+    gemm_stub<T>(tile.ctx, g);
+  }
+
+  void vjp_params(const Tile<T>& tile, const T* g_y, T* const* g_theta, int64_t stride) const override {
+    const Shape s(tile);
+    if (g_theta[0]) {
+      // The parameter's rows come from `row`: g_y [M, O] as stored [O, I], x [M, I] as stored [I, O].
+      const T* row = s.transposed ? tile.x[0] : g_y;
+      const T* col = s.transposed ? g_y : tile.x[0];
+      const int64_t rows = s.transposed ? s.I : s.O, cols = s.transposed ? s.O : s.I;
+      Gemm<T> g;
+      g.V = tile.V;
+      g.M = rows;
+      g.N = cols;
+      g.c = g_theta[0];
+      g.c_batch = stride;
+      g.ldc = cols;
+      g.accumulate = true;
+      GemmTerm<T>& term = g.terms[0];
+      term.K = s.M;
+      term.a = row;
+      term.a_row = 1;
+      term.a_col = rows;
+      term.a_batch = s.transposed ? 0 : s.M * rows;
+      term.b = col;
+      term.b_row = cols;
+      term.b_col = 1;
+      term.b_batch = s.transposed ? s.M * cols : 0;
+      gemm_stub<T>(tile.ctx, g);
+    }
+    if (g_theta[1]) column_sum_stub<T>(tile.ctx, tile.V, s.M, s.O, g_y, g_theta[1], stride);
+  }
+
+  void per_example(const Tile<T>& tile, const T* g_y, std::vector<Factor<T>>& factors) const override {
+    const Shape s(tile);
+    const int64_t positions = tile.node.width / s.O;
+    if (tile.node.is_trainable(0)) {
+      Factor<T> f{.slot = tile.node.slots[0], .positions = positions};
+      f.rows = s.transposed ? s.I : s.O;
+      f.cols = s.transposed ? s.O : s.I;
+      f.row = s.transposed ? tile.x[0] : g_y;
+      f.col = s.transposed ? g_y : tile.x[0];
+      f.row_has_v = !s.transposed;
+      f.col_has_v = s.transposed;
+      factors.push_back(f);
+    }
+    if (tile.node.is_trainable(1)) {
+      factors.push_back({.slot = tile.node.slots[1], .positions = positions, .rows = s.O, .cols = 1, .row = g_y});
+    }
+  }
+
+ private:
+  struct Shape {
+    explicit Shape(const Tile<T>& tile)
+        : I(tile.node.attribute("in_features")),
+          O(tile.node.attribute("out_features")),
+          M(tile.n * (tile.node.width / O)),
+          transposed(tile.node.attribute("transposed") != 0),
+          out_stride(transposed ? 1 : I),
+          in_stride(transposed ? O : 1) {}
+    int64_t I, O, M;  // M rows: examples times positions
+    bool transposed;
+    int64_t out_stride, in_stride;  // of W
+  };
+
+  static Gemm<T> product(const Shape& s, int64_t V, int64_t N, T* c) {
+    Gemm<T> g;
+    g.V = V;
+    g.M = s.M;
+    g.N = N;
+    g.c = c;
+    g.c_batch = s.M * N;
+    g.ldc = N;
+    return g;
+  }
+
+  static GemmTerm<T> left(const Shape&, const T* a, int64_t K, int64_t batch) {
+    GemmTerm<T> term;
+    term.K = K;
+    term.a = a;
+    term.a_row = K;
+    term.a_batch = batch;
+    return term;
+  }
+};
+
+INFL_REGISTER_RULE("linear", Linear)
+
+}  // namespace
+}  // namespace infl

@@ -1,0 +1,96 @@
+// The contract of a rule: what one kind of node does forward, in tangent and cotangent direction, and per example.
+//
+// Axes: V right-hand sides first, n examples of a tile, then the node's width. All pointers stand at the tile's first example, all arrays
+// are contiguous. A rule knows no device (it calls kernel stubs), no schedule and no data type. vjp is the transpose of jvp.
+// To add one: copy identity.cpp, fill it in, add a row to capture/lowering.py and to tests/cases/layers.py.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "common/context.h"
+#include "layers/node.h"
+#include "per_example/factor.h"
+
+namespace infl {
+
+// What a rule wants kept between the forward pass and the products.
+struct Storage {
+  std::vector<bool> keeps_input;        // per input: is its value needed later?
+  std::vector<int64_t> state_widths;    // arrays [N, width] of its own
+  int64_t packed_size = 0;              // elements derived from θ alone (packed weights)
+  int64_t tangent_packed_size = 0;      // elements derived from a parameter tangent, per right-hand side
+  int derivative = -1;                  // state array d if the node is elementwise with t_y = d ∘ t_x: such nodes can be fused into a neighbour
+};
+
+template <class T>
+struct Tile {
+  const Context& ctx;
+  const Node& node;
+  int64_t V = 1;
+  int64_t n = 0;
+  const T* const* x = nullptr;          // per input: its value [n, width], null unless kept (all present in forward)
+  T* const* state = nullptr;            // per state array: [n, width]
+  const T* const* theta = nullptr;      // per slot: parameter or constant, null if absent
+  T* packed = nullptr;                  // packed_size elements
+};
+
+template <class T>
+struct ParameterTangents {
+  const T* const* theta = nullptr;      // per slot: [V, size] with rows `stride` apart; null if not differentiated
+  int64_t stride = 0;
+  const T* packed = nullptr;            // [V, tangent_packed_size]
+};
+
+template <class T>
+class Rule {
+ public:
+  virtual ~Rule() = default;
+
+  virtual Storage storage(const Node& node) const = 0;
+
+  // y [n, width] from tile.x; fills tile.state.
+  virtual void forward(const Tile<T>& tile, T* y) const = 0;
+
+  // t_y [V, n, width] from the tangents of the inputs (null: zero, costs nothing) and parameters.
+  // `scale` [n, width], given only if fuses_scale(): t_y is to be multiplied by it.
+  virtual void jvp(const Tile<T>& tile, const T* const* t_x, const ParameterTangents<T>& t_theta, const T* scale, T* t_y) const = 0;
+
+  // g_x [V, n, width of input i] from g_y [V, n, width]; added to g_x with `accumulate`.
+  // `scale` [n, width of input i], given only if fuses_scale(): g_x is to be multiplied by it.
+  virtual void vjp_input(const Tile<T>& tile, int i, const T* g_y, const T* scale, T* g_x, bool accumulate) const = 0;
+
+  // Derives what jvp and vjp_input want of θ, into tile.packed (tile.n is 0).
+  virtual void pack(const Tile<T>&) const {}
+
+  // Derives what jvp wants of V parameter tangents, into `packed` [V, tangent_packed_size].
+  virtual void pack_tangents(const Tile<T>&, const ParameterTangents<T>&, T* /*packed*/) const {}
+
+  // g_theta [per slot: [V, size] rows `stride` apart; null if not wanted] += the sum over the tile's examples.
+  virtual void vjp_params(const Tile<T>&, const T* /*g_y*/, T* const* /*g_theta*/, int64_t /*stride*/) const {}
+
+  // Appends the factors of each example's own gradient. They may point at tile.x and at g_y, which outlive them.
+  virtual void per_example(const Tile<T>&, const T* /*g_y*/, std::vector<Factor<T>>&) const {}
+
+  virtual bool fuses_scale() const { return false; }
+};
+
+// Registry: name -> rule. A rule registers itself with INFL_REGISTER_RULE in its own file.
+template <class T>
+const Rule<T>* find_rule(const std::string& name);
+
+template <class T>
+void register_rule(const std::string& name, std::unique_ptr<Rule<T>> rule);
+
+std::vector<std::string> rule_names();
+
+#define INFL_REGISTER_RULE(name, Type)                                \
+  [[maybe_unused]] static const bool Type##_is_registered = [] {      \
+    ::infl::register_rule<float>(name, std::make_unique<Type<float>>()); \
+    ::infl::register_rule<double>(name, std::make_unique<Type<double>>()); \
+    return true;                                                      \
+  }();
+
+}  // namespace infl

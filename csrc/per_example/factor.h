@@ -1,0 +1,26 @@
+// A factor: one node's contribution to the gradient of each example with respect to one parameter, not multiplied out.
+//
+//   outer   G[v, n] = Σ_t row[v, n, t] col[v, n, t]ᵀ,   a [rows, cols] matrix, row-major in the parameter
+//   dense   G[v, n] = Σ_t row[v, n, t],                 a vector of `rows` (biases); cols = 1, col absent
+//
+// `row` or `col` carries the V axis (the cotangent side), the other is shared by all right-hand sides (the activation side).
+#pragma once
+
+#include <cstdint>
+
+namespace infl {
+
+template <class T>
+struct Factor {
+  int slot = -1;
+  int64_t positions = 1;         // t runs over these
+  int64_t rows = 0, cols = 1;
+  const T* row = nullptr;        // [V or 1, N, positions, rows]
+  const T* col = nullptr;        // [V or 1, N, positions, cols], null for dense
+  bool row_has_v = true;
+  bool col_has_v = false;
+
+  bool is_dense() const { return col == nullptr; }
+};
+
+}  // namespace infl

@@ -1,0 +1,218 @@
+#include "per_example/factors.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "kernels/elementwise.h"
+#include "kernels/gemm.h"
+#include "kernels/per_example.h"
+
+namespace infl {
+
+namespace {
+
+constexpr int64_t kBlockBytes = 32 << 20;  // gradients formed at a time where they must be
+
+// out [M, N] = a [M, K] b [N, K]ᵀ
+template <class T>
+void multiply_transposed(const Context& ctx, int64_t M, int64_t N, int64_t K, const T* a, const T* b, T* out) {
+  Gemm<T> g;
+  g.M = M;
+  g.N = N;
+  g.c = out;
+  g.ldc = N;
+  g.terms[0].K = K;
+  g.terms[0].a = a;
+  g.terms[0].a_row = K;
+  g.terms[0].b = b;
+  g.terms[0].b_row = 1;
+  g.terms[0].b_col = K;
+  gemm_stub<T>(ctx, g);
+}
+
+}  // namespace
+
+template <class T>
+FactorSet<T>::FactorSet(int64_t V, int64_t N, std::vector<Slot> slots, std::vector<Factor<T>> factors, std::vector<Buffer<T>> storage)
+    : V_(V), N_(N), slots_(std::move(slots)), storage_(std::move(storage)) {
+  for (Factor<T>& factor : factors) groups_[factor.slot].push_back(factor);
+}
+
+template <class T>
+void FactorSet<T>::form(const Context& ctx, const Group& group, int64_t v, int64_t n0, int64_t n, T* out, int64_t stride) const {
+  bool accumulate = false;
+  for (const Factor<T>& f : group) {
+    const T* row = f.row + ((f.row_has_v ? v * N_ : 0) + n0) * f.positions * f.rows;
+    const T* col = f.is_dense() ? nullptr : f.col + ((f.col_has_v ? v * N_ : 0) + n0) * f.positions * f.cols;
+    outer_product_stub<T>(ctx, n, f.positions, f.rows, f.cols, row, col, out, stride, accumulate);
+    accumulate = true;
+  }
+}
+
+template <class T>
+void FactorSet<T>::materialise(const Context& ctx, T* out, int64_t stride) const {
+  std::vector<bool> filled(slots_.size(), false);
+  for (const auto& [slot, group] : groups_) {
+    filled[slot] = true;
+    for (int64_t v = 0; v < V_; ++v) form(ctx, group, v, 0, N_, out + v * N_ * stride + slots_[slot].offset, stride);
+  }
+  for (size_t slot = 0; slot < slots_.size(); ++slot) {  // parameters that do not influence the output
+    if (filled[slot] || slots_[slot].offset < 0) continue;
+    for (int64_t i = 0; i < V_ * N_; ++i) std::memset(out + i * stride + slots_[slot].offset, 0, slots_[slot].size * sizeof(T));
+  }
+}
+
+template <class T>
+void FactorSet<T>::square_norms(const Context& ctx, T* out) const {
+  std::memset(out, 0, V_ * N_ * sizeof(T));
+  for (const auto& [slot, group] : groups_) {
+    if (is_simple(group)) {
+      // ‖row colᵀ‖² = ‖row‖² ‖col‖²
+      const Factor<T>& f = group[0];
+      const bool row_first = f.row_has_v;
+      const T* mine = row_first ? f.row : f.col;
+      Buffer<T> norms(V_ * N_);
+      square_norm_stub<T>(ctx, V_ * N_, row_first ? f.rows : f.cols, mine, row_first ? f.rows : f.cols, norms.data(), false);
+      if (f.is_dense()) {
+        combine_stub<T>(ctx, V_ * N_, T(1), norms.data(), T(0), nullptr, out, true);
+      } else {
+        Buffer<T> shared(N_);
+        const int64_t width = row_first ? f.cols : f.rows;
+        square_norm_stub<T>(ctx, N_, width, row_first ? f.col : f.row, width, shared.data(), false);
+        multiply_accumulate_stub<T>(ctx, V_ * N_, norms.data(), shared.data(), N_, out);
+      }
+      continue;
+    }
+    const int64_t size = slots_[slot].size;
+    const int64_t block = std::clamp<int64_t>(kBlockBytes / (size * static_cast<int64_t>(sizeof(T))), 1, N_);
+    Buffer<T> formed(block * size);
+    for (int64_t v = 0; v < V_; ++v) {
+      for (int64_t n0 = 0; n0 < N_; n0 += block) {
+        const int64_t n = std::min(block, N_ - n0);
+        form(ctx, group, v, n0, n, formed.data(), size);
+        square_norm_stub<T>(ctx, n, size, formed.data(), size, out + v * N_ + n0, true);
+      }
+    }
+  }
+}
+
+template <class T>
+void FactorSet<T>::square_sum(const Context& ctx, T* out) const {
+  for (const Slot& slot : slots_) {
+    if (slot.offset >= 0) std::memset(out + slot.offset, 0, slot.size * sizeof(T));
+  }
+  for (const auto& [slot, group] : groups_) {
+    const int64_t size = slots_[slot].size;
+    T* to = out + slots_[slot].offset;
+    const Factor<T>& f = group[0];
+    if (is_simple(group) && f.is_dense()) {
+      square_accumulate_stub<T>(ctx, V_ * N_, f.rows, f.row, to, true);
+      continue;
+    }
+    if (is_simple(group)) {
+      // Σ_{v,n} (row_r col_c)² = Σ_n (Σ_v row²) col²: one product of squares
+      const int64_t mine = f.row_has_v ? f.rows : f.cols, shared = f.row_has_v ? f.cols : f.rows;
+      Buffer<T> a(N_ * mine), b(N_ * shared);
+      square_accumulate_stub<T>(ctx, V_, N_ * mine, f.row_has_v ? f.row : f.col, a.data(), false);
+      square_accumulate_stub<T>(ctx, 1, N_ * shared, f.row_has_v ? f.col : f.row, b.data(), false);
+      Gemm<T> g;
+      g.M = f.rows;
+      g.N = f.cols;
+      g.c = to;
+      g.ldc = f.cols;
+      g.accumulate = true;
+      g.terms[0].K = N_;
+      g.terms[0].a = f.row_has_v ? a.data() : b.data();
+      g.terms[0].a_row = 1;
+      g.terms[0].a_col = f.rows;
+      g.terms[0].b = f.row_has_v ? b.data() : a.data();
+      g.terms[0].b_row = f.cols;
+      g.terms[0].b_col = 1;
+      gemm_stub<T>(ctx, g);
+      continue;
+    }
+    const int64_t block = std::clamp<int64_t>(kBlockBytes / (size * static_cast<int64_t>(sizeof(T))), 1, N_);
+    Buffer<T> formed(block * size);
+    for (int64_t v = 0; v < V_; ++v) {
+      for (int64_t n0 = 0; n0 < N_; n0 += block) {
+        const int64_t n = std::min(block, N_ - n0);
+        form(ctx, group, v, n0, n, formed.data(), size);
+        square_accumulate_stub<T>(ctx, n, size, formed.data(), to, true);
+      }
+    }
+  }
+}
+
+template <class T>
+void FactorSet<T>::gram(const Context& ctx, const FactorSet& other, T* out) const {
+  std::memset(out, 0, V_ * N_ * other.V_ * other.N_ * sizeof(T));
+  for (const auto& [slot, group] : groups_) {
+    const auto it = other.groups_.find(slot);
+    if (it != other.groups_.end()) add_gram(ctx, group, other, it->second, slots_[slot].size, out);
+  }
+}
+
+template <class T>
+void FactorSet<T>::add_gram(const Context& ctx, const Group& mine, const FactorSet& other, const Group& theirs, int64_t size, T* out) const {
+  const int64_t cols = other.V_ * other.N_;
+  const int64_t gradient_bytes = size * static_cast<int64_t>(sizeof(T));
+  if (is_simple(mine) && is_simple(theirs)) {
+    // ⟨row colᵀ, row' col'ᵀ⟩ = (row·row')(col·col'): the side with the V axis gives [N, V'N'] for each v, the shared side [N, N'].
+    const Factor<T>&f = mine[0], &g = theirs[0];
+    const int64_t width = f.row_has_v ? f.rows : f.cols, shared = f.row_has_v ? f.cols : f.rows;
+    const T* f_vector = f.row_has_v ? f.row : f.col;
+    const T* g_vector = g.row_has_v ? g.row : g.col;
+    const int64_t block = std::clamp<int64_t>(kBlockBytes / (cols * static_cast<int64_t>(sizeof(T))), 1, N_);
+    Buffer<T> inner(block * cols), common(f.is_dense() ? 0 : block * other.N_);
+    for (int64_t n0 = 0; n0 < N_; n0 += block) {
+      const int64_t n = std::min(block, N_ - n0);
+      if (!f.is_dense()) {
+        multiply_transposed<T>(ctx, n, other.N_, shared, (f.row_has_v ? f.col : f.row) + n0 * shared, g.row_has_v ? g.col : g.row, common.data());
+      }
+      for (int64_t v = 0; v < V_; ++v) {
+        multiply_transposed<T>(ctx, n, cols, width, f_vector + (v * N_ + n0) * width, g_vector, inner.data());
+        T* to = out + (v * N_ + n0) * cols;
+        if (f.is_dense()) {
+          combine_stub<T>(ctx, n * cols, T(1), inner.data(), T(0), nullptr, to, true);
+        } else {
+          gram_accumulate_stub<T>(ctx, n, cols, inner.data(), cols, common.data(), other.N_, other.N_, to, cols);
+        }
+      }
+    }
+    return;
+  }
+  // Blocks of formed gradients against each other.
+  const int64_t block = std::clamp<int64_t>(kBlockBytes / gradient_bytes, 1, N_);
+  const int64_t other_block = std::clamp<int64_t>(kBlockBytes / gradient_bytes, 1, other.N_);
+  Buffer<T> a(block * size), b(other_block * size);
+  for (int64_t v = 0; v < V_; ++v) {
+    for (int64_t n0 = 0; n0 < N_; n0 += block) {
+      const int64_t n = std::min(block, N_ - n0);
+      form(ctx, mine, v, n0, n, a.data(), size);
+      for (int64_t w = 0; w < other.V_; ++w) {
+        for (int64_t m0 = 0; m0 < other.N_; m0 += other_block) {
+          const int64_t m = std::min(other_block, other.N_ - m0);
+          other.form(ctx, theirs, w, m0, m, b.data(), size);
+          Gemm<T> g;
+          g.M = n;
+          g.N = m;
+          g.c = out + (v * N_ + n0) * cols + w * other.N_ + m0;
+          g.ldc = cols;
+          g.accumulate = true;
+          g.terms[0].K = size;
+          g.terms[0].a = a.data();
+          g.terms[0].a_row = size;
+          g.terms[0].b = b.data();
+          g.terms[0].b_row = 1;
+          g.terms[0].b_col = size;
+          gemm_stub<T>(ctx, g);
+        }
+      }
+    }
+  }
+}
+
+template class FactorSet<float>;
+template class FactorSet<double>;
+
+}  // namespace infl

@@ -1,0 +1,50 @@
+// What is computed from the factors of per-example gradients. Each quantity is written once, for every rule.
+//
+// Factors are grouped by parameter first: a parameter used more than once owns several, and its gradient is their sum, cross terms included.
+// A parameter with one factor at one position (a linear layer on vectors) takes the short way, without forming its gradients; any other is
+// formed for a block of examples at a time.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <vector>
+
+#include "common/buffer.h"
+#include "common/context.h"
+#include "layers/node.h"
+#include "per_example/factor.h"
+
+namespace infl {
+
+template <class T>
+class FactorSet {
+ public:
+  // The factors point into `storage` and into arrays that must outlive the set.
+  FactorSet(int64_t V, int64_t N, std::vector<Slot> slots, std::vector<Factor<T>> factors, std::vector<Buffer<T>> storage);
+
+  int64_t num_vectors() const { return V_; }
+  int64_t num_examples() const { return N_; }
+
+  void materialise(const Context& ctx, T* out, int64_t stride) const;        // [V, N, P], examples `stride` apart
+  void square_norms(const Context& ctx, T* out) const;                       // [V, N]
+  void square_sum(const Context& ctx, T* out) const;                         // [P]: Σ over v and n of the squared entries
+  void gram(const Context& ctx, const FactorSet& other, T* out) const;       // [V N, V' N'] inner products
+
+ private:
+  using Group = std::vector<Factor<T>>;
+  static bool is_simple(const Group& group) { return group.size() == 1 && group[0].positions == 1; }
+  // Gradients of examples [n0, n0 + n) for right-hand side v, with respect to one parameter: out [n, size], examples `stride` apart.
+  void form(const Context& ctx, const Group& group, int64_t v, int64_t n0, int64_t n, T* out, int64_t stride) const;
+  void add_gram(const Context& ctx, const Group& mine, const FactorSet& other, const Group& theirs, int64_t size, T* out) const;
+
+  int64_t V_, N_;
+  std::vector<Slot> slots_;
+  std::map<int, Group> groups_;  // by slot
+  std::vector<Buffer<T>> storage_;
+};
+
+extern template class FactorSet<float>;
+extern template class FactorSet<double>;
+
+}  // namespace infl

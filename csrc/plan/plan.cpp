@@ -1,0 +1,243 @@
+#include "plan/plan.h"
+
+#include <algorithm>
+#include <map>
+#include <stdexcept>
+
+namespace infl {
+
+namespace {
+
+// First-fit allocation of places in the workspace.
+class Places {
+ public:
+  Place take(int64_t width) {
+    Place place = 0;
+    for (const auto& [begin, end] : used_) {
+      if (begin - place >= width) break;
+      place = end;
+    }
+    used_[place] = place + width;
+    high_water_ = std::max(high_water_, place + width);
+    return place;
+  }
+  void take_at(Place place, int64_t width) {
+    used_[place] = place + width;
+    high_water_ = std::max(high_water_, place + width);
+  }
+  void release(Place place) { used_.erase(place); }
+  int64_t high_water() const { return high_water_; }
+
+ private:
+  std::map<Place, Place> used_;  // begin -> end, disjoint
+  int64_t high_water_ = 0;
+};
+
+}  // namespace
+
+template <class T>
+Plan<T>::Plan(std::vector<Node> nodes, std::vector<Slot> slots, std::vector<int64_t> input_widths, std::vector<int> aliases, int output)
+    : nodes_(std::move(nodes)), slots_(std::move(slots)), input_widths_(std::move(input_widths)), canonical_(std::move(aliases)), output_(output) {
+  const int num_values = static_cast<int>(canonical_.size());
+  if (output_ < 0 || output_ >= num_values) throw std::invalid_argument("Plan: expected the output to be a value id, got " + std::to_string(output_) + ".");
+  for (int value = 0; value < num_values; ++value) {
+    int root = value;
+    while (canonical_[root] >= 0 && canonical_[root] != root) root = canonical_[root];
+    canonical_[value] = root;
+  }
+  widths_.assign(num_values, 0);
+  producer_.assign(num_values, -1);
+  for (size_t i = 0; i < input_widths_.size(); ++i) widths_[i] = input_widths_[i];
+  std::string unknown;
+  for (size_t i = 0; i < nodes_.size(); ++i) {
+    Node& node = nodes_[i];
+    const Rule<T>* rule = find_rule<T>(node.rule);
+    if (rule == nullptr) {
+      unknown += (unknown.empty() ? "" : ", ") + node.name + " (" + node.rule + ")";
+      continue;
+    }
+    for (int input : node.inputs) node.input_widths.push_back(widths_[canonical_[input]]);
+    for (int slot : node.slots) node.trainable.push_back(slot >= 0 && slots_[slot].offset >= 0);
+    widths_[node.output] = node.width;
+    producer_[node.output] = static_cast<int>(i);
+    rules_.push_back(rule);
+    storages_.push_back(rule->storage(node));
+  }
+  if (!unknown.empty()) throw std::invalid_argument("Plan: expected rules that exist, got " + unknown + ".");
+  for (const Slot& slot : slots_) {
+    if (slot.offset >= 0) num_parameters_ = std::max(num_parameters_, slot.offset + slot.size);
+  }
+  analyse();
+  compile_forward();
+  compile_tangent();
+  compile_cotangent();
+}
+
+template <class T>
+int64_t Plan<T>::widest_activation() const {
+  int64_t widest = 0;
+  for (const Node& node : nodes_) widest = std::max(widest, node.width);
+  return widest;
+}
+
+template <class T>
+void Plan<T>::analyse() {
+  kept_.assign(widths_.size(), false);
+  needs_tangent_.assign(widths_.size(), false);
+  for (size_t i = 0; i < nodes_.size(); ++i) {
+    const Node& node = nodes_[i];
+    bool needs = std::find(node.trainable.begin(), node.trainable.end(), true) != node.trainable.end();
+    for (size_t k = 0; k < node.inputs.size(); ++k) {
+      const int value = canonical_[node.inputs[k]];
+      needs = needs || needs_tangent_[value];
+      if (storages_[i].keeps_input[k] && producer_[value] >= 0) kept_[value] = true;
+    }
+    needs_tangent_[node.output] = needs;
+  }
+  if (producer_[output()] >= 0) kept_[output()] = true;
+}
+
+template <class T>
+void Plan<T>::compile_forward() {
+  std::vector<int> last_use(widths_.size(), -1);
+  for (size_t i = 0; i < nodes_.size(); ++i) {
+    for (int input : nodes_[i].inputs) last_use[canonical_[input]] = static_cast<int>(i);
+  }
+  Places places;
+  std::vector<Place> place(widths_.size(), kNowhere);
+  for (size_t i = 0; i < nodes_.size(); ++i) {
+    const Node& node = nodes_[i];
+    ForwardStep step{static_cast<int>(i), {}, kNowhere};
+    for (int input : node.inputs) step.inputs.push_back(place[canonical_[input]]);
+    if (!kept_[node.output]) {
+      place[node.output] = places.take(node.width);
+      step.output = place[node.output];
+    }
+    for (int input : node.inputs) {
+      const int value = canonical_[input];
+      if (last_use[value] == static_cast<int>(i) && place[value] != kNowhere) {
+        places.release(place[value]);
+        place[value] = kNowhere;
+      }
+    }
+    schedules_.forward.push_back(std::move(step));
+  }
+  schedules_.forward_width = places.high_water();
+}
+
+template <class T>
+void Plan<T>::compile_tangent() {
+  std::vector<int> num_uses(widths_.size(), 0), last_use(widths_.size(), -1);
+  for (size_t i = 0; i < nodes_.size(); ++i) {
+    if (!needs_tangent_[nodes_[i].output]) continue;
+    for (int input : nodes_[i].inputs) {
+      ++num_uses[canonical_[input]];
+      last_use[canonical_[input]] = static_cast<int>(i);
+    }
+  }
+  ++num_uses[output()];
+  last_use[output()] = static_cast<int>(nodes_.size());
+
+  Places places;
+  std::vector<Place> place(widths_.size(), kNowhere);
+  std::vector<int> step_of(widths_.size(), -1);
+  auto& steps = schedules_.tangent;
+  for (size_t i = 0; i < nodes_.size(); ++i) {
+    const Node& node = nodes_[i];
+    if (!needs_tangent_[node.output]) continue;
+    const int first = canonical_[node.inputs[0]];
+    if (is_elementwise(static_cast<int>(i)) && num_uses[first] == 1) {
+      // Sole reader of its input: same place; and if the step that wrote it can, it multiplies by the derivative on its way out.
+      place[node.output] = place[first];
+      TangentStep& producer = steps[step_of[first]];
+      if (producer.node == producer_[first] && producer.scale_by < 0 && rules_[producer.node]->fuses_scale()) {
+        producer.scale_by = static_cast<int>(i);
+        step_of[node.output] = step_of[first];
+        continue;
+      }
+      step_of[node.output] = static_cast<int>(steps.size());
+      steps.push_back({static_cast<int>(i), {place[first]}, place[first], -1});
+      continue;
+    }
+    TangentStep step{static_cast<int>(i), {}, kNowhere, -1};
+    for (int input : node.inputs) step.inputs.push_back(place[canonical_[input]]);
+    step.output = place[node.output] = places.take(node.width);
+    step_of[node.output] = static_cast<int>(steps.size());
+    for (int input : node.inputs) {
+      const int value = canonical_[input];
+      if (last_use[value] == static_cast<int>(i) && place[value] != kNowhere) {
+        places.release(place[value]);
+        place[value] = kNowhere;
+      }
+    }
+    steps.push_back(std::move(step));
+  }
+  schedules_.output = place[output()];
+  schedules_.sweep_width = places.high_water();
+}
+
+template <class T>
+void Plan<T>::compile_cotangent() {
+  // Number of contributions to each value's cotangent.
+  std::vector<int> num_writes(widths_.size(), 0);
+  for (const Node& node : nodes_) {
+    if (!needs_tangent_[node.output]) continue;
+    for (int input : node.inputs) {
+      if (needs_tangent_[canonical_[input]]) ++num_writes[canonical_[input]];
+    }
+  }
+  if (!needs_tangent_[output()]) return;
+  ++num_writes[output()];
+
+  Places places;
+  std::vector<Place> place(widths_.size(), kNowhere);
+  std::vector<bool> written(widths_.size(), false);
+  std::vector<int> step_of(widths_.size(), -1);  // the step that wrote the cotangent, if it was one alone
+  place[output()] = schedules_.output;
+  places.take_at(schedules_.output, output_width());
+  written[output()] = true;
+  auto& steps = schedules_.cotangent;
+  for (int i = static_cast<int>(nodes_.size()) - 1; i >= 0; --i) {
+    const Node& node = nodes_[i];
+    if (!written[node.output]) continue;
+    const Place g_output = place[node.output];
+    const int first = canonical_[node.inputs[0]];
+    if (is_elementwise(i) && num_writes[first] == 1 && needs_tangent_[first]) {
+      // Sole contribution to its input's cotangent: in place, or as the epilogue of the step before.
+      place[first] = g_output;
+      written[first] = true;
+      const int before = step_of[node.output];
+      if (before >= 0 && num_writes[node.output] == 1 && steps[before].scale_by < 0 && rules_[steps[before].node]->fuses_scale()) {
+        steps[before].scale_by = i;
+        step_of[first] = -1;  // one epilogue a step
+        continue;
+      }
+      step_of[first] = static_cast<int>(steps.size());
+      steps.push_back({i, g_output, false, 0, g_output, false, -1});
+      continue;
+    }
+    const bool params = std::find(node.trainable.begin(), node.trainable.end(), true) != node.trainable.end();
+    bool params_done = false;
+    for (size_t k = 0; k < node.inputs.size(); ++k) {
+      const int value = canonical_[node.inputs[k]];
+      if (!needs_tangent_[value]) continue;
+      CotangentStep step{i, g_output, params && !params_done, static_cast<int>(k), kNowhere, written[value], -1};
+      params_done = true;
+      if (!written[value]) {
+        place[value] = places.take(widths_[value]);
+        written[value] = true;
+        step_of[value] = static_cast<int>(steps.size());
+      }
+      step.g_input = place[value];
+      steps.push_back(step);
+    }
+    if (params && !params_done) steps.push_back({i, g_output, true, -1, kNowhere, false, -1});
+    places.release(g_output);
+  }
+  schedules_.sweep_width = std::max(schedules_.sweep_width, places.high_water());
+}
+
+template class Plan<float>;
+template class Plan<double>;
+
+}  // namespace infl

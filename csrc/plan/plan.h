@@ -1,0 +1,101 @@
+// Plan: the structure of a network as a list of nodes, analysed once. Knows no parameters' values and no data.
+//
+// The analysis compiles three schedules, lists of steps over a workspace whose places are reused as soon as a value is no longer needed:
+//   forward   every node; values that a later pass needs go to the tape, the others to the workspace
+//   tangent   the nodes that a differentiated parameter influences, in order
+//   cotangent the same nodes reversed; below the lowest trainable node nothing is done
+// An elementwise node next to a linear one is fused into it: its derivative becomes the epilogue of the product, in either direction.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "layers/rule.h"
+
+namespace infl {
+
+// A place in the workspace, in elements per example; multiplied by V·n at run time.
+using Place = int64_t;
+inline constexpr Place kNowhere = -1;
+
+struct ForwardStep {
+  int node;
+  std::vector<Place> inputs;  // workspace places of inputs that are neither plan inputs nor kept
+  Place output = kNowhere;    // workspace place, if the output is not kept
+};
+
+struct TangentStep {
+  int node;
+  std::vector<Place> inputs;  // kNowhere: zero
+  Place output;
+  int scale_by = -1;          // node whose derivative is the epilogue
+};
+
+struct CotangentStep {
+  int node;
+  Place g_output;
+  bool params = false;        // run vjp_params first
+  int input = -1;             // then vjp_input for this input, if >= 0
+  Place g_input = kNowhere;
+  bool accumulate = false;
+  int scale_by = -1;
+};
+
+struct Schedules {
+  std::vector<ForwardStep> forward;
+  std::vector<TangentStep> tangent;
+  std::vector<CotangentStep> cotangent;
+  int64_t forward_width = 0;  // workspace elements per example
+  int64_t sweep_width = 0;    // of tangent and cotangent sweep together, per example and right-hand side
+  Place output = kNowhere;    // the output's tangent, and its cotangent
+};
+
+template <class T>
+class Plan {
+ public:
+  // `aliases` maps a value to the value it re-reads (views), -1 for itself. Values 0..input_widths.size()-1 are the network's inputs.
+  Plan(std::vector<Node> nodes, std::vector<Slot> slots, std::vector<int64_t> input_widths, std::vector<int> aliases, int output);
+
+  const std::vector<Node>& nodes() const { return nodes_; }
+  const std::vector<Slot>& slots() const { return slots_; }
+  const Rule<T>& rule(int node) const { return *rules_[node]; }
+  const Storage& storage(int node) const { return storages_[node]; }
+  const Schedules& schedules() const { return schedules_; }
+  int num_inputs() const { return static_cast<int>(input_widths_.size()); }
+  const std::vector<int64_t>& input_widths() const { return input_widths_; }
+  int num_values() const { return static_cast<int>(widths_.size()); }
+  int canonical(int value) const { return canonical_[value]; }
+  int64_t width(int value) const { return widths_[canonical_[value]]; }
+  bool is_kept(int value) const { return kept_[canonical_[value]]; }
+  int output() const { return canonical_[output_]; }
+  int64_t output_width() const { return width(output_); }
+  int64_t num_parameters() const { return num_parameters_; }
+  bool output_depends_on_parameters() const { return needs_tangent_[output()]; }
+  int64_t widest_activation() const;
+
+ private:
+  void analyse();
+  void compile_forward();
+  void compile_tangent();
+  void compile_cotangent();
+  bool is_elementwise(int node) const { return storages_[node].derivative >= 0; }
+
+  std::vector<Node> nodes_;
+  std::vector<Slot> slots_;
+  std::vector<int64_t> input_widths_;
+  std::vector<int> canonical_;
+  int output_;
+  int64_t num_parameters_ = 0;
+  std::vector<const Rule<T>*> rules_;
+  std::vector<Storage> storages_;
+  std::vector<int64_t> widths_;      // per canonical value
+  std::vector<int> producer_;        // per canonical value: node, or -1 for inputs
+  std::vector<bool> kept_, needs_tangent_;
+  Schedules schedules_;
+};
+
+extern template class Plan<float>;
+extern template class Plan<double>;
+
+}  // namespace infl

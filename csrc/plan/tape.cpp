@@ -1,0 +1,338 @@
+#include "plan/tape.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cstring>
+#include <exception>
+#include <stdexcept>
+
+#include "kernels/elementwise.h"
+
+namespace infl {
+
+namespace {
+
+// A thread's share of a second-level cache that a tile may fill, and the size below which an accumulator per thread stays in it too.
+constexpr int64_t kTileBytes = 448 << 10;
+constexpr int64_t kAccumulatorBytes = 1 << 20;
+constexpr int64_t kWholeWorkspaceBytes = 64 << 20;  // by operator: workspace of one tile
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace
+
+template <class T>
+Tape<T>::Tape(std::shared_ptr<const Plan<T>> plan, int64_t N, std::vector<const T*> inputs)
+    : plan_(std::move(plan)), N_(N), inputs_(std::move(inputs)), values_(plan_->num_values()), states_(plan_->nodes().size()), packed_(plan_->nodes().size()), theta_(plan_->slots().size()) {
+  for (int id = 0; id < plan_->num_values(); ++id) {
+    if (plan_->canonical(id) == id && plan_->is_kept(id)) values_[id].resize(N_ * plan_->width(id));
+  }
+  for (size_t i = 0; i < states_.size(); ++i) {
+    const Storage& storage = plan_->storage(static_cast<int>(i));
+    for (int64_t width : storage.state_widths) states_[i].emplace_back(N_ * width);
+    packed_[i].resize(storage.packed_size);
+  }
+  for (size_t s = 0; s < theta_.size(); ++s) theta_[s].resize(plan_->slots()[s].size);
+}
+
+template <class T>
+const T* Tape<T>::value(int id, int64_t n0) const {
+  id = plan_->canonical(id);
+  if (id < plan_->num_inputs()) return inputs_[id] + n0 * plan_->width(id);
+  return plan_->is_kept(id) ? values_[id].data() + n0 * plan_->width(id) : nullptr;
+}
+
+template <class T>
+std::vector<const T*> Tape<T>::slot_rows(const T* flat) const {
+  std::vector<const T*> rows;
+  for (const Slot& slot : plan_->slots()) rows.push_back(slot.offset < 0 ? nullptr : flat + slot.offset);
+  return rows;
+}
+
+template <class T>
+std::vector<T*> Tape<T>::slot_rows(T* flat) const {
+  std::vector<T*> rows;
+  for (const Slot& slot : plan_->slots()) rows.push_back(slot.offset < 0 || flat == nullptr ? nullptr : flat + slot.offset);
+  return rows;
+}
+
+namespace {
+
+// A node's view of arrays that are indexed by slot id: one entry per operand.
+template <class P>
+std::vector<P> operands(const Node& node, const std::vector<P>& by_slot) {
+  std::vector<P> picked;
+  for (int slot : node.slots) picked.push_back(slot >= 0 ? by_slot[slot] : nullptr);
+  return picked;
+}
+
+}  // namespace
+
+// The arrays a rule sees for one tile. Owns the small pointer tables that the Tile points to.
+template <class T>
+struct Tape<T>::Sweep {
+  Sweep(const Tape& tape, const Context& ctx, int index, int64_t V, int64_t n0, int64_t n)
+      : node(tape.plan_->nodes()[index]), tile{ctx, node, V, n} {
+    const Storage& storage = tape.plan_->storage(index);
+    for (size_t k = 0; k < node.inputs.size(); ++k) x.push_back(storage.keeps_input[k] ? tape.value(node.inputs[k], n0) : nullptr);
+    for (size_t k = 0; k < storage.state_widths.size(); ++k) {
+      state.push_back(const_cast<T*>(tape.states_[index][k].data()) + n0 * storage.state_widths[k]);
+    }
+    for (int slot : node.slots) theta.push_back(slot >= 0 ? tape.theta_[slot].data() : nullptr);
+    tile.x = x.data();
+    tile.state = state.data();
+    tile.theta = theta.data();
+    tile.packed = const_cast<T*>(tape.packed_[index].data());
+  }
+  const Node& node;
+  std::vector<const T*> x, theta;
+  std::vector<T*> state;
+  Tile<T> tile;
+};
+
+template <class T>
+void Tape<T>::linearize(const Context& ctx, const std::vector<const T*>& theta) {
+  for (size_t s = 0; s < theta_.size(); ++s) std::memcpy(theta_[s].data(), theta[s], plan_->slots()[s].size * sizeof(T));
+  for (size_t i = 0; i < packed_.size(); ++i) {
+    Sweep sweep(*this, ctx, static_cast<int>(i), 1, 0, 0);
+    plan_->rule(static_cast<int>(i)).pack(sweep.tile);
+  }
+  run_tiles(ctx, 1, nullptr, [&](const Context& inner, int64_t n0, int64_t n, T* workspace, T*) { forward_tile(inner, n0, n, workspace); });
+}
+
+template <class T>
+void Tape<T>::forward_tile(const Context& ctx, int64_t n0, int64_t n, T* workspace) {
+  for (const ForwardStep& step : plan_->schedules().forward) {
+    Sweep sweep(*this, ctx, step.node, 1, n0, n);
+    for (size_t k = 0; k < sweep.x.size(); ++k) {
+      const int id = plan_->canonical(sweep.node.inputs[k]);
+      const T* kept = value(id, n0);
+      sweep.x[k] = kept ? kept : workspace + step.inputs[k] * n;
+    }
+    T* y = step.output == kNowhere ? const_cast<T*>(value(sweep.node.output, n0)) : workspace + step.output * n;
+    plan_->rule(step.node).forward(sweep.tile, y);
+  }
+}
+
+template <class T>
+int64_t Tape<T>::tangent_packed_size() const {
+  int64_t size = 0;
+  for (const TangentStep& step : plan_->schedules().tangent) size += plan_->storage(step.node).tangent_packed_size;
+  return size;
+}
+
+template <class T>
+void Tape<T>::pack_tangents(const Context& ctx, int64_t V, const std::vector<const T*>& t_theta, T* packed) const {
+  for (const TangentStep& step : plan_->schedules().tangent) {
+    const int64_t size = plan_->storage(step.node).tangent_packed_size;
+    if (size == 0) continue;
+    Sweep sweep(*this, ctx, step.node, V, 0, 0);
+    const auto tangents = operands(sweep.node, t_theta);
+    plan_->rule(step.node).pack_tangents(sweep.tile, {tangents.data(), plan_->num_parameters(), nullptr}, packed);
+    packed += V * size;
+  }
+}
+
+template <class T>
+void Tape<T>::tangent_tile(const Context& ctx, int64_t V, int64_t n0, int64_t n, const std::vector<const T*>& t_theta, const T* packed, T* workspace) const {
+  std::vector<const T*> t_x;
+  for (const TangentStep& step : plan_->schedules().tangent) {
+    Sweep sweep(*this, ctx, step.node, V, n0, n);
+    t_x.clear();
+    for (Place place : step.inputs) t_x.push_back(place == kNowhere ? nullptr : workspace + place * V * n);
+    const auto tangents = operands(sweep.node, t_theta);
+    const T* scale = step.scale_by < 0 ? nullptr : Sweep(*this, ctx, step.scale_by, V, n0, n).state[plan_->storage(step.scale_by).derivative];
+    plan_->rule(step.node).jvp(sweep.tile, t_x.data(), {tangents.data(), plan_->num_parameters(), packed}, scale, workspace + step.output * V * n);
+    packed += V * plan_->storage(step.node).tangent_packed_size;
+  }
+}
+
+template <class T>
+void Tape<T>::cotangent_tile(const Context& ctx, int64_t V, int64_t n0, int64_t n, const std::vector<T*>& g_theta, T* workspace) const {
+  for (const CotangentStep& step : plan_->schedules().cotangent) {
+    Sweep sweep(*this, ctx, step.node, V, n0, n);
+    const Rule<T>& rule = plan_->rule(step.node);
+    const T* g_y = workspace + step.g_output * V * n;
+    if (step.params) {
+      const auto targets = operands(sweep.node, g_theta);
+      rule.vjp_params(sweep.tile, g_y, targets.data(), plan_->num_parameters());
+    }
+    if (step.input >= 0) {
+      const T* scale = step.scale_by < 0 ? nullptr : Sweep(*this, ctx, step.scale_by, V, n0, n).state[plan_->storage(step.scale_by).derivative];
+      rule.vjp_input(sweep.tile, step.input, g_y, scale, workspace + step.g_input * V * n, step.accumulate);
+    }
+  }
+}
+
+template <class T>
+Tiling Tape<T>::tiling(int64_t V, int num_threads) const {
+  const Schedules& s = plan_->schedules();
+  int64_t kept = 0;  // tape elements per example that a sweep reads
+  for (size_t i = 0; i < plan_->nodes().size(); ++i) {
+    for (int64_t width : plan_->storage(static_cast<int>(i)).state_widths) kept += width;
+  }
+  for (int id = 0; id < plan_->num_values(); ++id) {
+    if (plan_->canonical(id) == id && (plan_->is_kept(id) || id < plan_->num_inputs())) kept += plan_->width(id);
+  }
+  const int64_t sweep_bytes = std::max<int64_t>(1, std::max(s.sweep_width * V, s.forward_width)) * sizeof(T);
+  const int64_t accumulator = V * plan_->num_parameters() * static_cast<int64_t>(sizeof(T));
+  bool by_example = accumulator <= kAccumulatorBytes;
+  if (choice_ != ScheduleChoice::automatic) by_example = choice_ == ScheduleChoice::by_example;
+  Tiling tiling;
+  tiling.num_threads = num_threads;
+  tiling.by_example = by_example;
+  if (by_example) {
+    const int64_t example_bytes = sweep_bytes + kept * static_cast<int64_t>(sizeof(T));
+    tiling.tile = std::clamp<int64_t>(kTileBytes / example_bytes, 24, 240);
+    // Equal shares: a multiple of the number of threads, tiles of nearly equal size.
+    const int64_t tiles = ceil_div(ceil_div(std::max<int64_t>(N_, 1), tiling.tile), num_threads) * num_threads;
+    tiling.tile = std::max<int64_t>(1, ceil_div(N_, tiles));
+  } else {
+    tiling.tile = std::clamp<int64_t>(kWholeWorkspaceBytes / sweep_bytes, std::min<int64_t>(64, std::max<int64_t>(N_, 1)), 2048);
+    const int64_t tiles = ceil_div(std::max<int64_t>(N_, 1), tiling.tile);
+    tiling.tile = std::max<int64_t>(1, ceil_div(N_, tiles));
+  }
+  return tiling;
+}
+
+template <class T>
+int64_t Tape<T>::cached_bytes() const {
+  int64_t bytes = 0;
+  for (const auto& b : values_) bytes += b.bytes();
+  for (const auto& node : states_) {
+    for (const auto& b : node) bytes += b.bytes();
+  }
+  for (const auto& b : packed_) bytes += b.bytes();
+  for (const auto& b : theta_) bytes += b.bytes();
+  return bytes;
+}
+
+template <class T>
+int64_t Tape<T>::workspace_bytes(int64_t V, int num_threads) const {
+  const Tiling t = tiling(V, num_threads);
+  const int64_t sweep = plan_->schedules().sweep_width * V * t.tile;
+  const int64_t per_thread = t.by_example ? num_threads * (sweep + V * plan_->num_parameters()) : sweep;
+  return (per_thread + V * tangent_packed_size()) * static_cast<int64_t>(sizeof(T));
+}
+
+// body(context, first example, number of examples, workspace, accumulator): every tile of the data once. `out` [V, P] receives the sum of what
+// the tiles add to their accumulators (null: none wanted). Exceptions do not cross the parallel region.
+template <class T>
+template <class Body>
+void Tape<T>::run_tiles(const Context& ctx, int64_t V, T* out, const Body& body) const {
+  const Schedules& s = plan_->schedules();
+  const Tiling t = tiling(V, ctx.num_threads);
+  const int64_t size = V * plan_->num_parameters();
+  const int64_t workspace_size = std::max(s.sweep_width * V, s.forward_width) * t.tile;
+  const int64_t num_tiles = ceil_div(N_, t.tile);
+  if (out) std::memset(out, 0, size * sizeof(T));
+  if (!t.by_example || t.num_threads == 1 || num_tiles <= 1) {
+    Context inner = ctx;
+    if (t.by_example && num_tiles > 1) inner.num_threads = 1;
+    static thread_local Buffer<T> workspace;
+    workspace.resize(workspace_size);
+    for (int64_t i = 0; i < num_tiles; ++i) body(inner, i * t.tile, std::min(t.tile, N_ - i * t.tile), workspace.data(), out);
+    return;
+  }
+  static thread_local Buffer<T> accumulators;  // of the calling thread: [threads, V, P]
+  if (out) accumulators.resize(t.num_threads * size);
+  T* sums = accumulators.data();
+  std::exception_ptr error;
+#pragma omp parallel num_threads(t.num_threads)
+  {
+    const int me = omp_get_thread_num(), count = omp_get_num_threads();
+    Context inner = ctx;
+    inner.num_threads = 1;
+    T* sum = out ? sums + me * size : nullptr;
+    try {
+      static thread_local Buffer<T> workspace;
+      workspace.resize(workspace_size);
+      if (out) std::memset(sum, 0, size * sizeof(T));
+      for (int64_t i = me; i < num_tiles; i += count) body(inner, i * t.tile, std::min(t.tile, N_ - i * t.tile), workspace.data(), sum);
+    } catch (...) {
+#pragma omp critical
+      error = std::current_exception();
+    }
+#pragma omp barrier
+    if (out && !error) {
+      const int64_t slice = ceil_div(size, count), begin = std::min(size, me * slice), end = std::min(size, begin + slice);
+      row_accumulate_stub<T>(inner, count, end - begin, sums + begin, size, out + begin);
+    }
+  }
+  if (error) std::rethrow_exception(error);
+}
+
+template <class T>
+void Tape<T>::jvp(const Context& ctx, int64_t V, const T* v, T* t_out) const {
+  const int64_t C = plan_->output_width();
+  const auto t_theta = slot_rows(v);
+  static thread_local Buffer<T> packed;
+  packed.resize(V * tangent_packed_size());
+  const T* packed_data = packed.data();
+  pack_tangents(ctx, V, t_theta, packed.data());
+  run_tiles(ctx, V, nullptr, [&](const Context& inner, int64_t n0, int64_t n, T* workspace, T*) {
+    tangent_tile(inner, V, n0, n, t_theta, packed_data, workspace);
+    const T* t_z = workspace + plan_->schedules().output * V * n;
+    for (int64_t k = 0; k < V; ++k) std::memcpy(t_out + (k * N_ + n0) * C, t_z + k * n * C, n * C * sizeof(T));
+  });
+}
+
+template <class T>
+void Tape<T>::vjp(const Context& ctx, int64_t V, const T* g, T* out) const {
+  const int64_t C = plan_->output_width();
+  run_tiles(ctx, V, out, [&](const Context& inner, int64_t n0, int64_t n, T* workspace, T* sum) {
+    T* g_z = workspace + plan_->schedules().output * V * n;
+    for (int64_t k = 0; k < V; ++k) std::memcpy(g_z + k * n * C, g + (k * N_ + n0) * C, n * C * sizeof(T));
+    cotangent_tile(inner, V, n0, n, slot_rows(sum), workspace);
+  });
+}
+
+template <class T>
+void Tape<T>::ggn(const Context& ctx, int64_t V, const T* v, const OutputHessian<T>& h, T* out) const {
+  const int64_t C = plan_->output_width();
+  const auto t_theta = slot_rows(v);
+  static thread_local Buffer<T> packed;
+  packed.resize(V * tangent_packed_size());
+  const T* packed_data = packed.data();
+  pack_tangents(ctx, V, t_theta, packed.data());
+  run_tiles(ctx, V, out, [&](const Context& inner, int64_t n0, int64_t n, T* workspace, T* sum) {
+    tangent_tile(inner, V, n0, n, t_theta, packed_data, workspace);
+    OutputHessian<T> tile = h;
+    if (tile.state) tile.state += n0 * C;
+    if (tile.weights) tile.weights += n0;
+    output_hessian_stub<T>(inner, tile, HessianPart::product, V, n, workspace + plan_->schedules().output * V * n);
+    cotangent_tile(inner, V, n0, n, slot_rows(sum), workspace);
+  });
+}
+
+template <class T>
+std::vector<Factor<T>> Tape<T>::factors(const Context& ctx, int64_t V, const T* g, std::vector<Buffer<T>>& storage) const {
+  const Schedules& s = plan_->schedules();
+  const int64_t C = plan_->output_width();
+  Buffer<T> workspace(s.sweep_width * V * N_);
+  std::memcpy(workspace.data() + s.output * V * N_, g, V * N_ * C * sizeof(T));
+  std::vector<Factor<T>> factors;
+  for (const CotangentStep& step : s.cotangent) {
+    Sweep sweep(*this, ctx, step.node, V, 0, N_);
+    const Rule<T>& rule = plan_->rule(step.node);
+    const T* g_y = workspace.data() + step.g_output * V * N_;
+    if (step.params) {
+      // The workspace place will be used again: the factors keep a copy.
+      const int64_t size = V * N_ * sweep.node.width;
+      storage.emplace_back(size);
+      std::memcpy(storage.back().data(), g_y, size * sizeof(T));
+      rule.per_example(sweep.tile, storage.back().data(), factors);
+    }
+    if (step.input >= 0) {
+      const T* scale = step.scale_by < 0 ? nullptr : Sweep(*this, ctx, step.scale_by, V, 0, N_).state[plan_->storage(step.scale_by).derivative];
+      rule.vjp_input(sweep.tile, step.input, g_y, scale, workspace.data() + step.g_input * V * N_, step.accumulate);
+    }
+  }
+  return factors;
+}
+
+template class Tape<float>;
+template class Tape<double>;
+
+}  // namespace infl

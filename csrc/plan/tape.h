@@ -1,0 +1,81 @@
+// Tape: a plan linearised at parameters θ on given examples: outputs, and all that products need, computed once.
+//
+// Products run by one of two schedules (the same plan, rules and numbers up to the order of sums over examples):
+//   by example   each thread takes tiles of examples whose whole state fits its cache through all steps, alone, into its own accumulator
+//   by operator  one tile at a time, all threads inside each kernel, one accumulator
+// Both are deterministic for a given number of threads.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "common/buffer.h"
+#include "kernels/output_hessian.h"
+#include "plan/plan.h"
+
+namespace infl {
+
+enum class ScheduleChoice : int { automatic = 0, by_example = 1, by_operator = 2 };
+
+struct Tiling {
+  bool by_example = false;
+  int64_t tile = 1;      // examples
+  int num_threads = 1;
+};
+
+template <class T>
+class Tape {
+ public:
+  // `inputs`: one array [N, width] per plan input; must outlive the tape.
+  Tape(std::shared_ptr<const Plan<T>> plan, int64_t N, std::vector<const T*> inputs);
+
+  // The forward pass at θ, given per slot; copies what it needs of θ.
+  void linearize(const Context& ctx, const std::vector<const T*>& theta);
+
+  const Plan<T>& plan() const { return *plan_; }
+  int64_t num_examples() const { return N_; }
+  const T* outputs() const { return value(plan_->output(), 0); }  // [N, C]
+
+  void set_schedule(ScheduleChoice choice) { choice_ = choice; }
+  Tiling tiling(int64_t V, int num_threads) const;
+  int64_t cached_bytes() const;
+  int64_t workspace_bytes(int64_t V, int num_threads) const;  // of one product onto V vectors, beyond operand and result
+
+  void jvp(const Context& ctx, int64_t V, const T* v, T* t_out) const;                     // [V, P] -> [V, N, C]
+  void vjp(const Context& ctx, int64_t V, const T* g, T* out) const;                       // [V, N, C] -> [V, P], summed over N
+  void ggn(const Context& ctx, int64_t V, const T* v, const OutputHessian<T>& h, T* out) const;  // [V, P] -> [V, P]
+
+  // Runs the cotangent sweep over all examples and returns each node's factors; they point into the tape and into `storage`.
+  std::vector<Factor<T>> factors(const Context& ctx, int64_t V, const T* g, std::vector<Buffer<T>>& storage) const;
+
+ private:
+  struct Sweep;  // one tile in flight
+
+  const T* value(int id, int64_t n0) const;
+  std::vector<const T*> slot_rows(const T* flat) const;
+  std::vector<T*> slot_rows(T* flat) const;
+  Tile<T> make_tile(const Context& ctx, int node, int64_t V, int64_t n0, int64_t n, std::vector<const T*>& x, std::vector<T*>& state) const;
+  void forward_tile(const Context& ctx, int64_t n0, int64_t n, T* workspace);
+  void tangent_tile(const Context& ctx, int64_t V, int64_t n0, int64_t n, const std::vector<const T*>& t_theta, const T* packed, T* workspace) const;
+  void cotangent_tile(const Context& ctx, int64_t V, int64_t n0, int64_t n, const std::vector<T*>& g_theta, T* workspace) const;
+  int64_t tangent_packed_size() const;
+  void pack_tangents(const Context& ctx, int64_t V, const std::vector<const T*>& t_theta, T* packed) const;
+  template <class Body>
+  void run_tiles(const Context& ctx, int64_t V, T* out, const Body& body) const;
+
+  std::shared_ptr<const Plan<T>> plan_;
+  int64_t N_;
+  std::vector<const T*> inputs_;
+  std::vector<Buffer<T>> values_;                // per value: kept outputs [N, width]
+  std::vector<std::vector<Buffer<T>>> states_;   // per node
+  std::vector<Buffer<T>> packed_;                // per node
+  std::vector<Buffer<T>> theta_;                 // per slot
+  ScheduleChoice choice_ = ScheduleChoice::automatic;
+};
+
+extern template class Tape<float>;
+extern template class Tape<double>;
+
+}  // namespace infl

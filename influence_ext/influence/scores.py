@@ -1,0 +1,108 @@
+"""Influence scores with their error bounds, to be sorted, saved and read again."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from influence_ext.errors import ArgumentError, DataError
+
+FORMAT = "influence_ext.scores/1"
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """``s(t, i)``, the predicted rise of test loss t when training example i is removed.
+
+    Positive: i helps t. Negative: i harms t.
+
+    Attributes:
+        values: ``[n_test, n_train]``.
+        error_bound: ``[n_test, n_train]``: ``|s − s_exact| ≤ error_bound`` for the damped system in exact arithmetic, from the recomputed
+            residual of the solve; infinite without damping.
+        residual_norm: ``[n_test]``, relative residual of each test example's solve.
+        info: how the scores were made (solver, damping, loss, N, P).
+    """
+
+    values: Tensor
+    error_bound: Tensor
+    residual_norm: Tensor
+    info: dict[str, Any] = field(default_factory=dict)
+
+    def top(self, k: int, test: int, *, harmful: bool = False) -> list[tuple[int, float]]:
+        """The ``k`` training examples with the largest scores for one test example, best first (``harmful``: the smallest).
+
+        Returns:
+            Pairs (training index, score).
+
+        Raises:
+            ArgumentError: ``test`` or ``k`` out of range.
+        """
+        num_test, num_train = self.values.shape
+        if not 0 <= test < num_test:
+            raise ArgumentError(f"Scores.top: expected test in [0, {num_test}), got {test}; choose a row of values.")
+        if not 1 <= k <= num_train:
+            raise ArgumentError(f"Scores.top: expected k in [1, {num_train}], got {k}; there are {num_train} training examples.")
+        found = torch.topk(self.values[test], k, largest=not harmful)
+        return list(zip(found.indices.tolist(), found.values.tolist(), strict=True))
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write an ``.npz`` file that :func:`load_scores` and NumPy read. The file appears whole or not at all.
+
+        Returns:
+            The path written, with the suffix ``.npz``.
+        """
+        import numpy as np
+
+        target = Path(path)
+        if target.suffix != ".npz":
+            target = target.with_name(target.name + ".npz")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(target.name + ".partial")
+        try:
+            with partial.open("wb") as file:
+                np.savez(
+                    file,
+                    format=np.array(FORMAT),
+                    values=self.values.numpy(),
+                    error_bound=self.error_bound.numpy(),
+                    residual_norm=self.residual_norm.numpy(),
+                    info=np.array(json.dumps(self.info)),
+                )
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
+        return target
+
+    def __repr__(self) -> str:
+        worst = f"{float(self.residual_norm.max()):.1e}" if len(self.residual_norm) else "-"
+        return f"Scores({self.values.shape[0]} test x {self.values.shape[1]} train, worst residual {worst})"
+
+
+def load_scores(path: str | os.PathLike[str]) -> Scores:
+    """Read what :meth:`Scores.save` wrote.
+
+    Raises:
+        DataError: the file is missing or not a scores file.
+    """
+    import numpy as np
+
+    source = Path(path)
+    if not source.exists() and source.suffix != ".npz":
+        source = source.with_name(source.name + ".npz")
+    try:
+        with np.load(source, allow_pickle=False) as file:
+            if str(file["format"]) != FORMAT:
+                raise DataError(f"load_scores: expected a file of format {FORMAT}, got {str(file['format'])!r} in {source}; save it again.")
+            arrays = [torch.from_numpy(file[name]) for name in ("values", "error_bound", "residual_norm")]
+            return Scores(*arrays, info=json.loads(str(file["info"])))
+    except (OSError, KeyError, ValueError) as reason:
+        if isinstance(reason, DataError):
+            raise
+        raise DataError(f"load_scores: expected a file written by Scores.save, got {source} ({reason}); check the path.") from reason

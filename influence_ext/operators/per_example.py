@@ -1,0 +1,158 @@
+"""Per-example gradients and what is computed from them without forming them. All of the unreduced loss ``ℓ_n`` of each example."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from influence_ext.data import Examples, load
+from influence_ext.errors import DeviceError, DTypeError, ShapeError
+from influence_ext.losses import Loss, LossLike, resolve
+from influence_ext.params import Selection
+from influence_ext.plan import Plan, Tape
+
+
+@dataclass(frozen=True, eq=False)
+class ExampleGradients:
+    """``∇ℓ_n`` at one θ for N examples, held as factors; the quantities below are computed from them on demand.
+
+    Attributes:
+        tape: the network linearised on the examples.
+        output_gradients: ``[N, *out]``, ``∇_z ℓ_n``.
+    """
+
+    tape: Tape
+    output_gradients: Tensor
+
+    @classmethod
+    def of(cls, model: nn.Module, loss: LossLike | Loss, data: Any, params: Selection | None, who: str) -> ExampleGradients:
+        """Run the model on the data and take the loss gradient at its outputs."""
+        resolved = resolve(loss, None, who)
+        examples = load(data, who)
+        return cls.at(Plan.of(model, examples.X, params, who), resolved, examples, who)
+
+    @classmethod
+    def at(cls, plan: Plan, loss: Loss, examples: Examples, who: str, theta: Tensor | None = None) -> ExampleGradients:
+        """The same for a captured model, at ``theta`` (default: the model's own parameters)."""
+        return cls.on(plan.linearize(examples.X, theta), loss, examples.targets, who)
+
+    @classmethod
+    def on(cls, tape: Tape, loss: Loss, targets: Tensor, who: str) -> ExampleGradients:
+        """The same for a tape that is already there."""
+        loss.check(tape.outputs, targets, who)
+        tape.check_outputs(who)
+        return cls(tape, loss.gradient(tape.outputs, targets))
+
+    def materialise(self, out: Tensor | None = None) -> Tensor:
+        """``[N, P]``, one gradient a row; written into ``out`` if given (contiguous ``[N, P]`` of the same dtype)."""
+        factors = self.tape.factors(self.output_gradients[None])
+        rows: Tensor = factors.materialise(out)
+        return rows.view(self.tape.num_examples, self.tape.plan.space.num_parameters)
+
+    def sum(self) -> Tensor:
+        """``Σ_n ∇ℓ_n``: ``[P]``."""
+        return self.tape.vjp(self.output_gradients[None])[0]
+
+    def dots(self, V: Tensor) -> Tensor:
+        """``⟨∇ℓ_n, v⟩``: ``[V, P] -> [N, V]``, as ``∇_zℓ_nᵀ (J_n v)``: a tangent sweep, no gradients at all."""
+        tangents = self.tape.jvp(V).flatten(2)
+        gradients = self.output_gradients.flatten(1)
+        return torch.einsum("vnc,nc->nv", tangents, gradients)
+
+    def norms(self) -> Tensor:
+        """``‖∇ℓ_n‖₂``: ``[N]``."""
+        squares: Tensor = self.tape.factors(self.output_gradients[None]).square_norms()
+        return squares[0].sqrt()
+
+    def gram(self, other: ExampleGradients | None = None) -> Tensor:
+        """``⟨∇ℓ_n, ∇ℓ'_m⟩``: ``[N, M]``; of the examples with themselves by default."""
+        mine = self.tape.factors(self.output_gradients[None])
+        theirs = mine if other is None else other.tape.factors(other.output_gradients[None])
+        gram: Tensor = mine.gram(theirs)
+        return gram
+
+
+def per_example_grads(
+    model: nn.Module, loss: LossLike | Loss, data: Any, *, params: Selection | None = None, out: Tensor | None = None
+) -> dict[str, Tensor]:
+    """``∇ℓ_n`` of every example, materialised.
+
+    Args:
+        model: used in evaluation mode, never modified.
+        loss: see :func:`influence_ext.losses.resolve`; its reduction over examples plays no part.
+        data: one ``(X, y)`` or a re-iterable of such batches.
+        params: selects a sub-space.
+        out: optional buffer ``[N, P]`` to write into, contiguous, of the parameters' dtype.
+
+    Returns:
+        Name -> ``[N, *shape]``, views of one ``[N, P]`` buffer.
+
+    Raises:
+        ShapeError, DTypeError, DataError, UnsupportedModelError, UnsupportedLossError: see :class:`influence_ext.GGN`; or ``out`` does
+            not fit.
+
+    Cost: one forward pass, one cotangent sweep, N·P elements written once.
+    """
+    gradients = ExampleGradients.of(model, loss, data, params, "per_example_grads")
+    space = gradients.tape.plan.space
+    if out is not None:
+        shape = (gradients.tape.num_examples, space.num_parameters)
+        if tuple(out.shape) != shape or not out.is_contiguous():
+            kind = "contiguous" if out.is_contiguous() else "non-contiguous"
+            raise ShapeError(f"per_example_grads: expected out contiguous of shape {list(shape)}, got {kind} {list(out.shape)}; allocate it with torch.empty.")
+        if out.dtype != space.dtype:
+            raise DTypeError(f"per_example_grads: expected out of dtype {space.dtype}, got {out.dtype}; allocate it with that dtype.")
+    return space.unflatten(gradients.materialise(out))
+
+
+def per_example_dots(model: nn.Module, loss: LossLike | Loss, data: Any, V: Tensor, *, params: Selection | None = None) -> Tensor:
+    """``⟨∇ℓ_n, v⟩`` for many vectors, without forming gradients.
+
+    Args:
+        model: used in evaluation mode, never modified.
+        loss: see :func:`influence_ext.losses.resolve`.
+        data: one ``(X, y)`` or a re-iterable of such batches.
+        V: ``[V, P]``, one vector a row, or ``[P]``.
+        params: selects a sub-space.
+
+    Returns:
+        ``[N, V]``, or ``[N]`` for a single vector.
+
+    Raises:
+        ShapeError, DTypeError, DeviceError: ``V`` does not fit; otherwise as :func:`per_example_grads`.
+
+    Cost: one forward pass and V tangent sweeps.
+    """
+    who = "per_example_dots"
+    gradients = ExampleGradients.of(model, loss, data, params, who)
+    space = gradients.tape.plan.space
+    if V.dim() not in (1, 2) or V.shape[-1] != space.num_parameters:
+        raise ShapeError(f"{who}: expected V of shape [V, P] with P = {space.num_parameters}, got {list(V.shape)}; parameters: {space.describe()}.")
+    if V.dtype != space.dtype:
+        raise DTypeError(f"{who}: expected V of dtype {space.dtype}, got {V.dtype}; convert it with V.to({space.dtype}).")
+    if V.device != space.device:
+        raise DeviceError(f"{who}: expected V on {space.device}, got {V.device}; move it with V.to('{space.device}').")
+    dots = gradients.dots(V.detach().reshape(-1, space.num_parameters).contiguous())
+    return dots[:, 0] if V.dim() == 1 else dots
+
+
+def per_example_norms(model: nn.Module, loss: LossLike | Loss, data: Any, *, params: Selection | None = None) -> Tensor:
+    """``‖∇ℓ_n‖₂`` of every example, ``[N]``, from layer factors. Arguments and errors as :func:`per_example_grads`.
+
+    Cost: one forward pass and one cotangent sweep.
+    """
+    return ExampleGradients.of(model, loss, data, params, "per_example_norms").norms()
+
+
+def grad_gram(model: nn.Module, loss: LossLike | Loss, data: Any, other: Any = None, *, params: Selection | None = None) -> Tensor:
+    """Inner products of per-example gradients, ``[N, M]``: of ``data`` with ``other``, or with itself.
+
+    Arguments and errors as :func:`per_example_grads`. Cost: a forward pass and a cotangent sweep for each data set, and one product
+    ``[N, width]·[width, M]`` for each side of each layer.
+    """
+    who = "grad_gram"
+    first = ExampleGradients.of(model, loss, data, params, who)
+    return first.gram(None if other is None else ExampleGradients.of(model, loss, other, params, who))

@@ -1,0 +1,240 @@
+"""Plan and Tape: a captured network on the C++ executor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from influence_ext import _C
+from influence_ext.capture import CapturedGraph, capture, format_table, named_tensors
+from influence_ext.errors import ArgumentError, DataError, DeviceError, DTypeError, ShapeError, UnsupportedModelError
+from influence_ext.losses import OutputHessian
+from influence_ext.params import ParameterSpace, Selection
+
+Schedule = Literal["auto", "by_example", "by_operator"]
+_SCHEDULES: dict[str, int] = {"auto": 0, "by_example": 1, "by_operator": 2}
+
+
+class Plan:
+    """The structure of a network as nodes with C++ rules, and the parameters that are differentiated.
+
+    Attributes:
+        space: layout of the flat vectors ``[P]``.
+        graph: the captured nodes.
+        output_shape: of one example, ``*out``.
+    """
+
+    def __init__(self, model: nn.Module, graph: CapturedGraph, space: ParameterSpace):
+        self.space = space
+        self.graph = graph
+        self.output_shape = graph.output_shape
+        self._model = model
+        offsets = dict(zip(space.names, space.offsets, strict=True))
+        slots = []
+        for slot in graph.slots:
+            name = space.aliases.get(slot.name, slot.name)
+            slots.append((math.prod(slot.shape), offsets.get(name, -1) if slot.kind == "parameter" else -1))
+        aliases = [-1] * graph.num_values
+        nodes = []
+        for node in graph.nodes:
+            if node.rule == "view":
+                aliases[node.output] = node.inputs[0]
+                continue
+            fields = ("rule", "name", "inputs", "output", "slots", "ints", "floats", "width")
+            nodes.append({field: getattr(node, field) for field in fields})
+        widths = [math.prod(shape) for shape in graph.input_shapes]
+        kind = _C.Plan32 if space.dtype == torch.float32 else _C.Plan64
+        self._native = kind(nodes, slots, widths, aliases, graph.output)
+        if not self._native.output_depends_on_parameters:
+            raise UnsupportedModelError(
+                f"{graph.model_name}: expected an output that depends on a trainable parameter, got none among "
+                f"{space.describe()}; train a parameter that the forward pass reads."
+            )
+
+    @classmethod
+    def of(cls, model: nn.Module, X: Any, params: Selection | None = None, who: str = "Plan") -> Plan:
+        """Capture ``model`` as it behaves in evaluation mode.
+
+        Args:
+            model: not modified.
+            X: example input (a tensor, a tuple or a dict of tensors); shapes and dtypes count, values do not.
+            params: see :meth:`ParameterSpace.of`.
+            who: the caller's name for messages.
+
+        Raises:
+            UnsupportedModelError: operators without a rule (all of them are listed) or a model that torch.export cannot trace.
+            ArgumentError, DTypeError, DeviceError, DataError: see :meth:`ParameterSpace.of`.
+
+        Cost: one ``torch.export`` the first time a structure is seen (about a second), microseconds after that.
+        """
+        space = ParameterSpace.of(model, params, who)
+        graph = capture(model, X, trainable=space.names, who=who)
+        return cls(model, graph, space)
+
+    def linearize(self, X: Any, theta: Tensor | None = None) -> Tape:
+        """The forward pass at ``theta`` and all that products need.
+
+        Args:
+            X: inputs of N examples, the structure the plan was captured with.
+            theta: ``[P]``; by default the model's own parameters at this moment. Frozen parameters and buffers are read now.
+
+        Raises:
+            ShapeError, DTypeError, DeviceError: inputs or theta do not fit.
+            DataError: outputs are not finite.
+
+        Cost: one forward pass; memory ``Tape.cached_bytes``.
+        """
+        if theta is None:
+            theta = self.space.values(self._model)
+        return Tape(self, self._inputs(X), theta)
+
+    def report(self) -> str:
+        """A table of the nodes and the rule that runs each."""
+        fused = set(self._native.fused_nodes)
+        return format_table(self.graph, notes={name: "fused into the product before it" for name in fused})
+
+    def _inputs(self, X: Any) -> list[Tensor]:
+        tensors = [X] if isinstance(X, Tensor) else list(X.values() if isinstance(X, Mapping) else X)
+        graph = self.graph
+        if len(tensors) != graph.num_inputs:
+            raise ShapeError(f"{graph.model_name}: expected {graph.num_inputs} input tensors, got {len(tensors)}; pass X as captured.")
+        inputs = []
+        for name, shape, x in zip(graph.input_names, graph.input_shapes, tensors, strict=True):
+            if tuple(x.shape[1:]) != shape:
+                raise ShapeError(
+                    f"{graph.model_name}: expected {name} of shape [N, {', '.join(map(str, shape))}], got {list(x.shape)}; "
+                    "pass examples of one shape."
+                )
+            if x.dtype != self.space.dtype:
+                raise DTypeError(
+                    f"{graph.model_name}: expected {name} of the parameters' dtype {self.space.dtype}, got {x.dtype}; "
+                    f"convert it with .to({self.space.dtype})."
+                )
+            if x.device != self.space.device:
+                raise DeviceError(
+                    f"{graph.model_name}: expected {name} on the parameters' device {self.space.device}, got {x.device}; "
+                    f"move it with .to('{self.space.device}')."
+                )
+            inputs.append(x.detach().contiguous())
+        return inputs
+
+    def _slot_tensors(self) -> list[Tensor | None]:
+        """Values of what is not differentiated; None where theta provides it."""
+        tensors = named_tensors(self._model)
+        names = set(self.space.names)
+        found: list[Tensor | None] = []
+        for slot in self.graph.slots:
+            if slot.kind == "parameter" and self.space.aliases.get(slot.name, slot.name) in names:
+                found.append(None)
+            else:
+                found.append(slot.read(tensors).to(self.space.dtype).contiguous())
+        return found
+
+
+class Tape:
+    """A network linearised at θ on N examples. Made by :meth:`Plan.linearize`.
+
+    Attributes:
+        plan: where it came from.
+        num_examples: N.
+        theta: ``[P]``, the parameters it stands at.
+    """
+
+    def __init__(self, plan: Plan, inputs: Sequence[Tensor], theta: Tensor):
+        self.plan = plan
+        self._constants = plan._slot_tensors()
+        kind = _C.Tape32 if plan.space.dtype == torch.float32 else _C.Tape64
+        self._native = kind(plan._native, list(inputs))
+        self.num_examples: int = self._native.num_examples
+        self.relinearize(theta)
+
+    def relinearize(self, theta: Tensor) -> None:
+        """Move to another θ ``[P]`` on the same examples; memory is reused, factors made before become invalid.
+
+        Raises:
+            ShapeError, DTypeError: theta is not ``[P]`` of the plan's dtype.
+        """
+        space = self.plan.space
+        if theta.shape != (space.num_parameters,):
+            raise ShapeError(f"Tape: expected theta of shape [P] = [{space.num_parameters}], got {list(theta.shape)}; parameters: {space.describe()}.")
+        if theta.dtype != space.dtype:
+            raise DTypeError(f"Tape: expected theta of dtype {space.dtype}, got {theta.dtype}; convert it with .to({space.dtype}).")
+        self.theta = theta.detach().clone()
+        by_name = space.unflatten(self.theta)
+        values = []
+        for slot, constant in zip(self.plan.graph.slots, self._constants, strict=True):
+            values.append(by_name[space.aliases.get(slot.name, slot.name)] if constant is None else constant)
+        self._native.linearize(values)
+        self._outputs: Tensor | None = None
+
+    @property
+    def outputs(self) -> Tensor:
+        """``[N, *out]``, the network's outputs (a copy, made once)."""
+        if self._outputs is None:
+            self._outputs = self._native.outputs().view(self.num_examples, *self.plan.output_shape)
+        return self._outputs
+
+    @property
+    def cached_bytes(self) -> int:
+        """Memory the tape holds for products."""
+        return int(self._native.cached_bytes)
+
+    def workspace_bytes(self, num_vectors: int) -> int:
+        """Memory one product onto V vectors takes beyond operand and result."""
+        return int(self._native.workspace_bytes(num_vectors))
+
+    def set_schedule(self, schedule: Schedule) -> None:
+        """Force how products run over examples: ``"by_example"``, ``"by_operator"`` or ``"auto"`` (by size).
+
+        Raises:
+            ArgumentError: another word.
+        """
+        if schedule not in _SCHEDULES:
+            raise ArgumentError(f"Tape: expected a schedule among {', '.join(_SCHEDULES)}, got {schedule!r}; choose one.")
+        self._native.set_schedule(_SCHEDULES[schedule])
+
+    def schedule(self, num_vectors: int) -> str:
+        """How a product onto V vectors runs, in words."""
+        by_example, tile, threads = self._native.tiling(num_vectors)
+        name = "by example" if by_example else "by operator"
+        return f"{name}, tiles of {tile} examples, {threads} thread{'s' if threads > 1 else ''}"
+
+    def jvp(self, V: Tensor) -> Tensor:
+        """``J_n v``: ``[V, P] -> [V, N, *out]``. Cost: one tangent sweep for all V."""
+        out: Tensor = self._native.jvp(V)
+        return out.view(V.shape[0], self.num_examples, *self.plan.output_shape)
+
+    def vjp(self, G: Tensor) -> Tensor:
+        """``Σ_n J_nᵀ g[v, n]``: ``[V, N, *out] -> [V, P]``. Cost: one cotangent sweep for all V."""
+        out: Tensor = self._native.vjp(G.contiguous())
+        return out
+
+    def ggn(self, V: Tensor, hessian: OutputHessian) -> Tensor:
+        """``Σ_n J_nᵀ (w_n H_n) J_n v``: ``[V, P] -> [V, P]``. Cost: one tangent and one cotangent sweep for all V."""
+        out: Tensor = self._native.ggn(V, hessian.shape, hessian.scale, hessian.state, hessian.weights)
+        return out
+
+    def factors(self, G: Tensor) -> Any:
+        """Per-example factors of ``J_nᵀ g[v, n]`` for ``G [V, N, *out]``: ``materialise``, ``square_norms``, ``square_sum``, ``gram``.
+
+        They point into the tape: valid until ``relinearize``. Cost: one cotangent sweep; memory V·N times the widths of the trainable nodes.
+        """
+        return self._native.factors(G.contiguous())
+
+    def check_outputs(self, who: str) -> None:
+        """Raise if an output is not finite.
+
+        Raises:
+            DataError: names the first such example.
+        """
+        finite = torch.isfinite(self.outputs).reshape(self.num_examples, -1).all(dim=1)
+        if not bool(finite.all()):
+            first = int((~finite).nonzero()[0, 0])
+            raise DataError(
+                f"{who}: expected finite outputs of {self.plan.graph.model_name}, got NaN or infinity for example {first} "
+                f"({int((~finite).sum())} of {self.num_examples}); check the inputs' scale and the parameters."
+            )

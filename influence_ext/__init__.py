@@ -10,10 +10,10 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import torch  # noqa: F401  (first: the extension links against torch's libraries and shares its OpenMP)
+import torch  # first: the extension needs its libraries and shares its OpenMP
 
 try:
-    from influence_ext import _C
+    import influence_ext._C as _C
 except ImportError as reason:
     raise ImportError(
         "influence_ext: expected the compiled extension influence_ext._C to load with this torch "

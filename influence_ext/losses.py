@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from influence_ext import _C
+import influence_ext._C as _C
 from influence_ext.errors import ArgumentError, DataError, DTypeError, ShapeError, UnsupportedLossError
 
 LossLike = str | nn.Module | Callable[..., Any]

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from influence_ext import _C
+import influence_ext._C as _C
 from influence_ext.capture import CapturedGraph, capture, format_table, named_tensors
 from influence_ext.errors import ArgumentError, DataError, DeviceError, DTypeError, ShapeError, UnsupportedModelError
 from influence_ext.losses import OutputHessian

@@ -100,8 +100,8 @@ def load_scores(path: str | os.PathLike[str]) -> Scores:
         with np.load(source, allow_pickle=False) as file:
             if str(file["format"]) != FORMAT:
                 raise DataError(f"load_scores: expected a file of format {FORMAT}, got {str(file['format'])!r} in {source}; save it again.")
-            arrays = [torch.from_numpy(file[name]) for name in ("values", "error_bound", "residual_norm")]
-            return Scores(*arrays, info=json.loads(str(file["info"])))
+            values, bound, residuals = (torch.from_numpy(file[name]) for name in ("values", "error_bound", "residual_norm"))
+            return Scores(values, bound, residuals, json.loads(str(file["info"])))
     except (OSError, KeyError, ValueError) as reason:
         if isinstance(reason, DataError):
             raise

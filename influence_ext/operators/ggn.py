@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -124,7 +125,7 @@ class GGN(CurvatureOperator):
             return super().__matmul__(v)
         named = self.space.unflatten(self.matvec(self.space.flatten(v)))
         if isinstance(v, dict):
-            return {name: named[self.space.aliases.get(name, name)] for name in v}
+            return {name: named[self.space.aliases.get(name, name)] for name in map(str, v)}
         return [named[name] for name in self.space.names]
 
     def diagonal(self) -> Tensor:
@@ -134,8 +135,7 @@ class GGN(CurvatureOperator):
         squares a layer; memory N·C times the widths of the trainable layers, in blocks of right-hand sides.
         """
         total = torch.zeros(self.num_parameters, dtype=self.dtype, device=self.device)
-        for start, roots in self._root_blocks():
-            del start
+        for roots in self._root_blocks():
             total += self._tape.factors(roots).square_sum()
         return total.add_(self.damping)
 
@@ -180,11 +180,13 @@ class GGN(CurvatureOperator):
         unit[torch.arange(stop - start), :, torch.arange(start, stop)] = 1
         return self._hessian.root_matmat(unit.view(stop - start, N, *self._tape.plan.output_shape))
 
-    def _root_blocks(self, limit_bytes: int = 256 * 2**20) -> list[tuple[int, Tensor]]:
+    def _root_blocks(self, limit_bytes: int = 256 * 2**20) -> Iterator[Tensor]:
+        """All of them, a block of output elements at a time."""
         C = self.num_roots // self.num_examples
         width = sum(node.width for node in self._tape.plan.graph.nodes)
         block = max(1, min(C, limit_bytes // max(1, self.num_examples * width * self.dtype.itemsize)))
-        return [(start, self._roots(start, min(start + block, C))) for start in range(0, C, block)]
+        for start in range(0, C, block):
+            yield self._roots(start, min(start + block, C))
 
     def _hint(self) -> str:
         return f"; parameters: {self.space.describe()}"

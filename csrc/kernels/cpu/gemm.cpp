@@ -185,15 +185,16 @@ void gemm_block(const Gemm<T>& g, const GemmTerm<T>* terms, int num_terms, int64
   for (int t = 0; t < num_terms; ++t) {
     local[t] = terms[t];
     a_block[t] = terms[t].a + v * terms[t].a_batch + m0 * terms[t].a_row;
-    // Rows 2 KiB apart fall into two cache sets: copy the block with an odd number of cache lines per row.
-    const int64_t stride_bytes = terms[t].a_row * static_cast<int64_t>(sizeof(T));
-    if (terms[t].a_col == 1 && stride_bytes % 2048 == 0 && terms[t].K > 16 && (p1 - p0) > 1) {
-      const int64_t ld = terms[t].K + 16;
-      T* copy = scratch<T>((m1 - m0) * ld, t);
-      for (int64_t m = 0; m < m1 - m0; ++m) std::memcpy(copy + m * ld, a_block[t] + m * terms[t].a_row, terms[t].K * sizeof(T));
-      a_block[t] = copy;
-      local[t].a_row = ld;
-    }
+    // Lines 2 KiB apart fall into two cache sets and push each other out: copy the block side by side, an odd number of lines per row.
+    const int64_t stride = terms[t].a_col == 1 ? terms[t].a_row : terms[t].a_col;
+    if (stride * static_cast<int64_t>(sizeof(T)) % 2048 != 0 || terms[t].K <= 16 || p1 - p0 < 2) continue;
+    const bool rows_first = terms[t].a_col == 1;
+    const int64_t lines = rows_first ? m1 - m0 : terms[t].K, length = rows_first ? terms[t].K : m1 - m0;
+    const int64_t ld = length + 16;
+    T* copy = scratch<T>(lines * ld, t);
+    for (int64_t i = 0; i < lines; ++i) std::memcpy(copy + i * ld, a_block[t] + i * stride, length * sizeof(T));
+    a_block[t] = copy;
+    (rows_first ? local[t].a_row : local[t].a_col) = ld;
   }
   for (int64_t p = p0; p < p1; ++p) {
     const int64_t columns = std::min<int64_t>(W, g.N - p * W);

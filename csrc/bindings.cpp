@@ -91,7 +91,7 @@ template <class T>
 void bind(py::module_& m, const std::string& suffix) {
   py::class_<Plan<T>, std::shared_ptr<Plan<T>>>(m, ("Plan" + suffix).c_str())
       .def(py::init([](const std::vector<py::dict>& nodes, const std::vector<std::pair<int64_t, int64_t>>& slots, std::vector<int64_t> input_widths,
-                       std::vector<int> aliases, int output) {
+                       std::vector<int> aliases, int output, int64_t num_parameters) {
              std::vector<Node> parsed;
              for (const py::dict& d : nodes) {
                Node node;
@@ -107,9 +107,9 @@ void bind(py::module_& m, const std::string& suffix) {
              }
              std::vector<Slot> parsed_slots;
              for (const auto& [size, offset] : slots) parsed_slots.push_back({size, offset});
-             return std::make_shared<Plan<T>>(std::move(parsed), std::move(parsed_slots), std::move(input_widths), std::move(aliases), output);
+             return std::make_shared<Plan<T>>(std::move(parsed), std::move(parsed_slots), std::move(input_widths), std::move(aliases), output, num_parameters);
            }),
-           py::arg("nodes"), py::arg("slots"), py::arg("input_widths"), py::arg("aliases"), py::arg("output"))
+           py::arg("nodes"), py::arg("slots"), py::arg("input_widths"), py::arg("aliases"), py::arg("output"), py::arg("num_parameters"))
       .def_property_readonly("num_parameters", &Plan<T>::num_parameters)
       .def_property_readonly("output_depends_on_parameters", &Plan<T>::output_depends_on_parameters)
       .def_property_readonly("widest_activation", &Plan<T>::widest_activation)
@@ -191,7 +191,7 @@ void bind(py::module_& m, const std::string& suffix) {
             py::gil_scoped_release release;
             std::vector<Buffer<T>> storage;
             auto factors = b->tape->factors(ctx, V, from, storage);
-            auto set = std::make_unique<FactorSet<T>>(V, b->N(), b->tape->plan().slots(), std::move(factors), std::move(storage));
+            auto set = std::make_unique<FactorSet<T>>(V, b->N(), b->P(), b->tape->plan().slots(), std::move(factors), std::move(storage));
             return std::make_shared<BoundFactors<T>>(BoundFactors<T>{b, std::move(set)});
           },
           py::arg("g"));

@@ -13,6 +13,7 @@ class _Plan:
         input_widths: Sequence[int],
         aliases: Sequence[int],
         output: int,
+        num_parameters: int,
     ) -> None: ...
     @property
     def num_parameters(self) -> int: ...

@@ -48,7 +48,7 @@ class Plan:
             nodes.append({field: getattr(node, field) for field in fields})
         widths = [math.prod(shape) for shape in graph.input_shapes]
         kind = _C.Plan32 if space.dtype == torch.float32 else _C.Plan64
-        self._native = kind(nodes, slots, widths, aliases, graph.output)
+        self._native = kind(nodes, slots, widths, aliases, graph.output, space.num_parameters)
         if not self._native.output_depends_on_parameters:
             raise UnsupportedModelError(
                 f"{graph.model_name}: expected an output that depends on a trainable parameter, got none among "

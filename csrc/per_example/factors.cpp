@@ -33,8 +33,9 @@ void multiply_transposed(const Context& ctx, int64_t M, int64_t N, int64_t K, co
 }  // namespace
 
 template <class T>
-FactorSet<T>::FactorSet(int64_t V, int64_t N, std::vector<Slot> slots, std::vector<Factor<T>> factors, std::vector<Buffer<T>> storage)
-    : V_(V), N_(N), slots_(std::move(slots)), storage_(std::move(storage)) {
+FactorSet<T>::FactorSet(int64_t V, int64_t N, int64_t num_parameters, std::vector<Slot> slots, std::vector<Factor<T>> factors,
+                        std::vector<Buffer<T>> storage)
+    : V_(V), N_(N), num_parameters_(num_parameters), slots_(std::move(slots)), storage_(std::move(storage)) {
   for (Factor<T>& factor : factors) groups_[factor.slot].push_back(factor);
 }
 
@@ -51,14 +52,19 @@ void FactorSet<T>::form(const Context& ctx, const Group& group, int64_t v, int64
 
 template <class T>
 void FactorSet<T>::materialise(const Context& ctx, T* out, int64_t stride) const {
-  std::vector<bool> filled(slots_.size(), false);
-  for (const auto& [slot, group] : groups_) {
-    filled[slot] = true;
-    for (int64_t v = 0; v < V_; ++v) form(ctx, group, v, 0, N_, out + v * N_ * stride + slots_[slot].offset, stride);
+  // Parameters that do not influence the output have zero gradients: clear the gaps between those that do.
+  std::map<int64_t, int64_t> covered;  // offset -> size
+  for (const auto& [slot, group] : groups_) covered[slots_[slot].offset] = slots_[slot].size;
+  covered[num_parameters_] = 0;
+  int64_t at = 0;
+  for (const auto& [offset, size] : covered) {
+    if (offset > at) {
+      for (int64_t i = 0; i < V_ * N_; ++i) std::memset(out + i * stride + at, 0, (offset - at) * sizeof(T));
+    }
+    at = offset + size;
   }
-  for (size_t slot = 0; slot < slots_.size(); ++slot) {  // parameters that do not influence the output
-    if (filled[slot] || slots_[slot].offset < 0) continue;
-    for (int64_t i = 0; i < V_ * N_; ++i) std::memset(out + i * stride + slots_[slot].offset, 0, slots_[slot].size * sizeof(T));
+  for (const auto& [slot, group] : groups_) {
+    for (int64_t v = 0; v < V_; ++v) form(ctx, group, v, 0, N_, out + v * N_ * stride + slots_[slot].offset, stride);
   }
 }
 
@@ -98,9 +104,7 @@ void FactorSet<T>::square_norms(const Context& ctx, T* out) const {
 
 template <class T>
 void FactorSet<T>::square_sum(const Context& ctx, T* out) const {
-  for (const Slot& slot : slots_) {
-    if (slot.offset >= 0) std::memset(out + slot.offset, 0, slot.size * sizeof(T));
-  }
+  std::memset(out, 0, num_parameters_ * sizeof(T));
   for (const auto& [slot, group] : groups_) {
     const int64_t size = slots_[slot].size;
     T* to = out + slots_[slot].offset;

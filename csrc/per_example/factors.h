@@ -21,7 +21,7 @@ template <class T>
 class FactorSet {
  public:
   // The factors point into `storage` and into arrays that must outlive the set.
-  FactorSet(int64_t V, int64_t N, std::vector<Slot> slots, std::vector<Factor<T>> factors, std::vector<Buffer<T>> storage);
+  FactorSet(int64_t V, int64_t N, int64_t num_parameters, std::vector<Slot> slots, std::vector<Factor<T>> factors, std::vector<Buffer<T>> storage);
 
   int64_t num_vectors() const { return V_; }
   int64_t num_examples() const { return N_; }
@@ -38,7 +38,7 @@ class FactorSet {
   void form(const Context& ctx, const Group& group, int64_t v, int64_t n0, int64_t n, T* out, int64_t stride) const;
   void add_gram(const Context& ctx, const Group& mine, const FactorSet& other, const Group& theirs, int64_t size, T* out) const;
 
-  int64_t V_, N_;
+  int64_t V_, N_, num_parameters_;
   std::vector<Slot> slots_;
   std::map<int, Group> groups_;  // by slot
   std::vector<Buffer<T>> storage_;

@@ -36,8 +36,14 @@ class Places {
 }  // namespace
 
 template <class T>
-Plan<T>::Plan(std::vector<Node> nodes, std::vector<Slot> slots, std::vector<int64_t> input_widths, std::vector<int> aliases, int output)
-    : nodes_(std::move(nodes)), slots_(std::move(slots)), input_widths_(std::move(input_widths)), canonical_(std::move(aliases)), output_(output) {
+Plan<T>::Plan(std::vector<Node> nodes, std::vector<Slot> slots, std::vector<int64_t> input_widths, std::vector<int> aliases, int output,
+              int64_t num_parameters)
+    : nodes_(std::move(nodes)),
+      slots_(std::move(slots)),
+      input_widths_(std::move(input_widths)),
+      canonical_(std::move(aliases)),
+      output_(output),
+      num_parameters_(num_parameters) {
   const int num_values = static_cast<int>(canonical_.size());
   if (output_ < 0 || output_ >= num_values) throw std::invalid_argument("Plan: expected the output to be a value id, got " + std::to_string(output_) + ".");
   for (int value = 0; value < num_values; ++value) {
@@ -65,7 +71,10 @@ Plan<T>::Plan(std::vector<Node> nodes, std::vector<Slot> slots, std::vector<int6
   }
   if (!unknown.empty()) throw std::invalid_argument("Plan: expected rules that exist, got " + unknown + ".");
   for (const Slot& slot : slots_) {
-    if (slot.offset >= 0) num_parameters_ = std::max(num_parameters_, slot.offset + slot.size);
+    if (slot.offset + slot.size > num_parameters_ && slot.offset >= 0) {
+      throw std::invalid_argument("Plan: expected parameters within " + std::to_string(num_parameters_) + " elements, got one at " +
+                                  std::to_string(slot.offset) + " of size " + std::to_string(slot.size) + ".");
+    }
   }
   analyse();
   compile_forward();

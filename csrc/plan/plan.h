@@ -55,7 +55,9 @@ template <class T>
 class Plan {
  public:
   // `aliases` maps a value to the value it re-reads (views), -1 for itself. Values 0..input_widths.size()-1 are the network's inputs.
-  Plan(std::vector<Node> nodes, std::vector<Slot> slots, std::vector<int64_t> input_widths, std::vector<int> aliases, int output);
+  // `num_parameters`: length of the flat vectors; parameters that no node reads have a place there too.
+  Plan(std::vector<Node> nodes, std::vector<Slot> slots, std::vector<int64_t> input_widths, std::vector<int> aliases, int output,
+       int64_t num_parameters);
 
   const std::vector<Node>& nodes() const { return nodes_; }
   const std::vector<Slot>& slots() const { return slots_; }
@@ -86,7 +88,7 @@ class Plan {
   std::vector<int64_t> input_widths_;
   std::vector<int> canonical_;
   int output_;
-  int64_t num_parameters_ = 0;
+  int64_t num_parameters_;
   std::vector<const Rule<T>*> rules_;
   std::vector<Storage> storages_;
   std::vector<int64_t> widths_;      // per canonical value

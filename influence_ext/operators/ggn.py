@@ -115,6 +115,32 @@ class GGN(CurvatureOperator):
         other.damping = _check_damping(damping, type(self).__name__)
         return other
 
+    def sample(self, generator: torch.Generator, batch_size: int) -> GGN:
+        """``G_B + λI`` on ``batch_size`` examples drawn without replacement; its expectation is this operator.
+
+        Args:
+            generator: The only source of randomness.
+            batch_size: |B|, at most N.
+
+        Raises:
+            ArgumentError: ``batch_size`` is not in [1, N].
+
+        Cost: a forward pass over the batch.
+        """
+        who, N = type(self).__name__, self.num_examples
+        if not 1 <= batch_size <= N:
+            raise ArgumentError(f"{who}.sample: expected batch_size in [1, {N}], got {batch_size}; draw no more than there are examples.")
+        index = torch.randperm(N, generator=generator)[:batch_size]
+        batch = object.__new__(type(self))
+        batch.__dict__.update(self.__dict__)
+        batch.examples = self.examples.subset(index)
+        batch._tape = self._tape.plan.linearize(batch.examples.X, self._tape.theta)
+        # c/|B| instead of c/N for a mean loss, N/|B| instead of 1 for a sum: the same factor N/|B| on c.
+        factor = self.loss.factor(N) * N / batch_size
+        batch._hessian = self.loss.hessian(batch._tape.outputs, batch.examples.targets).scaled(factor)
+        batch.num_roots = batch._tape.outputs.numel()
+        return batch
+
     def _matmat(self, V: Tensor) -> Tensor:
         product = self._tape.ggn(V, self._hessian)
         return product.add_(V, alpha=self.damping) if self.damping else product
@@ -143,7 +169,7 @@ class GGN(CurvatureOperator):
         """``U v``: ``[V, P] -> [V, R]`` with ``R = C·N`` ordered output first, ``U = [√c S_nᵀ J_n]``."""
         self._check(V, "[V, P]", V.dim() == 2 and V.shape[1] == self.num_parameters)
         outputs = self._hessian.root_rmatmat(self._tape.jvp(V.detach().contiguous()))
-        return outputs.flatten(2).transpose(1, 2).reshape(V.shape[0], -1)
+        return outputs.reshape(V.shape[0], self.num_examples, -1).transpose(1, 2).reshape(V.shape[0], -1)
 
     def root_rmatmat(self, Y: Tensor) -> Tensor:
         """``Uᵀ y``: ``[V, R] -> [V, P]``."""

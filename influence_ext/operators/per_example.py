@@ -58,8 +58,9 @@ class ExampleGradients:
 
     def dots(self, V: Tensor) -> Tensor:
         """``⟨∇ℓ_n, v⟩``: ``[V, P] -> [N, V]``, as ``∇_zℓ_nᵀ (J_n v)``: a tangent sweep, no gradients at all."""
-        tangents = self.tape.jvp(V).flatten(2)
-        gradients = self.output_gradients.flatten(1)
+        N = self.tape.num_examples
+        tangents = self.tape.jvp(V).reshape(V.shape[0], N, -1)
+        gradients = self.output_gradients.reshape(N, -1)
         return torch.einsum("vnc,nc->nv", tangents, gradients)
 
     def norms(self) -> Tensor:

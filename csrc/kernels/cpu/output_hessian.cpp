@@ -7,6 +7,38 @@ namespace infl {
 namespace INFL_ISA {
 namespace {
 
+// x <- weight (diag p − p pᵀ) x or a root of it. Sums leave out the most probable class m: next to p_m ≈ 1 the others would lose their digits.
+// The Hessian does not see a constant added to x, so x_m can be taken as zero; and 1 − p_m is the sum of the others.
+template <class T>
+void softmax_row(HessianPart part, int64_t C, T weight, const T* p, T* x) {
+  int64_t m = 0;
+  for (int64_t c = 1; c < C; ++c) {
+    if (p[c] > p[m]) m = c;
+  }
+  if (part == HessianPart::root) {
+    // S x = √p ∘ x − p (√p · x)
+    T dot = 0, rest = 0;
+    for (int64_t c = 0; c < C; ++c) {
+      if (c == m) continue;
+      dot += std::sqrt(p[c]) * x[c];
+      rest += p[c];
+    }
+    const T top = std::sqrt(p[m]) * x[m], total = dot + top;
+    for (int64_t c = 0; c < C; ++c) x[c] = weight * (std::sqrt(p[c]) * x[c] - p[c] * total);
+    x[m] = weight * (top * rest - p[m] * dot);
+    return;
+  }
+  // p ∘ (x − p·x), or √p ∘ (x − p·x)
+  const T shift = x[m];
+  T dot = 0;
+  for (int64_t c = 0; c < C; ++c) dot += p[c] * (x[c] - shift);
+  if (part == HessianPart::product) {
+    for (int64_t c = 0; c < C; ++c) x[c] = weight * p[c] * ((x[c] - shift) - dot);
+  } else {
+    for (int64_t c = 0; c < C; ++c) x[c] = weight * std::sqrt(p[c]) * ((x[c] - shift) - dot);
+  }
+}
+
 template <class T>
 void output_hessian(const Context& ctx, const OutputHessian<T>& h, HessianPart part, int64_t V, int64_t n, T* u) {
   const int threads = V * n * h.C < 16384 ? 1 : ctx.num_threads;
@@ -27,15 +59,7 @@ void output_hessian(const Context& ctx, const OutputHessian<T>& h, HessianPart p
       for (int64_t c = 0; c < C; ++c) x[c] *= weight * (product ? s[c] : std::sqrt(s[c]));
       continue;
     }
-    T dot = 0;  // p·u, or √p·u for the root
-    for (int64_t c = 0; c < C; ++c) dot += (part == HessianPart::root ? std::sqrt(s[c]) : s[c]) * x[c];
-    if (product) {
-      for (int64_t c = 0; c < C; ++c) x[c] = weight * s[c] * (x[c] - dot);
-    } else if (part == HessianPart::root) {
-      for (int64_t c = 0; c < C; ++c) x[c] = weight * (std::sqrt(s[c]) * x[c] - s[c] * dot);
-    } else {
-      for (int64_t c = 0; c < C; ++c) x[c] = weight * std::sqrt(s[c]) * (x[c] - dot);
-    }
+    softmax_row(part, C, weight, s, x);
   }
 }
 

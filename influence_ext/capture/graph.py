@@ -1,0 +1,156 @@
+"""What capture hands on: a list of nodes over numbered values, and the tensors (slots) the nodes read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+SlotKind = Literal["parameter", "buffer", "constant", "derived"]
+
+
+@dataclass(frozen=True, eq=False)
+class Expression:
+    """A tensor computed from parameters and buffers only: ``operator(*args, **kwargs)``, arguments nested.
+
+    Leaves are a name (``operator is None`` and ``args == (name,)``) or a tensor (``operator is None`` and ``args ==
+    (tensor,)``).
+    """
+
+    operator: Callable[..., Any] | None
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def evaluate(self, tensors: Mapping[str, Tensor]) -> Any:
+        """The value under ``tensors`` (name -> tensor)."""
+        if self.operator is None:
+            (leaf,) = self.args
+            return leaf if isinstance(leaf, Tensor) else tensors[leaf]
+        args = [_evaluate(a, tensors) for a in self.args]
+        return self.operator(*args, **{k: _evaluate(a, tensors) for k, a in self.kwargs.items()})
+
+    def names(self) -> frozenset[str]:
+        """Names of the parameters and buffers that are read."""
+        if self.operator is None:
+            (leaf,) = self.args
+            return frozenset() if isinstance(leaf, Tensor) else frozenset((leaf,))
+        found: frozenset[str] = frozenset()
+        for argument in (*self.args, *self.kwargs.values()):
+            for item in argument if isinstance(argument, (list, tuple)) else (argument,):
+                if isinstance(item, Expression):
+                    found |= item.names()
+        return found
+
+
+def _evaluate(argument: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(argument, Expression):
+        return argument.evaluate(tensors)
+    if isinstance(argument, (list, tuple)):
+        return type(argument)(_evaluate(a, tensors) for a in argument)
+    return argument
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """A tensor without a batch axis that nodes read.
+
+    ``kind`` says where its value comes from: ``"parameter"`` and ``"buffer"`` are re-read from the model by ``name``,
+    ``"constant"`` carries ``value``, ``"derived"`` is an ``expression`` of parameters and buffers evaluated anew at
+    every read (a mean that is broadcast over a feature map, the reciprocal of a standard deviation). ``shape`` is the
+    shape of what ``read`` returns.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: SlotKind
+    value: Tensor | None = None
+    expression: Expression | None = None
+
+    def read(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The slot's current value, contiguous and detached.
+
+        Args:
+            tensors: every parameter and buffer by its name, as ``named_tensors(model)`` gives them.
+
+        Returns:
+            A tensor of shape ``self.shape``.
+        """
+        if self.value is not None:
+            return self.value
+        with torch.no_grad():
+            tensor = tensors[self.name] if self.expression is None else self.expression.evaluate(tensors)
+            return tensor.detach().contiguous()
+
+
+@dataclass(frozen=True)
+class Node:
+    """One application of a rule: ``output = rule(inputs, slots)`` for every example on its own."""
+
+    rule: str
+    name: str
+    target: str
+    inputs: tuple[int, ...]
+    output: int
+    slots: tuple[int, ...]
+    ints: dict[str, int]
+    floats: dict[str, float]
+    width: int
+    shape: tuple[int, ...]
+    module: str = ""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a model cannot be captured. ``parameters`` None: always; else only if one of these parameters is trained."""
+
+    text: str
+    parameters: frozenset[str] | None = None
+
+    def applies(self, trainable: Collection[str]) -> bool:
+        """Whether the problem stands when ``trainable`` are trained."""
+        return self.parameters is None or not self.parameters.isdisjoint(trainable)
+
+
+@dataclass(frozen=True)
+class CapturedGraph:
+    """A network as rule applications in order of execution.
+
+    Values are numbered: ``0 .. num_inputs - 1`` are the inputs (in the order of ``Examples.inputs``), each node adds
+    one. Shapes are those of one example; in memory a value is ``[N, *shape]``, row-major. Nothing here holds the model
+    or its parameters, so a graph serves every model of the same structure.
+    """
+
+    model_name: str
+    dtype: torch.dtype
+    input_names: tuple[str, ...]
+    input_shapes: tuple[tuple[int, ...], ...]
+    nodes: tuple[Node, ...]
+    slots: tuple[Slot, ...]
+    output: int
+    output_shape: tuple[int, ...]
+    conditions: tuple[Problem, ...] = ()
+
+    @property
+    def num_inputs(self) -> int:
+        """Number of input tensors."""
+        return len(self.input_shapes)
+
+    @property
+    def num_values(self) -> int:
+        """Number of values, the inputs included."""
+        return self.num_inputs + len(self.nodes)
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """Parameters read as they are, in order of first use."""
+        return tuple(slot.name for slot in self.slots if slot.kind == "parameter")
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer of ``model`` by name, under each of its names."""
+    named: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    named.update(model.named_buffers(remove_duplicate=False))
+    return named

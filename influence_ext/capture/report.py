@@ -1,0 +1,60 @@
+"""A captured graph as a table for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from influence_ext.capture.graph import CapturedGraph, Node
+from influence_ext.capture.lowering import ACTIVATION_KINDS
+
+_HEADER = ("node", "operator", "rule", "output", "reads", "note")
+
+
+def format_table(graph: CapturedGraph, notes: Mapping[str, str] | None = None) -> str:
+    """One line a node: name, ATen operator, rule, output shape, parameters and constants it reads, note.
+
+    Args:
+        graph: from ``capture``.
+        notes: node name -> a remark that takes the place of the rule's attributes in the last column.
+
+    Returns:
+        Text of ``3 + number of nodes`` lines, without a newline at the end.
+    """
+    names = graph.input_names + tuple(node.name for node in graph.nodes)
+    rows = [_HEADER]
+    for node in graph.nodes:
+        note = (notes or {}).get(node.name) or _attributes(graph, node, names)
+        rows.append((node.name, node.target, node.rule, _shape_text(node.shape), _slots_text(graph, node), note))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    inputs = ", ".join(f"{n} {_shape_text(s)}" for n, s in zip(graph.input_names, graph.input_shapes, strict=True))
+    title = f"{graph.model_name}: {inputs} -> {names[graph.output]} {_shape_text(graph.output_shape)}, {graph.dtype}"
+    return "\n".join([title, lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def _shape_text(shape: tuple[int, ...]) -> str:
+    return f"[{', '.join(map(str, ('N', *shape)))}]"
+
+
+def _slots_text(graph: CapturedGraph, node: Node) -> str:
+    slots = [graph.slots[index] for index in node.slots if index >= 0]
+    return ", ".join(slot.name if slot.kind == "parameter" else f"{slot.name} ({slot.kind})" for slot in slots)
+
+
+def _attributes(graph: CapturedGraph, node: Node, names: tuple[str, ...]) -> str:
+    """The attributes that tell a node from others of its rule."""
+    a, b = node.floats.get("a", 0.0), node.floats.get("b", 0.0)
+    if node.rule == "linear":
+        positions = node.width // node.ints["out_features"]
+        parts = [f"{node.ints['in_features']} -> {node.ints['out_features']}"]
+        return ", ".join(parts + [f"{positions} positions"] * (positions != 1) + ["stored [in, out]"] * node.ints["transposed"])
+    if node.rule == "activation":
+        kind = next(name for name, number in ACTIVATION_KINDS.items() if number == node.ints["kind"])
+        return {
+            "elu": f"alpha {a:g}, scale {b:g}",
+            "softplus": f"beta {a:g}, threshold {b:g}",
+            "leaky_relu": f"slope {a:g}",
+        }.get(kind, kind)
+    if node.rule == "add":
+        return f"{a:g} {names[node.inputs[0]]} + {b:g} {names[node.inputs[1]]}"
+    return f"a {a:g}, b {b:g}" if node.rule == "affine" else f"of {names[node.inputs[0]]}"

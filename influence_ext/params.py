@@ -1,0 +1,284 @@
+"""Flat vectors and named parameters: one ``[P]`` vector in the order of ``model.named_parameters()``."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from influence_ext.errors import ArgumentError, DataError, DeviceError, DTypeError, ShapeError
+
+SUPPORTED_DTYPES = (torch.float32, torch.float64)
+Selection = str | Tensor | Iterable[str | Tensor]
+
+
+@dataclass(frozen=True)
+class ParameterSpace:
+    """The parameters that are differentiated, laid out one after the other in a flat vector ``[P]``.
+
+    Attributes:
+        names: one name a parameter, in ``model.named_parameters()`` order; a tied parameter counts once, under its
+            first name.
+        shapes: their shapes.
+        offsets: where each begins in the flat vector.
+        num_parameters: P.
+        dtype: their common dtype, float32 or float64.
+        device: their common device.
+        aliases: further names of tied parameters -> the name used here.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    offsets: tuple[int, ...]
+    num_parameters: int
+    dtype: torch.dtype
+    device: torch.device
+    aliases: dict[str, str]
+
+    @classmethod
+    def of(cls, model: nn.Module, params: Selection | None = None, who: str = "ParameterSpace") -> ParameterSpace:
+        """The trainable parameters of ``model``.
+
+        Args:
+            model: not modified.
+            params: None for all with ``requires_grad``, else a name, a pattern (``"layers.*.weight"``), one of the
+                model's parameters, or several of these; the order is always the model's.
+            who: the caller's name for messages.
+
+        Raises:
+            ArgumentError: nothing to train, a selection that names no trainable parameter, or an uninitialised
+                parameter.
+            DTypeError: a complex, half-precision or sparse parameter, or several dtypes.
+            DeviceError: parameters on several devices.
+            DataError: a parameter holds NaN or an infinity.
+
+        Cost: one pass over the selected parameters (the finiteness check).
+        """
+        by_name = dict(model.named_parameters(remove_duplicate=False))
+        first = {id(p): name for name, p in model.named_parameters()}
+        aliases = {name: first[id(p)] for name, p in by_name.items() if name != first[id(p)]}
+        chosen = None if params is None else _select(params, by_name, aliases, first, who)
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad and (chosen is None or name in chosen)}
+        if not named:
+            raise ArgumentError(
+                f"{who}: expected at least one trainable parameter, got {_count_text(by_name, chosen)}; set requires_grad_(True) on the "
+                "parameters to be analysed."
+            )
+        _check_parameters(named, who)
+        kept = {alias: name for alias, name in aliases.items() if name in named}
+        shapes = tuple(tuple(p.shape) for p in named.values())
+        offsets, total = [], 0
+        for shape in shapes:
+            offsets.append(total)
+            total += math.prod(shape)
+        some = next(iter(named.values()))
+        return cls(tuple(named), shapes, tuple(offsets), total, some.dtype, some.device, kept)
+
+    def flatten(self, tensors: Sequence[Tensor] | Mapping[str, Tensor]) -> Tensor:
+        """Concatenate per-parameter tensors into flat vectors.
+
+        Args:
+            tensors: one a parameter, as a sequence in order or a mapping by name, of shape ``[*lead, *shape]`` with the
+                same leading axes for all (none for one vector, ``[V]`` for several).
+
+        Returns:
+            ``[*lead, P]``.
+
+        Raises:
+            ShapeError: a tensor is missing, superfluous or of the wrong shape.
+            DTypeError: a tensor is not a tensor or of another dtype.
+            DeviceError: another device.
+        """
+        ordered = self._in_order(tensors)
+        problems: list[str] = []
+        lead: tuple[int, ...] | None = None
+        for name, shape, tensor in zip(self.names, self.shapes, ordered, strict=True):
+            if not isinstance(tensor, Tensor):
+                raise DTypeError(
+                    f"ParameterSpace.flatten: expected a tensor for {name}, got {type(tensor).__name__}; pass zeros for a parameter that "
+                    "plays no part."
+                )
+            extra = tensor.dim() - len(shape)
+            if extra < 0 or tuple(tensor.shape[extra:]) != shape:
+                problems.append(f"{name} {list(tensor.shape)} instead of {[*(lead or ()), *shape]}")
+                continue
+            lead = tuple(tensor.shape[:extra]) if lead is None else lead
+            if tuple(tensor.shape[:extra]) != lead:
+                problems.append(f"{name} {list(tensor.shape)} instead of {[*lead, *shape]}")
+            if tensor.dtype != self.dtype:
+                raise DTypeError(
+                    f"ParameterSpace.flatten: expected {name} of dtype {self.dtype}, got {tensor.dtype}; convert it with .to({self.dtype})."
+                )
+            if tensor.device != self.device:
+                raise DeviceError(
+                    f"ParameterSpace.flatten: expected {name} on {self.device}, got {tensor.device}; move it with .to('{self.device}')."
+                )
+        if problems or lead is None:
+            raise ShapeError(
+                "ParameterSpace.flatten: expected tensors shaped like the parameters, with the same leading axes for all, got "
+                f"{', '.join(problems)}; reshape them."
+            )
+        flats = [t.reshape((*lead, math.prod(shape))) for t, shape in zip(ordered, self.shapes, strict=True)]
+        return torch.cat(flats, dim=-1)
+
+    def unflatten(self, flat: Tensor) -> dict[str, Tensor]:
+        """Views of flat vectors, one a parameter: ``[..., P] -> {name: [..., *shape]}``.
+
+        Raises:
+            ShapeError: the last axis is not P.
+        """
+        if flat.dim() == 0 or flat.shape[-1] != self.num_parameters:
+            raise ShapeError(
+                f"ParameterSpace.unflatten: expected a tensor of shape [..., P] with P = {self.num_parameters}, got {list(flat.shape)}; "
+                f"parameters: {self.describe()}."
+            )
+        lead = flat.shape[:-1]
+        return {
+            name: flat.narrow(-1, offset, math.prod(shape)).view((*lead, *shape))
+            for name, shape, offset in zip(self.names, self.shapes, self.offsets, strict=True)
+        }
+
+    def values(self, model: nn.Module) -> Tensor:
+        """``[P]``, a detached copy of the model's parameters as they are now.
+
+        Raises:
+            ArgumentError: the model lacks one of the parameters.
+            ShapeError, DTypeError, DeviceError: a parameter changed its shape, dtype or device.
+            DataError: a parameter holds NaN or an infinity.
+        """
+        by_name = dict(model.named_parameters(remove_duplicate=False))
+        missing = [name for name in self.names if name not in by_name]
+        if missing:
+            raise ArgumentError(
+                f"ParameterSpace.values: expected a model with the parameters {', '.join(self.names)}, got one without "
+                f"{', '.join(missing)}; pass the model this space was made of, or one of the same structure."
+            )
+        flat = self.flatten([by_name[name].detach() for name in self.names])
+        if not bool(torch.isfinite(flat).all()):
+            _check_finite({name: by_name[name] for name in self.names}, "ParameterSpace.values")
+        return flat
+
+    def canonical(self, name: str) -> str:
+        """The name a parameter has here: a further name of a tied parameter becomes its first one."""
+        first: str = self.aliases.get(name, name)
+        return first
+
+    def describe(self, limit: int = 6) -> str:
+        """``"0.weight (100352), 0.bias (128), ..."`` for messages."""
+        items = [f"{n} ({math.prod(s)})" for n, s in zip(self.names[:limit], self.shapes[:limit], strict=True)]
+        return ", ".join(items + ["..."] * (len(self.names) > limit))
+
+    def _in_order(self, tensors: Any) -> list[Tensor]:
+        if isinstance(tensors, Tensor) or not isinstance(tensors, (Sequence, Mapping)):
+            raise DTypeError(
+                f"ParameterSpace.flatten: expected a list of tensors in order or a dict by parameter name, got {type(tensors).__name__}; "
+                "wrap it accordingly."
+            )
+        if not isinstance(tensors, Mapping):
+            if len(tensors) != len(self.names):
+                raise ShapeError(
+                    f"ParameterSpace.flatten: expected {len(self.names)} tensors ({self.describe()}), got {len(tensors)}; pass one for "
+                    "every parameter, in order."
+                )
+            return list(tensors)
+        renamed: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            canonical = self.canonical(name)
+            if canonical in renamed:
+                raise ShapeError(
+                    f"ParameterSpace.flatten: expected every parameter once, got {canonical} under several of its names ({name} is one); "
+                    f"pass only {canonical}."
+                )
+            renamed[canonical] = tensor
+        missing = [name for name in self.names if name not in renamed]
+        extra = [name for name in renamed if name not in self.names]
+        if missing or extra:
+            found = "; ".join(
+                f"{label} {', '.join(map(str, names))}" for label, names in (("without", missing), ("with unknown", extra)) if names
+            )
+            raise ShapeError(
+                f"ParameterSpace.flatten: expected one tensor for each of {', '.join(self.names)}, got a dict {found}; use exactly these "
+                "names."
+            )
+        return [renamed[name] for name in self.names]
+
+
+def _select(params: Selection, by_name: Mapping[str, Tensor], aliases: Mapping[str, str], first: Mapping[int, str], who: str) -> set[str]:
+    """Names of the selected trainable parameters."""
+    chosen: set[str] = set()
+    for item in [params] if isinstance(params, (str, Tensor)) else params:
+        if isinstance(item, Tensor):
+            if id(item) not in first:
+                raise ArgumentError(
+                    f"{who}: expected params= to hold the model's own parameters, got a tensor of shape {list(item.shape)} that is none of "
+                    "them; pass a name, or the parameter object itself rather than a copy or a view."
+                )
+            matches = [first[id(item)]]
+        elif isinstance(item, str):
+            names = [item] if item in by_name else fnmatch.filter(by_name, item)
+            matches = [aliases.get(name, name) for name in names]
+            if not matches:
+                near = difflib.get_close_matches(item, by_name, n=3, cutoff=0.5) or list(by_name)[:3]
+                raise ArgumentError(
+                    f"{who}: expected params= to name parameters of the model, got {item!r}, which matches none; the nearest are "
+                    f"{', '.join(near)}."
+                )
+        else:
+            raise ArgumentError(
+                f"{who}: expected params= to hold names, patterns or the model's parameters, got {type(item).__name__}; pass for instance "
+                "params=['fc.weight'] or params=list(model.fc.parameters())."
+            )
+        trainable = [name for name in matches if by_name[name].requires_grad]
+        if not trainable:
+            raise ArgumentError(
+                f"{who}: expected params= to name trainable parameters, got {', '.join(matches)} with requires_grad=False; set "
+                "requires_grad_(True) on it or leave it out."
+            )
+        chosen.update(trainable)
+    return chosen
+
+
+def _count_text(by_name: Mapping[str, Tensor], chosen: set[str] | None) -> str:
+    if chosen is not None:
+        return "an empty params="
+    return f"{len(by_name)} parameters with requires_grad=False" if by_name else "a model without parameters"
+
+
+def _check_parameters(named: Mapping[str, nn.Parameter], who: str) -> None:
+    lazy = [name for name, p in named.items() if isinstance(p, UninitializedParameter)]
+    if lazy:
+        raise ArgumentError(f"{who}: expected initialised parameters, got {', '.join(lazy)} of a lazy module; run one forward pass first.")
+    for name, p in named.items():
+        if p.dtype not in SUPPORTED_DTYPES or p.layout != torch.strided:
+            found = str(p.dtype) if p.layout == torch.strided else f"{p.dtype} {p.layout}"
+            raise DTypeError(
+                f"{who}: expected dense parameters of dtype torch.float32 or torch.float64, got {name} of {found}; convert the model with "
+                "model.float() or model.double(), or leave this parameter out with params=."
+            )
+    for what, error, fix in (
+        ("dtype", DTypeError, "convert the model with model.float() or model.double()"),
+        ("device", DeviceError, "move the model to one device with model.to(device)"),
+    ):
+        groups: dict[str, str] = {}
+        for name, p in named.items():
+            groups.setdefault(str(getattr(p, what)), name)
+        if len(groups) > 1:
+            listed = ", ".join(f"{value} ({name})" for value, name in groups.items())
+            raise error(f"{who}: expected all parameters of one {what}, got {listed}; {fix}, or select with params=.")
+    _check_finite(named, who)
+
+
+def _check_finite(named: Mapping[str, Tensor], who: str) -> None:
+    bad = [name for name, p in named.items() if not bool(torch.isfinite(p.detach()).all())]
+    if bad:
+        raise DataError(
+            f"{who}: expected finite parameters, got NaN or infinite values in {', '.join(bad)}; train again with a smaller step or load a "
+            "sound checkpoint."
+        )

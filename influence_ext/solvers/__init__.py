@@ -1,0 +1,24 @@
+"""Solvers of ``(G + λI) x = b`` for many right-hand sides; the outcome is reported column by column."""
+
+from influence_ext.solvers.auto import AutoChoice, auto
+from influence_ext.solvers.base import Solution, Solver, Status
+from influence_ext.solvers.cg import CG
+from influence_ext.solvers.direct import Direct, DirectFactorisation
+from influence_ext.solvers.dual import Dual, DualFactorisation
+from influence_ext.solvers.lissa import LiSSA
+from influence_ext.solvers.power import top_eigenvalue
+
+__all__ = [
+    "CG",
+    "AutoChoice",
+    "Direct",
+    "DirectFactorisation",
+    "Dual",
+    "DualFactorisation",
+    "LiSSA",
+    "Solution",
+    "Solver",
+    "Status",
+    "auto",
+    "top_eigenvalue",
+]

@@ -1,0 +1,263 @@
+"""Networks for capture, one or more for every operator of the lowering table, and the definition of every rule in plain
+torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from influence_ext.capture import CapturedGraph, Node, named_tensors
+
+aten = torch.ops.aten
+
+
+class Net(nn.Module):
+    """``forward(*inputs) = run(self, *inputs)``; members are parameters, buffers (tensors) or modules."""
+
+    def __init__(self, run: Callable[..., Any], **members: Any):
+        super().__init__()
+        self.run = run
+        for name, member in members.items():
+            if isinstance(member, Tensor) and not isinstance(member, nn.Parameter):
+                self.register_buffer(name, member)
+            else:
+                setattr(self, name, member)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(self, *args, **kwargs)
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def par(*shape: int) -> nn.Parameter:
+    return nn.Parameter(normal(*shape))
+
+
+def frozen(*shape: int) -> nn.Parameter:
+    return nn.Parameter(normal(*shape), requires_grad=False)
+
+
+def dense(num_in: int, num_out: int, bias: bool = True) -> nn.Linear:
+    return nn.Linear(num_in, num_out, bias=bias, dtype=torch.float64)
+
+
+ACTIVATIONS: dict[int, Callable[[Tensor, float, float], Tensor]] = {
+    0: lambda x, a, b: x.clamp(min=0),
+    1: lambda x, a, b: torch.tanh(x),
+    2: lambda x, a, b: 0.5 * x * (1 + torch.erf(x / math.sqrt(2))),
+    3: lambda x, a, b: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    4: lambda x, a, b: x / (1 + torch.exp(-x)),
+    5: lambda x, a, b: 1 / (1 + torch.exp(-x)),
+    6: lambda x, a, b: b * torch.where(x > 0, x, a * torch.expm1(x)),
+    7: lambda x, a, b: torch.where(a * x > b, x, torch.log1p(torch.exp(a * x)) / a),
+    8: lambda x, a, b: torch.where(x > 0, x, a * x),
+}
+
+
+def apply_rule(node: Node, inputs: list[Tensor], slots: list[Tensor | None], N: int) -> Tensor:
+    """The definition of every rule."""
+    x = inputs[0].reshape(N, -1)
+    a, b = node.floats.get("a", 0.0), node.floats.get("b", 0.0)
+    if node.rule == "linear":
+        num_in, num_out = node.ints["in_features"], node.ints["out_features"]
+        W, bias = slots
+        W = W.reshape(num_in, num_out) if node.ints["transposed"] else W.reshape(num_out, num_in).T
+        return x.reshape(N, -1, num_in) @ W + (0 if bias is None else bias.reshape(num_out))
+    if node.rule == "activation":
+        return ACTIVATIONS[node.ints["kind"]](x, a, b)
+    if node.rule == "add":
+        return a * x + b * inputs[1].reshape(N, -1)
+    if node.rule == "affine":
+        scale, shift = (None if s is None else s.reshape(-1) for s in slots)
+        return a * (x if scale is None else scale * x) + b + (0 if shift is None else shift)
+    assert node.rule == "view"
+    return x
+
+
+def interpret(graph: CapturedGraph, model: nn.Module, inputs: list[Tensor]) -> Tensor:
+    tensors, N = named_tensors(model), inputs[0].shape[0]
+    values: dict[int, Tensor] = dict(enumerate(inputs))
+    for node in graph.nodes:
+        slots = [graph.slots[i].read(tensors) if i >= 0 else None for i in node.slots]
+        out = apply_rule(node, [values[i] for i in node.inputs], slots, N).reshape(N, *node.shape)
+        assert node.output not in values
+        assert node.width == math.prod(node.shape)
+        values[node.output] = out
+    assert values[graph.output].shape[1:] == graph.output_shape
+    return values[graph.output].detach()
+
+
+@dataclass(frozen=True)
+class Case:
+    id: str
+    run: Callable[..., Any]
+    members: Callable[[], dict[str, Any]] = dict
+    shapes: tuple[tuple[int, ...], ...] = ((4,),)
+    keys: tuple[str, ...] | None = None
+    rules: tuple[str, ...] | None = None
+    read_out: Callable[[Any], Tensor] = field(default=lambda z: z)
+
+    def build(self) -> Net:
+        torch.manual_seed(sum(map(ord, self.id)))
+        return Net(self.run, **self.members())
+
+    def inputs(self, N: int) -> list[Tensor]:
+        rng = torch.Generator().manual_seed(N)
+        return [torch.randn(N, *shape, generator=rng, dtype=torch.float64) * 2 for shape in self.shapes]
+
+    def pack(self, inputs: list[Tensor]) -> Any:
+        if self.keys is not None:
+            return dict(zip(self.keys, inputs, strict=True))
+        return inputs[0] if len(inputs) == 1 else tuple(inputs)
+
+    def call(self, model: nn.Module, X: Any) -> Tensor:
+        with torch.no_grad():
+            if isinstance(X, dict):
+                return self.read_out(model(**X))
+            return self.read_out(model(X) if isinstance(X, Tensor) else model(*X))
+
+
+def weights() -> dict[str, Any]:
+    return {"W": par(4, 4), "b": par(4)}
+
+
+def layers() -> dict[str, Any]:
+    return {"fc": dense(4, 5), "out": dense(5, 3)}
+
+
+def in_place(net: Any, x: Tensor) -> Tensor:
+    h = net.fc(x)
+    h += 1
+    h.mul_(2).relu_()
+    return net.out(torch.sigmoid_(h))
+
+
+def counting(net: Any, x: Tensor) -> Tensor:
+    net.calls.add_(1)
+    return net.fc(x) * net.scale
+
+
+def gpt_conv1d(net: Any, x: Tensor) -> Tensor:
+    """Hugging Face's Conv1D: the positions folded into the batch axis."""
+    h = torch.addmm(net.b, x.view(-1, x.size(-1)), net.W)
+    return (F.gelu(h, approximate="tanh") * net.c).view(*x.size()[:-1], 4)
+
+
+def normalised(net: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        x = (x - net.mean) / net.std
+    return net.fc(x.detach())
+
+
+def dead_code(net: Any, x: Tensor) -> Tensor:
+    F.conv1d(x[:, None], net.kernel).sum()
+    torch.sort(x, dim=0)
+    return net.fc(x)
+
+
+def view_chain(net: Any, x: Tensor) -> Tensor:
+    n = x.shape[0]
+    h = x.flatten(1).unflatten(1, (4, 3)).reshape(-1, 12).view(-1, 4, 3).contiguous().expand(n, 4, 3)
+    h = h.unsqueeze(1).squeeze(1).unsqueeze(0).squeeze().unsqueeze(2).squeeze((2,))
+    h = aten.alias(+h).clone().type_as(x).to(torch.float64, copy=True)[:, :]
+    h = h.view(n, 12, 1).permute(0, 2, 1).transpose(1, 2).swapaxes(2, 1).swapdims(1, 2).squeeze(-1)
+    h = aten._reshape_alias(aten._unsafe_view(h, [n, 12]), [n, 12], [12, 1])
+    return net.fc(F.dropout(h, 0.5, training=False))
+
+
+def arithmetic(net: Any, x: Tensor) -> Tensor:
+    h = x + 1.5 - net.c + 2 * x
+    h = aten.rsub.Scalar(aten.sub.Scalar(aten.add.Scalar(h, 2, 3), 1), 0.5, 2)
+    h = 3 - torch.subtract(h, x, alpha=2) / 4
+    h = aten.div.Scalar(aten.mul.Scalar(torch.multiply(h, net.c), 3), 7)
+    h = torch.true_divide(torch.divide(h, net.c), 2) - torch.rsub(x, net.c, alpha=0.3)
+    return torch.negative(h) + torch.neg(x) + torch.add(net.c, x, alpha=2) + torch.sub(net.c, x, alpha=3)
+
+
+CASES = [
+    Case("mlp", lambda n, x: n.out(torch.relu(n.fc(x))), layers, rules=("linear", "activation", "linear")),
+    Case("linear without bias", lambda n, x: n.fc(x), lambda: {"fc": dense(4, 3, False)}, rules=("linear",)),
+    Case("linear over positions", lambda n, x: n.fc(x), lambda: {"fc": dense(4, 3)}, ((2, 5, 4),), rules=("linear",)),
+    Case("relu", lambda n, x: F.relu(x)),
+    Case("tanh", lambda n, x: nn.Tanh()(x)),
+    Case("gelu", lambda n, x: F.gelu(x)),
+    Case("gelu tanh", lambda n, x: nn.GELU("tanh")(x)),
+    Case("silu", lambda n, x: F.silu(x)),
+    Case("sigmoid", lambda n, x: x.sigmoid()),
+    Case("elu", lambda n, x: F.elu(x, 0.7)),
+    Case("elu scale", lambda n, x: aten.elu(x, 0.7, 1.3)),
+    Case("selu", lambda n, x: nn.SELU()(x), rules=("activation",)),
+    Case("celu", lambda n, x: F.celu(x), rules=("activation",)),
+    Case("softplus", lambda n, x: F.softplus(x)),
+    Case("softplus beta threshold", lambda n, x: nn.Softplus(2.5, 3.0)(x)),
+    Case("leaky relu", lambda n, x: F.leaky_relu(x) + nn.LeakyReLU(0.3)(x)),
+    Case("rrelu", lambda n, x: F.rrelu(x, 0.1, 0.4) + F.rrelu(x)),
+    Case("matmul", lambda n, x: x @ n.W, weights, rules=("linear",)),
+    Case("matmul then bias", lambda n, x: x @ n.W + n.b, weights, rules=("linear",)),
+    Case("bias then matmul", lambda n, x: n.b + torch.mm(x, n.W), weights, rules=("linear",)),
+    Case("bias of one row", lambda n, x: x @ n.W + n.b, lambda: {"W": par(4, 3), "b": par(1, 3)}, rules=("linear",)),
+    Case("scalar bias", lambda n, x: x @ n.W + n.b, lambda: {"W": par(4, 1), "b": par()}, rules=("linear",)),
+    Case(
+        "product used twice keeps its own value",
+        lambda n, x: (lambda h: (h + n.c) + 2 * h)(x @ n.W),
+        lambda: {"W": par(4, 4), "c": normal(4)},
+        rules=("linear", "affine", "affine", "add"),
+    ),
+    Case("vector", lambda n, x: x @ n.w, lambda: {"w": par(4)}, rules=("linear",)),
+    Case("mv", lambda n, x: torch.mv(x, n.w) + n.b, lambda: {"w": par(4), "b": par(1)}, rules=("linear",)),
+    Case("vector over positions", lambda n, x: x @ n.w, lambda: {"w": par(4)}, ((3, 4),)),
+    Case(
+        "transposed weights",
+        lambda n, x: x @ n.W.T + x @ n.W.t() + x @ n.W.mT + x @ n.W.adjoint() + torch.mm(x, n.W.swapaxes(0, -1)),
+        weights,
+        rules=("linear",) * 2 + ("add", "linear") * 3 + ("add",),
+    ),
+    Case("twice transposed", lambda n, x: x @ n.W.transpose(0, 1).contiguous().permute(1, 0), lambda: {"W": par(4, 3)}),
+    Case("tied autoencoder", lambda n, x: F.linear(torch.tanh(F.linear(x, n.W)), n.W.T), lambda: {"W": par(3, 4)}),
+    Case("addmm", lambda n, x: torch.addmm(n.b, x, n.W), weights, rules=("linear",)),
+    Case("addmm transposed", lambda n, x: torch.addmm(n.b, x, n.W.t()), weights, rules=("linear",)),
+    Case("addmm row bias", lambda n, x: torch.addmm(n.b[None], x, n.W), weights, rules=("linear",)),
+    Case("addmm scalar bias", lambda n, x: torch.addmm(n.c, x, n.W), lambda: {"W": par(4, 3), "c": normal(1)}),
+    Case("addmm of an activation", lambda n, x: torch.addmm(x, torch.tanh(x), n.W), weights),
+    Case("positions folded into the batch", gpt_conv1d, lambda: {**weights(), "c": normal(4)}, ((5, 4),)),
+    Case("fully flattened", lambda n, x: n.fc(torch.tanh(x.flatten()).view(x.shape[0], -1)), lambda: {"fc": dense(6, 2)}, ((2, 3),)),
+    Case("weight seen through a view", lambda n, x: F.linear(x, n.W.view(3, 4), n.b.view(-1)), lambda: {"W": par(3, 2, 2), "b": par(3, 1)}),
+    Case("frozen and buffer weights", lambda n, x: F.linear(x @ n.F, n.B), lambda: {"F": frozen(4, 3), "B": normal(2, 3)}),
+    Case("computed weight", lambda n, x: x @ (n.F * n.mask).T, lambda: {"F": frozen(3, 4), "mask": (normal(3, 4) > 0).double()}),
+    Case("reordered buffer weight", lambda n, x: x @ n.B.T.reshape(4, 3), lambda: {"B": normal(3, 4)}),
+    Case("residual", lambda n, x: x + n.b2(F.silu(n.b1(x))), lambda: {"b1": dense(4, 4), "b2": dense(4, 4)}),
+    Case("x plus x", lambda n, x: x + x - 3 * x, rules=("add", "affine", "add")),
+    Case("add with alpha", lambda n, x: torch.add(x, n.fc(x), alpha=0.3), lambda: {"fc": dense(4, 4)}),
+    Case("arithmetic", arithmetic, lambda: {"c": normal(4) + 3}),
+    Case("constant from the graph", lambda n, x: x * torch.arange(4) + torch.tensor([0.5]) + torch.ones(4, 1).mean()),
+    Case(
+        "broadcast buffers", lambda n, x: (x - n.mean) / n.std, lambda: {"mean": normal(3, 1, 1), "std": normal(1, 3, 1, 1)}, ((3, 2, 2),)
+    ),
+    Case("buffer of no axes", lambda n, x: x * n.t + n.t, lambda: {"t": normal()}),
+    Case(
+        "integer and half constants", lambda n, x: x / n.k + n.h, lambda: {"k": torch.tensor([1, 2, 3, 7]), "h": torch.ones(4).half() / 3}
+    ),
+    Case("frozen scale", lambda n, x: n.s * n.fc(x) + n.s / 3, lambda: {"fc": dense(4, 4), "s": frozen(4)}),
+    Case("views", view_chain, lambda: {"fc": dense(12, 2)}, ((3, 2, 2),)),
+    Case("squeeze to scalars", lambda n, x: n.fc(x).squeeze(-1), lambda: {"fc": dense(4, 1)}),
+    Case("in place", in_place, layers),
+    Case("dropout modules", lambda n, x: n.fc(n.drop(x)), lambda: {"fc": dense(4, 2), "drop": nn.Dropout(0.9)}),
+    Case("counter in a buffer", counting, lambda: {**layers(), "calls": torch.zeros(()), "scale": normal(5)}, rules=("linear", "affine")),
+    Case("input detached and normalised", normalised, lambda: {"fc": dense(4, 2), "mean": normal(4), "std": normal(4)}),
+    Case("detached frozen weight", lambda n, x: x @ n.F.detach() + n.fc(x), lambda: {"F": frozen(4, 3), "fc": dense(4, 3)}),
+    Case("dead code", dead_code, lambda: {"fc": dense(4, 2), "kernel": normal(1, 1, 2)}, rules=("linear",)),
+    Case("two inputs", lambda n, x, y: n.fc(x) + y, lambda: {"fc": dense(4, 2)}, ((4,), (2,))),
+    Case("unused input", lambda n, x, y: n.fc(y), lambda: {"fc": dense(2, 3)}, ((4,), (2,)), rules=("linear",)),
+    Case("keywords in another order", lambda n, b, a: n.fc(a) - b, lambda: {"fc": dense(4, 2)}, ((4,), (2,)), keys=("a", "b")),
+    Case("dict output", lambda n, x: {"logits": n.fc(x), "loss": None}, lambda: {"fc": dense(4, 2)}, read_out=lambda z: z["logits"]),
+    Case("tuple output", lambda n, x: (n.fc(x),), lambda: {"fc": dense(4, 2)}, read_out=lambda z: z[0]),
+    Case("nothing but the input", lambda n, x: x, rules=()),
+]

@@ -1,0 +1,149 @@
+"""Capture: the node list, interpreted by three lines a rule, computes what the model computes, for every number of
+examples."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import hypothesis
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from influence_ext.capture import LOWERINGS, RULES, CapturedGraph, capture, clear_cache, format_table
+from influence_ext.testing import assert_close
+from tests.cases.capture import CASES, Case, Net, dense, frozen, interpret, normal, par, weights
+
+
+@functools.cache
+def graph_of(case: Case) -> CapturedGraph:
+    return capture(case.build(), case.pack(case.inputs(5)))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
+def test_the_nodes_compute_what_the_model_computes(case: Case) -> None:
+    graph, model = graph_of(case), case.build().eval()
+    for N in (1, 2, 7):
+        inputs = case.inputs(N)
+        assert_close(interpret(graph, model, inputs), case.call(model, case.pack(inputs)))
+    if case.rules is not None:
+        assert tuple(node.rule for node in graph.nodes) == case.rules
+
+
+@pytest.mark.parametrize("case", CASES[:4] + [c for c in CASES if c.id.startswith(("two", "keywords"))], ids=lambda c: c.id)
+def test_one_example_is_enough_to_capture(case: Case) -> None:
+    model = case.build()
+    clear_cache()
+    graph = capture(model, case.pack(case.inputs(1)))
+    assert_close(interpret(graph, model, case.inputs(6)), case.call(model, case.pack(case.inputs(6))))
+
+
+def test_every_row_of_the_table_is_reached() -> None:
+    nodes = [node for case in CASES for node in graph_of(case).nodes]
+    assert {node.target for node in nodes} == set(LOWERINGS)
+    assert {node.rule for node in nodes} == set(RULES)
+
+
+def test_slots_are_shared_and_named() -> None:
+    model = Net(lambda n, x: n.b(torch.tanh(n.a(x))) * n.c + n.c, a=dense(4, 4), b=dense(4, 4), c=normal(4))
+    model.b.weight = model.a.weight
+    graph = capture(model, normal(3, 4))
+    assert [(s.name, s.kind, s.shape) for s in graph.slots] == [
+        ("a.weight", "parameter", (4, 4)),
+        ("a.bias", "parameter", (4,)),
+        ("b.bias", "parameter", (4,)),
+        ("c", "buffer", (4,)),
+    ]
+    assert graph.parameter_names == ("a.weight", "a.bias", "b.bias")
+    assert [node.slots for node in graph.nodes if node.slots] == [(0, 1), (0, 2), (3, -1), (-1, 3)]
+    assert graph.input_shapes == ((4,),)
+    assert graph.num_values == 1 + len(graph.nodes)
+
+
+def test_transposed_says_how_the_weight_is_stored() -> None:
+    model = Net(
+        lambda n, x: F.linear(F.linear(F.linear(x, n.A) @ n.B, n.C.T) @ n.D.T, n.E),
+        A=par(3, 4),
+        B=par(3, 5),
+        C=par(5, 2),
+        D=par(6, 2),
+        E=par(1, 6),
+    )
+    nodes = capture(model, normal(2, 4)).nodes
+    assert [(n.ints["in_features"], n.ints["out_features"], n.ints["transposed"]) for n in nodes] == [
+        (4, 3, 0),
+        (3, 5, 1),
+        (5, 2, 1),
+        (2, 6, 0),
+        (6, 1, 0),
+    ]
+
+
+def test_buffers_frozen_and_derived_slots_are_read_anew() -> None:
+    model = Net(lambda n, x: (x - n.mean) / n.std * n.s, mean=normal(1, 4), std=normal(4), s=frozen(4), w=par(1))
+    graph = capture(model, normal(3, 4))
+    with torch.no_grad():
+        for tensor in (model.mean, model.std, model.s):
+            tensor.copy_(normal(*tensor.shape))
+    X = normal(5, 4)
+    assert_close(interpret(graph, model, [X]), model(X).detach())
+
+
+def test_capture_is_quick() -> None:
+    model = nn.Sequential(dense(784, 512), nn.ReLU(), dense(512, 256), nn.ReLU(), dense(256, 10))
+    X = normal(3, 784)
+    clear_cache()
+    capture(model, X)
+    start = time.perf_counter()
+    for _ in range(20):
+        capture(model, X)
+    assert time.perf_counter() - start < 1.0
+    clear_cache()
+    start = time.perf_counter()
+    capture(model, X)
+    assert time.perf_counter() - start < 10.0
+
+
+def test_table_shows_every_node() -> None:
+    model = Net(lambda n, x: F.elu(n.fc(x) - n.c) @ n.W + n.fc(x), fc=dense(4, 3), W=par(3, 3), c=normal(3))
+    graph = capture(model, normal(2, 4))
+    lines = format_table(graph, notes={graph.nodes[2].name: "measured"}).splitlines()
+    assert lines[0].startswith("Net: X [N, 4] -> ")
+    assert "[N, 3], torch.float64" in lines[0]
+    assert len(lines) == 3 + len(graph.nodes)
+    for node, line in zip(graph.nodes, lines[3:], strict=True):
+        assert line.split()[:3] == [node.name, node.target, node.rule]
+    assert "fc.weight, fc.bias" in lines[3]
+    assert "(derived)" in lines[4]
+    assert lines[5].endswith("measured")
+    assert "3 -> 3, stored [in, out]" in lines[6]
+
+
+STEPS: list[Callable[[nn.Module, int], Callable[[Tensor], Tensor]]] = [
+    lambda net, i: net.get_submodule(f"fc{i}"),
+    lambda net, i: F.gelu,
+    lambda net, i: lambda h: h + torch.tanh(h),
+    lambda net, i: lambda h: 0.5 * h - 1,
+    lambda net, i: lambda h: h * net.get_buffer("c") + 1,
+    lambda net, i: lambda h: h.view(-1, 2, 2).flatten(1),
+    lambda net, i: lambda h: h @ net.get_parameter("W").T + net.get_parameter("b"),
+]
+
+
+@hypothesis.settings(max_examples=12)
+@hypothesis.given(st.lists(st.integers(0, len(STEPS) - 1), min_size=1, max_size=8))
+def test_any_chain_of_supported_steps(chain: list[int]) -> None:
+    def run(net: Any, x: Tensor) -> Tensor:
+        for i, step in enumerate(chain):
+            x = STEPS[step](net, i)(x)
+        return x
+
+    torch.manual_seed(len(chain))
+    model = Net(run, c=normal(4), **weights(), **{f"fc{i}": dense(4, 4) for i in range(len(chain))})
+    X = normal(6, 4)
+    assert_close(interpret(capture(model, X), model, [X]), model(X).detach())

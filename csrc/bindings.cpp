@@ -10,7 +10,6 @@
 #include <vector>
 
 #include "common/build_info.h"
-#include "kernels/gemm.h"
 #include "layers/rule.h"
 #include "losses/loss.h"
 #include "per_example/factors.h"

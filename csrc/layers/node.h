@@ -7,13 +7,9 @@
 #include <string>
 #include <vector>
 
-namespace infl {
+#include "common/slot.h"
 
-// A parameter or constant that nodes read. `offset` is its place in the flat vector of parameters, −1 if it is not differentiated.
-struct Slot {
-  int64_t size = 0;
-  int64_t offset = -1;
-};
+namespace infl {
 
 struct Node {
   std::string rule;

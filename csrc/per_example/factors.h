@@ -12,7 +12,7 @@
 
 #include "common/buffer.h"
 #include "common/context.h"
-#include "layers/node.h"
+#include "common/slot.h"
 #include "per_example/factor.h"
 
 namespace infl {

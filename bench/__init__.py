@@ -1,0 +1,1 @@
+"""Benchmarks against plain PyTorch and curvlinops; `make bench` runs them, `bench.plot` draws what they measured."""

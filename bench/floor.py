@@ -1,0 +1,109 @@
+"""The floor: operations that must be done, over the speed at which this machine does them, both taken in the same run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from bench.cases import Case
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What the machine gives now.
+
+    Attributes:
+        gemm: Floating-point operations a second of the fastest matrix product that torch offers here.
+        gemm_route: Which product that was.
+        copy: Bytes a second, read and write counted, of a copy that leaves the caches.
+        write: Bytes a second of filling memory.
+    """
+
+    gemm: float
+    gemm_route: str
+    copy: float
+    write: float
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Multiply-adds count as two operations; ``seconds`` is the larger of arithmetic and unavoidable writing."""
+
+    flops: float
+    bytes_written: float
+    seconds: float
+
+
+def measure_rates(dtype: torch.dtype = torch.float32, sizes: tuple[int, ...] = (1024, 2048), seconds: float = 0.4) -> Rates:
+    """Best of ``at::mm`` and, where this torch has it, oneDNN, over square matrices."""
+    best, route = 0.0, ""
+    for size in sizes:
+        a, b, bias = torch.randn(size, size, dtype=dtype), torch.randn(size, size, dtype=dtype), torch.zeros(size, dtype=dtype)
+        out = torch.empty(size, size, dtype=dtype)
+        for name, product in _routes(a, b, bias, out).items():
+            rate = 2 * size**3 / fastest(product, seconds)
+            if rate > best:
+                best, route = rate, f"{name} {size}³"
+    source, target = torch.ones(2**26, dtype=torch.float32), torch.empty(2**26, dtype=torch.float32)
+    copy = 2 * source.nbytes / fastest(lambda: target.copy_(source), seconds)
+    write = target.nbytes / fastest(lambda: target.fill_(1.0), seconds)
+    return Rates(best, route, copy, write)
+
+
+def _routes(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor, out: torch.Tensor) -> dict[str, Callable[[], object]]:
+    routes: dict[str, Callable[[], object]] = {
+        "at::mm": lambda: torch.mm(a, b, out=out),
+        "F.linear": lambda: F.linear(a, b, bias),
+    }
+    if torch.backends.mkldnn.is_available() and a.dtype == torch.float32:
+        routes["oneDNN"] = lambda: torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+    return routes
+
+
+def fastest(function: Callable[[], object], seconds: float) -> float:
+    """The shortest of as many calls as fit into ``seconds``, at least three: a rate is what the machine can do at its best."""
+    function()
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < seconds:
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def count(case: Case) -> tuple[float, float] | None:
+    """``(operations, bytes that must be written)`` of one call, ``None`` where no simple count is a floor (solves).
+
+    One GGN product costs four forward passes less two of the first layer: the tangent through parameters and through
+    inputs, the cotangent of inputs and of parameters, of which the first layer's inputs need neither. Its own forward
+    pass is done once, before. The per-example quantities include their forward pass.
+    """
+    N, V, layers = case.num_examples, case.num_vectors, case.workload.layers
+    forward = 2.0 * N * sum(i * o for i, o in layers)
+    first = 2.0 * N * layers[0][0] * layers[0][1]
+    item = case.dtype.itemsize
+    gradients = forward + (forward - first)  # activations and the cotangent of every layer's output
+    if case.quantity == "ggn":
+        return V * (4 * forward - 2 * first), V * case.workload.num_parameters * item
+    if case.quantity == "grads":
+        return gradients, N * case.workload.num_parameters * item
+    if case.quantity == "norms":
+        return gradients, N * item
+    if case.quantity == "dots":
+        return min(gradients + V * forward, forward + V * (2 * forward - first)), N * V * item
+    if case.quantity == "gram":
+        return gradients + N * (N + 1) * sum(i + o for i, o in layers), N * N * item
+    return None
+
+
+def floor(case: Case, rates: Rates) -> Floor | None:
+    """The counted work of ``case`` at the measured ``rates``."""
+    counted = count(case)
+    if counted is None:
+        return None
+    flops, written = counted
+    return Floor(flops, written, max(flops / rates.gemm, written / rates.write))

@@ -1,0 +1,228 @@
+"""The training loop: plain PyTorch over one flat parameter buffer."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from influence_ext.bregman.progress import Progress
+from influence_ext.data import Examples, ModelInput, call_model
+from influence_ext.errors import DivergenceError
+from influence_ext.losses import Loss
+from influence_ext.params import ParameterSpace
+
+if TYPE_CHECKING:
+    from influence_ext.bregman.recipe import Recipe
+
+CHUNK = 4096
+"""Examples in one forward pass outside training; the same everywhere, so that equal parameters give equal outputs."""
+
+
+def seeded(seed: int, epoch: int) -> torch.Generator:
+    """A generator of its own that depends on ``seed`` and ``epoch`` only."""
+    return torch.Generator().manual_seed(_mixed(seed, epoch))
+
+
+def _mixed(seed: int, epoch: int) -> int:
+    # The odd multiplier keeps (seed, epoch + 1) off (seed + 1, epoch).
+    return ((seed + 1) * 0x9E3779B97F4A7C15 + epoch) & (2**63 - 1)
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingPoint:
+    """Where a training run stands; never modified once made.
+
+    Attributes:
+        theta: ``[P]``.
+        buffers: The network's buffers by name (running statistics and the like).
+        moments: The optimiser's state: momentum for SGD, first and second moment for Adam; each ``[P]``, empty before the first step.
+        num_steps: Steps taken so far, which Adam's bias correction needs.
+    """
+
+    theta: Tensor
+    buffers: dict[str, Tensor]
+    moments: tuple[Tensor, ...] = ()
+    num_steps: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Proximity:
+    """``(λ/2)‖θ − anchor‖²``, added to a training objective."""
+
+    damping: float
+    anchor: Tensor
+
+
+@contextlib.contextmanager
+def isolated_random_state(device: torch.device | str | None) -> Iterator[None]:
+    """Puts the generators of the CPU and of ``device`` back on leaving, also after an exception."""
+    cuda = torch.device(device) if device is not None else torch.device("cpu")
+    with torch.random.fork_rng(devices=[cuda.index or 0] if cuda.type == "cuda" else []):
+        yield
+
+
+def seed_everything(seed: int, epoch: int, device: torch.device | str | None) -> None:
+    """Seed exactly the generators that :func:`isolated_random_state` puts back; ``torch.manual_seed`` would reach every device."""
+    torch.default_generator.manual_seed(_mixed(seed, epoch))
+    where = torch.device(device) if device is not None else torch.device("cpu")
+    if where.type == "cuda":
+        torch.cuda.default_generators[where.index or 0].manual_seed(_mixed(seed, epoch))
+
+
+def rows(X: ModelInput, index: Tensor | slice) -> ModelInput:
+    """The examples ``index`` of a tensor, a tuple or a dict of tensors."""
+    if isinstance(X, Tensor):
+        return X[index]
+    return {name: x[index] for name, x in X.items()} if isinstance(X, dict) else tuple(x[index] for x in X)
+
+
+class Trainer:
+    """Trains one network under a recipe.
+
+    Args:
+        recipe: The recipe.
+        model: A network this trainer owns; its parameters become views of one flat buffer.
+        loss: The resolved loss.
+        examples: The **full** training set; removed examples are masked out of their batches.
+    """
+
+    def __init__(self, recipe: Recipe, model: nn.Module, loss: Loss, examples: Examples):
+        self.recipe, self.model, self.loss, self.examples = recipe, model, loss, examples
+        self.space = ParameterSpace.of(model)
+        self._start = self.space.values(model)
+        self._theta = self._start.clone()
+        self._grad = torch.zeros_like(self._theta)
+        values, grads = self.space.unflatten(self._theta), self.space.unflatten(self._grad)
+        for name in self.space.names:
+            parameter = model.get_parameter(name)
+            parameter.data, parameter.grad = values[name], grads[name]
+
+    def starting_point(self) -> TrainingPoint:
+        """The network as it was handed over, before any step."""
+        return TrainingPoint(self._start.clone(), self._buffers())
+
+    def write(self, point: TrainingPoint, model: nn.Module) -> None:
+        """Copy a point's parameters and buffers into ``model``."""
+        values = self.space.unflatten(point.theta)
+        with torch.no_grad():
+            for name in self.space.names:
+                model.get_parameter(name).copy_(values[name])
+            for name, buffer in model.named_buffers():
+                buffer.copy_(point.buffers[name])
+
+    def advance(
+        self,
+        point: TrainingPoint,
+        epochs: range,
+        *,
+        removed: Sequence[int] = (),
+        proximity: Proximity | None = None,
+        report: Progress,
+        label: str,
+    ) -> tuple[TrainingPoint, dict[str, list[float]]]:
+        """Train from ``point`` through ``epochs`` without the examples ``removed``.
+
+        Returns:
+            The new point and the history (``"loss"`` over the kept examples, ``"lr"``), one number an epoch.
+
+        Raises:
+            DivergenceError: the training loss left the finite numbers.
+        """
+        recipe = self.recipe
+        theta, grad = self._theta, self._grad
+        theta.copy_(point.theta)
+        self._load_buffers(point.buffers)
+        moments = tuple(m.clone() for m in point.moments) or self._no_moments()
+        num_steps = point.num_steps
+        N = self.examples.num_examples
+        scale = self.loss.factor(N) * N
+        kept = torch.ones(N, dtype=torch.bool)
+        kept[list(removed)] = False
+        history: dict[str, list[float]] = {"loss": [], "lr": []}
+        self.model.train()
+        with isolated_random_state(theta.device), torch.enable_grad():
+            for done, epoch in enumerate(epochs):
+                report(label, done, len(epochs))
+                lr = recipe.lr * recipe.lr_factor(epoch)
+                seed_everything(recipe.seed, epoch, theta.device)
+                total = torch.zeros((), dtype=torch.float64, device=theta.device)
+                for batch in recipe.batch_order(epoch, N).split(recipe.batch_size):
+                    grad.zero_()
+                    index = batch[kept[batch]].to(theta.device)
+                    if len(index):
+                        t = self.examples.targets[index]
+                        z = call_model(self.model, rows(self.examples.X, index))
+                        z_value = z.detach()
+                        z.backward(self.loss.gradient(z_value, t) * (scale / len(batch)))
+                        total += self.loss.value(z_value, t).sum(dtype=torch.float64)
+                    if recipe.weight_decay:
+                        grad.add_(theta, alpha=recipe.weight_decay)
+                    if proximity is not None:
+                        grad.add_(theta - proximity.anchor, alpha=proximity.damping)
+                    num_steps += 1
+                    self._step(moments, num_steps, lr)
+                loss = total.item() * scale / N
+                history["loss"].append(loss)
+                history["lr"].append(lr)
+                if not (torch.isfinite(total).item() and torch.isfinite(theta).all().item()):
+                    raise DivergenceError(
+                        f"{label}: expected finite parameters and a finite training loss, got loss = {loss:.3g} after epoch "
+                        f"{epoch + 1}; lower lr (now {lr:g}) or standardise the inputs."
+                    )
+        report(label, len(epochs), len(epochs))
+        return TrainingPoint(theta.clone(), self._buffers(), moments, num_steps), history
+
+    def gradient(
+        self,
+        point: TrainingPoint,
+        *,
+        removed: Sequence[int] = (),
+        proximity: Proximity | None = None,
+    ) -> Tensor:
+        """``[P]``: the full-batch gradient of ``c Σ_{i ∉ removed} ℓ_i + (w/2)‖θ‖² + (λ/2)‖θ − anchor‖²`` in evaluation mode."""
+        N = self.examples.num_examples
+        self._theta.copy_(point.theta)
+        self._load_buffers(point.buffers)
+        self._grad.zero_()
+        weight = torch.full((N,), self.loss.factor(N), dtype=self._theta.dtype, device=self._theta.device)
+        weight[list(removed)] = 0
+        self.model.eval()
+        with torch.enable_grad():
+            for start in range(0, N, CHUNK):
+                part = slice(start, start + CHUNK)
+                z = call_model(self.model, rows(self.examples.X, part))
+                g_z = self.loss.gradient(z.detach(), self.examples.targets[part])
+                z.backward(g_z * weight[part].view(-1, *[1] * (g_z.dim() - 1)))
+        self._grad.add_(self._theta, alpha=self.recipe.weight_decay)
+        if proximity is not None:
+            self._grad.add_(self._theta - proximity.anchor, alpha=proximity.damping)
+        return self._grad.clone()
+
+    def _step(self, moments: tuple[Tensor, ...], num_steps: int, lr: float) -> None:
+        theta, grad = self._theta, self._grad
+        if self.recipe.optimizer == "sgd":
+            momentum = moments[0].mul_(self.recipe.momentum).add_(grad)
+            theta.add_(momentum, alpha=-lr)
+            return
+        first, second = moments
+        beta1, beta2 = self.recipe.betas
+        first.lerp_(grad, 1 - beta1)
+        second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        denominator = second.sqrt().div_((1 - beta2**num_steps) ** 0.5).add_(self.recipe.eps)
+        theta.addcdiv_(first, denominator, value=-lr / (1 - beta1**num_steps))
+
+    def _no_moments(self) -> tuple[Tensor, ...]:
+        return tuple(torch.zeros_like(self._theta) for _ in range(1 if self.recipe.optimizer == "sgd" else 2))
+
+    def _buffers(self) -> dict[str, Tensor]:
+        return {name: buffer.detach().clone() for name, buffer in self.model.named_buffers()}
+
+    def _load_buffers(self, buffers: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, buffer in self.model.named_buffers():
+                buffer.copy_(buffers[name])

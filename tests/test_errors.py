@@ -1,0 +1,384 @@
+"""Bad input gets one sentence: who, what was expected, what came, how to fix it. And whatever happens, nothing is modified."""
+
+from __future__ import annotations
+
+import copy
+import random
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import influence_ext as ie
+from influence_ext import errors, plan
+from tests.cases import build, generator
+from tests.cases.models import NETWORKS, mlp
+
+F64 = torch.float64
+BASE = build(NETWORKS["mlp-tanh"], F64)  # 3-6-5-2, P = 71, N = 5, mean squared error
+CLASSES = build(NETWORKS["mlp-ce"], F64)  # 3-6-4, cross-entropy
+LABELS = build(NETWORKS["mlp-bce"], F64)  # 3-6-3, binary cross-entropy
+MSE, CE, BCE = nn.MSELoss(), nn.CrossEntropyLoss(), nn.BCEWithLogitsLoss()
+
+
+def ggn(**changes: Any) -> Any:
+    """``ie.GGN`` of the base network with some arguments changed."""
+    arguments = {"model": BASE.model, "loss": MSE, "data": BASE.data, **changes}
+    return ie.GGN(**arguments)
+
+
+def influence(**changes: Any) -> Any:
+    """``ie.Influence`` of the base network with some arguments changed."""
+    arguments = {"model": BASE.model, "loss": MSE, "train_data": BASE.data, "damping": 0.1, **changes}
+    return ie.Influence(**arguments)
+
+
+def changed(x: Tensor, index: tuple[int, ...], value: float) -> Tensor:
+    """A copy of ``x`` with one entry replaced."""
+    x = x.clone()
+    x[index] = value
+    return x
+
+
+def with_parameter(value: float) -> nn.Module:
+    """The base network with one entry of its second weight replaced."""
+    model = copy.deepcopy(BASE.model)
+    with torch.no_grad():
+        model[2].weight[1, 1] = value
+    return model
+
+
+def vector(length: int = 71, dtype: torch.dtype = F64) -> Tensor:
+    """Ones."""
+    return torch.ones(length, dtype=dtype)
+
+
+class Strange(nn.Module):
+    """Two operators that no network of the supported kind has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A Bessel function and a cumulative logsumexp."""
+        return torch.logcumsumexp(torch.special.bessel_j0(self.fc(x)), dim=1)
+
+
+def normalised() -> nn.Module:
+    """A network with batch norm."""
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).to(F64)
+
+
+class Dropping(nn.Module):
+    """Dropout that evaluation mode does not turn off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``F.dropout`` is active unless told otherwise."""
+        return nn.functional.dropout(self.fc(x), 0.5)
+
+
+class Scaled(nn.Module):
+    """A trainable factor for each output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 2)
+        self.scale = nn.Parameter(torch.ones(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``scale ∘ fc(x)``."""
+        return self.scale * self.fc(x)
+
+
+def frozen() -> nn.Module:
+    """Nothing to differentiate by."""
+    return copy.deepcopy(BASE.model).requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Bad:
+    """One mistake, the exception it gets, and what the message must say."""
+
+    id: str
+    call: Callable[[], Any]
+    error: type[Exception]
+    says: str
+
+
+X, Y = BASE.X, BASE.y
+ROWS = (
+    Bad("vector-too-short", lambda: ggn() @ vector(70), errors.ShapeError, r"GGN: expected v .*P = 71, got \[70\]"),
+    Bad("vector-names-parameters", lambda: ggn() @ vector(70), errors.ShapeError, r"0\.weight"),
+    Bad("matrix-transposed", lambda: ggn().matmat(torch.ones(71, 2, dtype=F64)), errors.ShapeError,
+        r"expected v of shape \[V, P\] with P = 71, got \[71, 2\]"),
+    Bad("vector-of-rank-3", lambda: ggn() @ torch.ones(71, 1, 1, dtype=F64), errors.ShapeError, r"got \[71, 1, 1\]"),
+    Bad("vector-dtype", lambda: ggn() @ vector(dtype=torch.float32), errors.DTypeError,
+        r"expected v of dtype torch\.float64, got torch\.float32; convert it"),
+    Bad("vector-device", lambda: ggn() @ vector().to("meta"), errors.DeviceError, r"expected v on cpu, got meta; move it"),
+    Bad("vector-numpy", lambda: ggn() @ np.ones(71), errors.DTypeError, r"expected .*tensor.*got ndarray"),
+    Bad("list-too-short", lambda: ggn() @ [torch.ones(6, 3, dtype=F64)], errors.ShapeError, r"expected 6 .*got 1"),
+    Bad("list-wrong-shape", lambda: ggn() @ ([torch.ones(2, 2, dtype=F64)] * 6), errors.ShapeError,
+        r"got 0\.weight \[2, 2\] instead of \[6, 3\]"),
+    Bad("dict-unknown-name", lambda: ggn() @ {"nothing": vector()}, errors.ShapeError, r"0\.weight.*nothing"),
+    Bad("jvp-vector", lambda: ie.jvp(BASE.model, X, vector(70)), errors.ShapeError, r"jvp: expected v .*P = 71, got \[70\]"),
+    Bad("jvp-dtype", lambda: ie.jvp(BASE.model, X, vector(dtype=torch.float32)), errors.DTypeError, r"jvp.*float64.*float32"),
+    Bad("vjp-shape", lambda: ie.vjp(BASE.model, X, torch.ones(5, 3, dtype=F64)), errors.ShapeError,
+        r"vjp: expected .*\[5, 2\].*got \[5, 3\]"),
+    Bad("vjp-dtype", lambda: ie.vjp(BASE.model, X, torch.ones(5, 2)), errors.DTypeError, r"vjp.*float64.*float32"),
+    Bad("dots-shape", lambda: ie.per_example_dots(BASE.model, MSE, BASE.data, torch.ones(2, 70, dtype=F64)),
+        errors.ShapeError, r"per_example_dots: expected .*\[V, P\] with P = 71, got \[2, 70\]"),
+    Bad("no-examples", lambda: ggn(data=(X[:0], Y[:0])), errors.DataError, r"GGN: expected at least one example, got empty"),
+    Bad("no-batches", lambda: ggn(data=[]), errors.DataError, r"GGN: expected at least one example, got empty"),
+    Bad("generator", lambda: ggn(data=(b for b in [BASE.data])), errors.DataError,
+        r"read more than once, got the one-shot iterator generator; pass list"),
+    Bad("iterator", lambda: influence(train_data=iter([BASE.data])), errors.DataError, r"Influence.*more than once"),
+    Bad("shuffling-loader", lambda: ggn(data=DataLoader(TensorDataset(X, Y), shuffle=True)), errors.DataError,
+        r"fixed order.*shuffle=False"),
+    Bad("data-set", lambda: ggn(data=TensorDataset(X, Y)), errors.DataError, r"single examples; wrap it in .*DataLoader"),
+    Bad("no-targets", lambda: ggn(data=X), errors.DataError, r"expected .*\(X, y\).*got Tensor"),
+    Bad("unequal-lengths", lambda: ggn(data=(X, Y[:4])), errors.ShapeError, r"same number of examples.*X 5, y 4"),
+    Bad("nan-input", lambda: ggn(data=(changed(X, (3, 1), torch.nan), Y)), errors.DataError,
+        r"finite inputs, got NaN or infinite values in X of example 3"),
+    Bad("inf-target", lambda: ggn(data=(X, changed(Y, (2, 0), torch.inf))), errors.DataError, r"finite targets.*example 2"),
+    Bad("nan-parameter", lambda: ggn(model=with_parameter(torch.nan)), errors.DataError, r"finite parameters.*2\.weight"),
+    Bad("inf-parameter", lambda: ie.jvp(with_parameter(torch.inf), X, vector()), errors.DataError, r"jvp.*2\.weight"),
+    Bad("nan-test-input", lambda: influence().scores((changed(X, (1, 1), torch.nan), Y)), errors.DataError,
+        r"finite inputs.*example 1"),
+    Bad("input-dtype", lambda: ggn(data=(X.float(), Y)), errors.DTypeError, r"float64.*float32"),
+    Bad("input-width", lambda: ggn(data=(X[:, :2], Y)), (errors.UnsupportedModelError, errors.ShapeError), r"expected"),
+    Bad("target-shape", lambda: ggn(data=(X, Y[:, :1])), errors.ShapeError, r"\[5, 2\].*\[5, 1\]"),
+    Bad("class-too-large", lambda: ie.GGN(CLASSES.model, CE, (CLASSES.X, torch.tensor([0, 1, 2, 3, 4]))), errors.DataError,
+        r"class indices in \[0, 4\), got 4 in example 4"),
+    Bad("class-negative", lambda: ie.GGN(CLASSES.model, CE, (CLASSES.X, torch.tensor([0, -1, 2, 3, 0]))), errors.DataError,
+        r"class indices in \[0, 4\), got -1 in example 1"),
+    Bad("class-as-float", lambda: ie.GGN(CLASSES.model, CE, (CLASSES.X, torch.zeros(5, dtype=F64))), errors.InfluenceExtError,
+        r"class ind.*float64"),
+    Bad("binary-target-above-one", lambda: ie.GGN(LABELS.model, BCE, (LABELS.X, 2 * torch.ones(5, 3, dtype=F64))),
+        errors.DataError, r"targets in \[0, 1\], got values from 2 to 2"),
+    Bad("unequal-test-classes", lambda: ie.grad_gram(CLASSES.model, CE, CLASSES.data, (CLASSES.X, torch.full((5,), 9))),
+        errors.DataError, r"got 9"),
+    Bad("batch-norm-training", lambda: ggn(model=normalised().train()), errors.UnsupportedModelError,
+        r"batch norm 1 is in training mode.*model\.eval\(\)"),
+    Bad("active-dropout", lambda: ggn(model=Dropping().to(F64)), errors.UnsupportedModelError,
+        r"dropout.*active in evaluation mode.*training=self\.training"),
+    Bad("trainable-factor", lambda: ggn(model=Scaled().to(F64)), errors.UnsupportedModelError,
+        r"elementwise operation with scale has no rule while that is trained.*params="),
+    Bad("reduction-none", lambda: ggn(loss=nn.MSELoss(reduction="none")), errors.UnsupportedLossError,
+        r"reduction.*'mean' or 'sum', got 'none'"),
+    Bad("unknown-loss-name", lambda: ggn(loss="hinge"), errors.UnsupportedLossError, r"mse_loss.*got 'hinge'"),
+    Bad("unknown-loss-module", lambda: ggn(loss=nn.L1Loss()), errors.UnsupportedLossError, r"L1Loss"),
+    Bad("label-smoothing", lambda: ie.GGN(CLASSES.model, nn.CrossEntropyLoss(label_smoothing=0.1), CLASSES.data),
+        errors.UnsupportedLossError, r"label_smoothing"),
+    Bad("class-weights", lambda: ie.GGN(CLASSES.model, nn.CrossEntropyLoss(weight=torch.ones(4)), CLASSES.data),
+        errors.UnsupportedLossError, r"weight"),
+    Bad("unsupported-operators", lambda: ie.GGN(Strange().to(F64), MSE, BASE.data), errors.UnsupportedModelError,
+        r"(?s)Strange.*bessel_j0.*logcumsumexp"),
+    Bad("nothing-trainable", lambda: ggn(model=frozen()), errors.ArgumentError, r"6 parameters with requires_grad=False"),
+    Bad("unknown-parameter", lambda: ggn(params=["0.wieght"]), errors.ArgumentError, r"'0\.wieght'.*0\.weight"),
+    Bad("foreign-tensor", lambda: ggn(params=[torch.ones(6, 3)]), errors.ArgumentError, r"the model's own parameters"),
+    Bad("half-precision", lambda: ggn(model=mlp(3, 2).half(), data=(X.half(), Y.half())), errors.DTypeError,
+        r"float32 or torch\.float64, got 0\.weight of torch\.float16"),
+    Bad("remove-out-of-range", lambda: influence().parameter_change([0, 5]), errors.ArgumentError, r"from 0 to 4, got 5"),
+    Bad("remove-negative", lambda: influence().parameter_change([-1]), errors.ArgumentError, r"from 0 to 4, got -1"),
+    Bad("remove-twice", lambda: influence().parameter_change([1, 3, 1]), errors.ArgumentError, r"got 1 twice"),
+    Bad("remove-mask", lambda: influence().parameter_change([True, False]), errors.ArgumentError, r"nonzero"),
+    Bad("remove-scalar", lambda: influence().parameter_change(3), errors.ArgumentError, r"list of example indices, got 3"),
+    Bad("damping-zero", lambda: influence(damping=0.0), errors.ArgumentError, r"Influence: expected damping .*> 0.*got 0"),
+    Bad("damping-negative", lambda: influence(damping=-1.0), errors.ArgumentError, r"damping.*got -1"),
+    Bad("damping-nan", lambda: influence(damping=float("nan")), errors.ArgumentError, r"damping.*got nan"),
+    Bad("ggn-damping-negative", lambda: ggn(damping=-1.0), errors.ArgumentError, r"GGN: expected damping.*got -1"),
+    Bad("curvature-name", lambda: influence(curvature="fisherman"), errors.ArgumentError, r"curvature.*ggn.*fisherman"),
+    Bad("pbrf-remove", lambda: ie.pbrf(BASE.model, MSE, BASE.data, remove=[7], damping=0.1), errors.ArgumentError,
+        r"from 0 to 4, got 7"),
+    Bad("pbrf-damping", lambda: ie.pbrf(BASE.model, MSE, BASE.data, remove=[1], damping=0.0), errors.ArgumentError,
+        r"damping"),
+    Bad("pbrf-remove-twice", lambda: ie.linearized_pbrf(BASE.model, MSE, BASE.data, remove=[1, 1], damping=0.1),
+        errors.ArgumentError, r"got 1 twice"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)
+def test_bad_input(row: Bad) -> None:
+    with pytest.raises(row.error, match=row.says) as caught:
+        row.call()
+    message = str(caught.value)
+    assert isinstance(caught.value, errors.InfluenceExtError)
+    assert re.match(r"^[\w.]+(\([^)]*\))?: expected ", message), f"not of the form 'who: expected ...': {message}"
+    assert ", got " in message
+
+
+def test_every_unsupported_operator_is_listed_at_once() -> None:
+    with pytest.raises(errors.UnsupportedModelError) as caught:
+        ie.GGN(Strange().to(F64).train(), MSE, BASE.data)
+    assert all(word in str(caught.value) for word in ("bessel_j0", "logcumsumexp"))
+
+
+class Fragile(nn.Module):
+    """A network whose forward pass raises on demand, after drawing random numbers and touching its own mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp(3, 4, 2)
+        self.error: type[BaseException] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Misbehave, then compute."""
+        if self.error is not None:
+            torch.rand(3)
+            np.random.rand(3)  # noqa: NPY002 - the global state is what could be disturbed
+            raise self.error("on demand")
+        return self.net(x)
+
+
+def fragile(error: type[BaseException] | None = None) -> Fragile:
+    """In training mode, with gradients, one frozen parameter and a mode that differs below."""
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        model = Fragile().to(F64).train()
+    model.net[2].eval()
+    model.net[0].bias.requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.full_like(parameter, 0.25)
+    model.error = error
+    return model
+
+
+def state(model: nn.Module, *tensors: Tensor) -> list[Any]:
+    """Everything a call could disturb, as values to compare."""
+    found: list[Any] = [torch.get_rng_state().tolist(), random.getstate()]
+    found.append(np.random.get_state()[1].tolist())  # noqa: NPY002 - the global state is meant
+    found += [torch.is_grad_enabled(), torch.get_num_threads(), torch.get_default_dtype()]
+    for name, module in model.named_modules():
+        found.append((name, module.training, sorted(module.__dict__), len(module._forward_hooks)))
+    for name, parameter in model.named_parameters():
+        grad = None if parameter.grad is None else (id(parameter.grad), parameter.grad.tolist())
+        found.append((name, id(parameter), parameter.tolist(), parameter.requires_grad, parameter._version, grad))
+    found += [(tensor.tolist(), tensor._version, tensor.requires_grad) for tensor in tensors]
+    return found
+
+
+def data() -> tuple[Tensor, Tensor]:
+    """Five examples."""
+    rng = generator("state")
+    return torch.randn(5, 3, generator=rng, dtype=F64), torch.randn(5, 2, generator=rng, dtype=F64)
+
+
+CALLS: dict[str, Callable[[nn.Module, tuple[Tensor, Tensor]], Any]] = {
+    "GGN": lambda model, data: ie.GGN(model, MSE, data, damping=0.1).to_dense(),
+    "jvp": lambda model, data: ie.jvp(model, data[0], vector(sum_trainable(model))),
+    "vjp": lambda model, data: ie.vjp(model, data[0], data[1]),
+    "per_example_grads": lambda model, data: ie.per_example_grads(model, MSE, data),
+    "per_example_norms": lambda model, data: ie.per_example_norms(model, MSE, data),
+    "per_example_dots": lambda model, data: ie.per_example_dots(model, MSE, data, vector(sum_trainable(model))[None]),
+    "grad_gram": lambda model, data: ie.grad_gram(model, MSE, data),
+    "scores": lambda model, data: ie.Influence(model, MSE, data, damping=0.1).scores(data),
+    "self_influence": lambda model, data: ie.Influence(model, MSE, data, damping=0.1).self_influence(),
+    "parameter_change": lambda model, data: ie.Influence(model, MSE, data, damping=0.1).parameter_change([1]),
+    "pbrf": lambda model, data: ie.pbrf(model, MSE, data, remove=[1], damping=0.5),
+    "linearized_pbrf": lambda model, data: ie.linearized_pbrf(model, MSE, data, remove=[1], damping=0.5),
+}
+every_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+
+
+def sum_trainable(model: nn.Module) -> int:
+    """P."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+@every_call
+def test_success_leaves_everything_as_found(call: Callable[..., Any]) -> None:
+    model, (X, y) = fragile(), data()
+    before = state(model, X, y)
+    call(model, (X, y))
+    call(model, (X, y))
+    assert state(model, X, y) == before
+
+
+@every_call
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_exception_in_the_model_leaves_everything_as_found(call: Callable[..., Any], error: type[BaseException]) -> None:
+    model, (X, y) = fragile(error), data()
+    before = state(model, X, y)
+    with pytest.raises((errors.UnsupportedModelError, error)) as caught:
+        call(model, (X, y))
+    if error is KeyboardInterrupt:
+        assert isinstance(caught.value, KeyboardInterrupt)
+    assert state(model, X, y) == before
+
+
+@pytest.mark.parametrize("step", ["linearize", "jvp", "vjp", "ggn", "factors"])
+@every_call
+def test_ctrl_c_in_native_code_gets_through_and_leaves_the_model_as_found(
+    call: Callable[..., Any], step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, (X, y) = fragile(), data()
+    before = state(model, X, y)
+    happened = []
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        happened.append(step)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(plan.Plan if step == "linearize" else plan.Tape, step, interrupt)
+    try:
+        call(model, (X, y))
+        interrupted = False
+    except KeyboardInterrupt:
+        interrupted = True
+    assert interrupted == bool(happened)
+    assert interrupted or step != "linearize"
+    assert state(model, X, y) == before
+
+
+def test_tied_modules_stay_tied() -> None:
+    network = build(NETWORKS["tied-layer"], F64)
+    model = copy.deepcopy(network.model)
+    before = state(model)
+    ie.GGN(model, network.loss, network.data).to_dense()
+    ie.per_example_grads(model, network.loss, network.data)
+    assert state(model) == before
+    assert model.alias is model.hidden
+
+
+def test_modules_in_training_mode_are_used_in_evaluation_mode() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 2)).to(F64).eval()
+    v = torch.ones(26, dtype=F64)
+    expected = ie.GGN(model, MSE, BASE.data) @ v
+    model.train()
+    assert torch.equal(ie.GGN(model, MSE, BASE.data) @ v, expected)
+    assert all(module.training for module in model.modules())
+
+
+def test_calls_work_under_no_grad_and_inference_mode() -> None:
+    v = BASE.random("v", 71)
+    expected = ggn() @ v
+    with torch.no_grad():
+        assert torch.equal(ggn() @ v, expected)
+        assert not torch.is_grad_enabled()
+    with torch.inference_mode():
+        assert torch.equal(ggn() @ v, expected)
+
+
+def test_results_do_not_carry_a_graph() -> None:
+    X = BASE.X.clone().requires_grad_()
+    y = BASE.y.clone().requires_grad_()
+    product = ie.GGN(BASE.model, MSE, (X, y)) @ BASE.random("v", 71).requires_grad_()
+    grads = ie.per_example_grads(BASE.model, MSE, (X, y))
+    assert not product.requires_grad
+    assert not any(g.requires_grad for g in grads.values())
+    assert X.grad is None
+    assert y.grad is None

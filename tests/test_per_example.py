@@ -1,0 +1,120 @@
+"""Gradients of single examples, and what is computed from them without forming them."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+import influence_ext as ie
+from influence_ext import reference
+from influence_ext.testing import assert_close
+from tests.cases import Network, build, eager, in_float64, subset
+from tests.cases.models import NETWORKS
+
+
+def flat(grads: dict[str, Tensor], N: int) -> Tensor:
+    """``dict name -> [N, *shape]`` to ``[N, P]``."""
+    return torch.cat([value.reshape(N, -1) for value in grads.values()], dim=1)
+
+
+def test_gradients_match_the_loop_over_examples(problem: Network) -> None:
+    grads = ie.per_example_grads(problem.model, problem.loss, problem.data)
+    like = reference.trainable(problem.model)
+    assert list(grads) == list(like)
+    assert [g.shape for g in grads.values()] == [(problem.N, *p.shape) for p in like.values()]
+    assert all(g.dtype == problem.dtype for g in grads.values())
+    peer = partial(eager.per_example_grads, problem)
+    assert_close(flat(grads, problem.N), problem.grads, scope=problem.case.scope, eager=peer)
+
+
+@in_float64
+def test_gradients_add_up_to_the_batch_gradient(problem: Network) -> None:
+    grads = flat(ie.per_example_grads(problem.model, problem.loss, problem.data), problem.N)
+    batch = reference.batch_gradient(problem.model, problem.loss_case.oracle(), *problem.data)
+    scale = problem.factor * float(problem.grads.norm(dim=1).sum())
+    total = problem.factor * grads.double().sum(dim=0)
+    assert_close(total.to(problem.dtype), batch, scope=problem.case.scope, scale=scale,
+                 eager=lambda: problem.factor * eager.per_example_grads(problem).sum(dim=0))  # fmt: skip
+
+
+def test_norms(problem: Network) -> None:
+    norms = ie.per_example_norms(problem.model, problem.loss, problem.data)
+    peer = eager.per_example_grads(problem).norm(dim=1)
+    assert_close(norms, problem.grads.norm(dim=1), scope=problem.case.scope, eager=peer)
+
+
+def test_gram_matrix(problem: Network) -> None:
+    gram = ie.grad_gram(problem.model, problem.loss, problem.data)
+    G = eager.per_example_grads(problem)
+    assert_close(gram, problem.grads @ problem.grads.T, scope=problem.case.scope, eager=G @ G.T)
+    assert torch.equal(gram, gram.T)
+
+
+@in_float64
+def test_squared_norms_are_the_diagonal_of_the_gram_matrix(problem: Network) -> None:
+    gram = ie.grad_gram(problem.model, problem.loss, problem.data)
+    norms = ie.per_example_norms(problem.model, problem.loss, problem.data)
+    assert_close(norms.square(), gram.diagonal().double(), scope=problem.case.scope,
+                 eager=lambda: eager.per_example_grads(problem).square().sum(dim=1))  # fmt: skip
+
+
+@in_float64
+def test_gram_matrix_of_two_sets(problem: Network) -> None:
+    rows, columns = slice(0, max(1, problem.N // 2)), slice(0, None, 2)
+    left = (subset(problem.X, rows), problem.y[rows])
+    right = (subset(problem.X, columns), problem.y[columns])
+    gram = ie.grad_gram(problem.model, problem.loss, left, right)
+    G = eager.per_example_grads(problem)
+    expected = problem.grads[rows] @ problem.grads[columns].T
+    assert_close(gram, expected, scope=problem.case.scope, eager=G[rows] @ G[columns].T)
+
+
+def test_dots(problem: Network) -> None:
+    V = problem.random("V", 8, problem.P)
+    dots = ie.per_example_dots(problem.model, problem.loss, problem.data, V)
+    peer = eager.per_example_grads(problem) @ V.T
+    assert_close(dots, problem.grads @ V.double().T, scope=problem.case.scope, eager=peer)
+    single = ie.per_example_dots(problem.model, problem.loss, problem.data, V[5])
+    assert_close(single, dots[:, 5].double(), scope=problem.case.scope, scale=float(dots.double().norm()))
+
+
+@in_float64
+def test_repeated_calls_are_identical(problem: Network) -> None:
+    for call in (ie.per_example_norms, ie.grad_gram):
+        assert torch.equal(call(problem.model, problem.loss, problem.data), call(problem.model, problem.loss, problem.data))
+
+
+@in_float64
+def test_an_example_does_not_see_the_others(problem: Network) -> None:
+    """The gradient is of the example's own loss: neither 1/N nor the batch it came in with enters."""
+    grads = flat(ie.per_example_grads(problem.model, problem.loss, problem.data), problem.N)
+    for n in {0, problem.N - 1}:
+        alone = (subset(problem.X, slice(n, n + 1)), problem.y[n : n + 1])
+        single = flat(ie.per_example_grads(problem.model, problem.loss, alone), 1)[0]
+        assert_close(single, grads[n].double(), scope=problem.case.scope, scale=float(problem.grads.norm(dim=1).max()))
+
+
+@pytest.mark.parametrize("id", ["mlp-tanh", "tied-transpose", "tied-modules", "tied-layer", "mixer"])
+def test_sub_spaces(id: str, dtype: torch.dtype) -> None:
+    network = build(NETWORKS[id], dtype)
+    like = reference.trainable(network.model)
+    sizes = [p.numel() for p in like.values()]
+    blocks = dict(zip(like, eager.per_example_grads(network).split(sizes, dim=1), strict=True))
+    for name in like:
+        grads = ie.per_example_grads(network.model, network.loss, network.data, params=[name])
+        assert list(grads) == [name]
+        expected = reference.per_example_grads(network.model, network.loss_case.oracle(), *network.data, params=[name])
+        assert_close(grads[name].reshape(network.N, -1), expected, eager=blocks[name])
+
+
+@pytest.mark.parametrize("id", ["mlp-ce", "two-inputs", "named-inputs"])
+def test_batches_are_one_data_set(id: str, dtype: torch.dtype) -> None:
+    network = build(NETWORKS[id], dtype)
+    batches = [(subset(network.X, part), network.y[part]) for part in (slice(0, 2), slice(2, 3), slice(3, None))]
+    whole = ie.grad_gram(network.model, network.loss, network.data)
+    assert_close(ie.grad_gram(network.model, network.loss, batches), whole.double())
+    norms = ie.per_example_norms(network.model, network.loss, batches)
+    assert_close(norms, network.grads.norm(dim=1), eager=lambda: eager.per_example_grads(network).norm(dim=1))

@@ -91,7 +91,8 @@ def extension() -> CppExtension:
         name="influence_ext._C",
         sources=sources + cpu_kernel_stubs(),
         include_dirs=[str(CSRC)],
-        # -ffp-contract=fast: fused multiply-add, the one liberty taken; no fast-math. -fopenmp: without it parallel loops are silently serial.
+        # -ffp-contract=fast: fused multiply-add, the one liberty taken; no fast-math.
+        # -fopenmp: without it parallel loops are silently serial.
         extra_compile_args=[
             "-std=c++20",
             "-O3",

@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
 from bench.cases import CASES
 
+ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 MARKS = (
@@ -116,11 +116,13 @@ def caption(records: list[Record]) -> str:
     newest = max(records, key=lambda r: r["date"])
     machine, versions = newest["machine"], newest["versions"]
     commits = sorted({r["commit"]["id"] + (" with changes" if r["commit"]["dirty"] else "") for r in records})
+    where = f"{machine['cpu']}, {machine['cores']} cores ({newest['threads']} threads)"
+    what = f"torch {versions['torch']}, curvlinops {versions['curvlinops-for-pytorch']}, {newest['date'][:10]}, commit {', '.join(commits)}"
     return (
-        f"Medians of interleaved runs on {machine['cpu']}, {machine['cores']} cores ({newest['threads']} threads), torch {versions['torch']}, "
-        f"curvlinops {versions['curvlinops-for-pytorch']}, {newest['date'][:10]}, commit {', '.join(commits)}; every answer checked against "
-        "float64 first. Peak memory is what a call needs beyond network, data and vectors, kept state included. The floor is the count of unavoidable operations over the fastest matrix product measured in the same run "
-        f"({newest['rates']['gemm'] / 1e9:.0f} GFLOP/s), or of unavoidable writing over the speed of memory. Reproduce with `make bench`."
+        f"Medians of interleaved runs on {where}, {what}; every answer checked against float64 first. Peak memory is what a call needs "
+        "beyond network, data and vectors, kept state included. The floor is the count of unavoidable operations over the fastest "
+        f"matrix product measured in the same run ({newest['rates']['gemm'] / 1e9:.0f} GFLOP/s), or of unavoidable writing over the "
+        "speed of memory. Reproduce with `make bench`."
     )
 
 

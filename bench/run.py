@@ -27,6 +27,7 @@ from bench.floor import Rates, floor, measure_rates
 from bench.peers import Call, Contender, contenders
 from bench.timing import interleave
 
+ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 
 
@@ -165,9 +166,10 @@ def compare(rows: list[dict[str, Any]], case: Case, rates: Rates) -> dict[str, A
 def describe(header: dict[str, Any], rates: Rates) -> str:
     load = header["machine"]["load"]
     busy = f"\nload average {load}: other work is running here, expect noise" if load and load > 0.7 else ""
+    memory_rates = f"copy {rates.copy / 1e9:.0f} GB/s, write {rates.write / 1e9:.0f} GB/s"
     return (
         f"{header['machine']['name']} · torch {header['versions']['torch']} · {header['threads']} threads · "
-        f"GEMM {rates.gemm / 1e9:.0f} GFLOP/s ({rates.gemm_route}) · copy {rates.copy / 1e9:.0f} GB/s, write {rates.write / 1e9:.0f} GB/s{busy}"
+        f"GEMM {rates.gemm / 1e9:.0f} GFLOP/s ({rates.gemm_route}) · {memory_rates}{busy}"
     )
 
 

@@ -30,8 +30,9 @@ constexpr at::ScalarType scalar_type() {
 
 template <class T>
 const T* data(const at::Tensor& t, int64_t size, const char* what) {
-  TORCH_CHECK(t.device().is_cpu() && t.is_contiguous() && t.scalar_type() == scalar_type<T>() && t.numel() == size, what, ": expected a contiguous CPU ",
-              scalar_type<T>(), " tensor of ", size, " elements, got ", t.toString(), " of ", t.numel(), t.is_contiguous() ? "" : ", not contiguous", ".");
+  TORCH_CHECK(t.device().is_cpu() && t.is_contiguous() && t.scalar_type() == scalar_type<T>() && t.numel() == size, what,
+              ": expected a contiguous CPU ", scalar_type<T>(), " tensor of ", size, " elements, got ", t.toString(), " of ", t.numel(),
+              t.is_contiguous() ? "" : ", not contiguous", ".");
   return t.const_data_ptr<T>();
 }
 
@@ -41,8 +42,10 @@ at::Tensor empty(at::IntArrayRef shape) {
 }
 
 template <class T>
-OutputHessian<T> make_hessian(int shape, int64_t C, double scale, int64_t N, const std::optional<at::Tensor>& state, const std::optional<at::Tensor>& weights) {
-  TORCH_CHECK(shape >= 0 && shape <= 2 && (shape == 0) == !state.has_value(), "OutputHessian: expected a state for shapes 1 and 2 only, got shape ", shape, ".");
+OutputHessian<T> make_hessian(int shape, int64_t C, double scale, int64_t N, const std::optional<at::Tensor>& state,
+                              const std::optional<at::Tensor>& weights) {
+  TORCH_CHECK(shape >= 0 && shape <= 2 && (shape == 0) == !state.has_value(), "OutputHessian: expected a state for shapes 1 and 2 only, got shape ",
+              shape, ".");
   OutputHessian<T> h;
   h.shape = static_cast<HessianShape>(shape);
   h.C = C;
@@ -56,7 +59,8 @@ OutputHessian<T> make_hessian(int shape, int64_t C, double scale, int64_t N, con
 template <class T>
 struct BoundTape {
   BoundTape(std::shared_ptr<Plan<T>> plan, std::vector<at::Tensor> inputs) : inputs(std::move(inputs)) {
-    TORCH_CHECK(static_cast<int>(this->inputs.size()) == plan->num_inputs(), "Tape: expected ", plan->num_inputs(), " inputs, got ", this->inputs.size(), ".");
+    TORCH_CHECK(static_cast<int>(this->inputs.size()) == plan->num_inputs(), "Tape: expected ", plan->num_inputs(), " inputs, got ",
+                this->inputs.size(), ".");
     const int64_t N = this->inputs.at(0).size(0);
     std::vector<const T*> pointers;
     for (size_t i = 0; i < this->inputs.size(); ++i) pointers.push_back(data<T>(this->inputs[i], N * plan->input_widths()[i], "Tape input"));
@@ -106,7 +110,8 @@ void bind(py::module_& m, const std::string& suffix) {
              }
              std::vector<Slot> parsed_slots;
              for (const auto& [size, offset] : slots) parsed_slots.push_back({size, offset});
-             return std::make_shared<Plan<T>>(std::move(parsed), std::move(parsed_slots), std::move(input_widths), std::move(aliases), output, num_parameters);
+             return std::make_shared<Plan<T>>(std::move(parsed), std::move(parsed_slots), std::move(input_widths), std::move(aliases), output,
+                                              num_parameters);
            }),
            py::arg("nodes"), py::arg("slots"), py::arg("input_widths"), py::arg("aliases"), py::arg("output"), py::arg("num_parameters"))
       .def_property_readonly("num_parameters", &Plan<T>::num_parameters)
@@ -126,8 +131,10 @@ void bind(py::module_& m, const std::string& suffix) {
       .def("linearize", &BoundTape<T>::linearize, py::arg("theta"))
       .def_property_readonly("num_examples", &BoundTape<T>::N)
       .def_property_readonly("cached_bytes", [](const BoundTape<T>& b) { return b.tape->cached_bytes(); })
-      .def("set_schedule", [](BoundTape<T>& b, int choice) { b.tape->set_schedule(static_cast<ScheduleChoice>(choice)); }, py::arg("choice"))
-      .def("workspace_bytes", [](const BoundTape<T>& b, int64_t V) { return b.tape->workspace_bytes(V, at::get_num_threads()); }, py::arg("V"))
+      .def(
+          "set_schedule", [](BoundTape<T>& b, int choice) { b.tape->set_schedule(static_cast<ScheduleChoice>(choice)); }, py::arg("choice"))
+      .def(
+          "workspace_bytes", [](const BoundTape<T>& b, int64_t V) { return b.tape->workspace_bytes(V, at::get_num_threads()); }, py::arg("V"))
       .def(
           "tiling",
           [](const BoundTape<T>& b, int64_t V) {
@@ -169,7 +176,8 @@ void bind(py::module_& m, const std::string& suffix) {
           py::arg("g"))
       .def(
           "ggn",
-          [](const BoundTape<T>& b, const at::Tensor& v, int shape, double scale, const std::optional<at::Tensor>& state, const std::optional<at::Tensor>& weights) {
+          [](const BoundTape<T>& b, const at::Tensor& v, int shape, double scale, const std::optional<at::Tensor>& state,
+             const std::optional<at::Tensor>& weights) {
             const int64_t V = v.size(0);
             const T* from = data<T>(v, V * b.P(), "ggn");
             const OutputHessian<T> h = make_hessian<T>(shape, b.C(), scale, b.N(), state, weights);
@@ -272,7 +280,8 @@ void loss_evaluate(const std::string& name, double s, const at::Tensor& z, const
   if (loss->takes_index()) {
     TORCH_CHECK(target.scalar_type() == at::kLong && target.is_contiguous() && target.numel() == a.N, "loss_evaluate: expected int64 targets [N].");
     a.index = target.const_data_ptr<int64_t>();
-    for (int64_t n = 0; n < a.N; ++n) TORCH_CHECK(a.index[n] >= 0 && a.index[n] < a.C, "loss_evaluate: class index ", a.index[n], " out of [0, ", a.C, ").");
+    for (int64_t n = 0; n < a.N; ++n)
+      TORCH_CHECK(a.index[n] >= 0 && a.index[n] < a.C, "loss_evaluate: class index ", a.index[n], " out of [0, ", a.C, ").");
   } else {
     a.target = data<T>(target, a.N * a.C, "loss target");
   }
@@ -301,7 +310,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("losses", &loss_names);
   m.def(
       "loss_evaluate",
-      [](const std::string& name, double s, const at::Tensor& z, const at::Tensor& target, const OptionalTensor& value, const OptionalTensor& gradient,
+      [](const std::string& name, double s, const at::Tensor& z, const at::Tensor& target, const OptionalTensor& value,
+         const OptionalTensor& gradient,
          const OptionalTensor& state) { dispatch(z, [&](auto tag) { loss_evaluate<decltype(tag)>(name, s, z, target, value, gradient, state); }); },
       py::arg("name"), py::arg("s"), py::arg("z"), py::arg("target"), py::arg("value"), py::arg("gradient"), py::arg("state"));
   m.def(

@@ -73,8 +73,8 @@ def build_info() -> dict[str, Any]:
     """What this build is and what it found on this machine.
 
     Returns:
-        Version, torch versions (built against and running), compiler, OpenMP and the number of threads seen in a parallel region, instruction sets
-        compiled and the one in use, CUDA, and the native rules and losses.
+        Version, torch's version, compiler, OpenMP and the number of threads seen in a parallel region, instruction sets compiled and the
+        one in use, CUDA, and the native rules and losses.
     """
     native: dict[str, Any] = dict(_C.build_info())
     return {

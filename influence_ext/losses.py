@@ -101,7 +101,7 @@ class Loss:
     averages_elements: bool = False
 
     def factor(self, num_examples: int) -> float:
-        """c in ``J = c Σ ℓ_n``: 1/N for ``"mean"``, 1 for ``"sum"``."""
+        """The c in ``J = c Σ ℓ_n``: 1/N for ``"mean"``, 1 for ``"sum"``."""
         return 1.0 / num_examples if self.reduction == "mean" else 1.0
 
     def value(self, z: Tensor, target: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ class Plan:
     def report(self) -> str:
         """A table of the nodes and the rule that runs each."""
         fused = set(self._native.fused_nodes)
-        return format_table(self.graph, notes={name: "fused into the product before it" for name in fused})
+        return format_table(self.graph, notes=dict.fromkeys(fused, "fused into the product before it"))
 
     def _inputs(self, X: Any) -> list[Tensor]:
         tensors = [X] if isinstance(X, Tensor) else list(X.values() if isinstance(X, Mapping) else X)
@@ -160,7 +160,9 @@ class Tape:
         """
         space = self.plan.space
         if theta.shape != (space.num_parameters,):
-            raise ShapeError(f"Tape: expected theta of shape [P] = [{space.num_parameters}], got {list(theta.shape)}; parameters: {space.describe()}.")
+            raise ShapeError(
+                f"Tape: expected theta of shape [P] = [{space.num_parameters}], got {list(theta.shape)}; parameters: {space.describe()}."
+            )
         if theta.dtype != space.dtype:
             raise DTypeError(f"Tape: expected theta of dtype {space.dtype}, got {theta.dtype}; convert it with .to({space.dtype}).")
         self.theta = theta.detach().clone()
@@ -219,9 +221,10 @@ class Tape:
         return out
 
     def factors(self, G: Tensor) -> Any:
-        """Per-example factors of ``J_nᵀ g[v, n]`` for ``G [V, N, *out]``: ``materialise``, ``square_norms``, ``square_sum``, ``gram``.
+        """Per-example factors of ``J_nᵀ g[v, n]`` for ``G [V, N, *out]``.
 
-        They point into the tape: valid until ``relinearize``. Cost: one cotangent sweep; memory V·N times the widths of the trainable nodes.
+        Methods: ``materialise``, ``square_norms``, ``square_sum``, ``gram``. They point into the tape:
+        valid until ``relinearize``. Cost: one cotangent sweep; memory V·N times the widths of the trainable nodes.
         """
         return self._native.factors(G.contiguous())
 

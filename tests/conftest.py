@@ -23,7 +23,6 @@ hypothesis.settings.load_profile("replayable")
 def pytest_configure(config: pytest.Config) -> None:
     """Declare the marks that pyproject.toml does not."""
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped with a counted reason where there is none")
-    config.addinivalue_line("markers", "statistical: compares a Monte-Carlo mean in units of its standard error")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -21,8 +21,8 @@ Isa active_isa();
 
 struct Context {
   Device device = Device::cpu;
-  int num_threads = 1;       // threads a kernel may use; 1 inside a schedule that is parallel itself
-  void* stream = nullptr;    // CUDA only
+  int num_threads = 1;     // threads a kernel may use; 1 inside a schedule that is parallel itself
+  void* stream = nullptr;  // CUDA only
 };
 
 }  // namespace infl

@@ -18,12 +18,12 @@ namespace infl {
 
 template <class T>
 struct GemmTerm {
-  int64_t K = 0;                // 0: the term is absent
-  const T* a = nullptr;         // element (v, m, k) at a[v * a_batch + m * a_row + k * a_col]
+  int64_t K = 0;         // 0: the term is absent
+  const T* a = nullptr;  // element (v, m, k) at a[v * a_batch + m * a_row + k * a_col]
   int64_t a_batch = 0, a_row = 0, a_col = 1;
-  const T* b = nullptr;         // element (v, k, n) at b[v * b_batch + k * b_row + n * b_col]; unused when packed
+  const T* b = nullptr;  // element (v, k, n) at b[v * b_batch + k * b_row + n * b_col]; unused when packed
   int64_t b_batch = 0, b_row = 0, b_col = 1;
-  const T* packed = nullptr;    // gemm_pack's output for each v, b_packed_batch apart
+  const T* packed = nullptr;  // gemm_pack's output for each v, b_packed_batch apart
   int64_t packed_batch = 0;
 };
 
@@ -33,10 +33,10 @@ struct Gemm {
   GemmTerm<T> terms[2];
   T* c = nullptr;
   int64_t c_batch = 0, ldc = 0;
-  bool accumulate = false;      // beta = 1
-  const T* bias = nullptr;      // [V, N], bias_batch apart, or absent
+  bool accumulate = false;  // beta = 1
+  const T* bias = nullptr;  // [V, N], bias_batch apart, or absent
   int64_t bias_batch = 0;
-  const T* scale = nullptr;     // [M, N], row stride scale_ld, or absent
+  const T* scale = nullptr;  // [M, N], row stride scale_ld, or absent
   int64_t scale_ld = 0;
 };
 

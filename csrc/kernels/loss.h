@@ -27,7 +27,8 @@ inline KernelStub<void(const Context&, const ElementwiseLoss<T>&)> binary_cross_
 
 // out[n] = Σ_c D(z, z_s), the Bregman divergence of the row.
 template <class T>
-inline KernelStub<void(const Context&, int64_t N, int64_t C, T s, const T* z, const T* z_s, T* out)> squared_error_bregman_stub{"squared_error_bregman"};
+inline KernelStub<void(const Context&, int64_t N, int64_t C, T s, const T* z, const T* z_s, T* out)> squared_error_bregman_stub{
+    "squared_error_bregman"};
 
 template <class T>
 inline KernelStub<void(const Context&, int64_t N, int64_t C, T s, const T* z, const T* z_s, T* out)> binary_cross_entropy_bregman_stub{

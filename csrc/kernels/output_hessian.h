@@ -22,9 +22,9 @@ template <class T>
 struct OutputHessian {
   HessianShape shape = HessianShape::scaled_identity;
   int64_t C = 0;
-  T scale = 1;                  // multiplies H (not its root alone: the root takes the square root of it)
-  const T* state = nullptr;     // d or p of the first example of the tile
-  const T* weights = nullptr;   // w of the first example of the tile, all >= 0
+  T scale = 1;                 // multiplies H (not its root alone: the root takes the square root of it)
+  const T* state = nullptr;    // d or p of the first example of the tile
+  const T* weights = nullptr;  // w of the first example of the tile, all >= 0
 };
 
 template <class T>

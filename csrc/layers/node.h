@@ -14,14 +14,14 @@ namespace infl {
 struct Node {
   std::string rule;
   std::string name;
-  std::vector<int> inputs;           // value ids
-  int output = -1;                   // value id
-  std::vector<int> slots;            // slot ids, −1 where absent
+  std::vector<int> inputs;  // value ids
+  int output = -1;          // value id
+  std::vector<int> slots;   // slot ids, −1 where absent
   std::map<std::string, int64_t> ints;
   std::map<std::string, double> floats;
-  int64_t width = 0;                 // elements per example of the output
+  int64_t width = 0;  // elements per example of the output
   std::vector<int64_t> input_widths;
-  std::vector<bool> trainable;       // per entry of `slots`: is it differentiated?
+  std::vector<bool> trainable;  // per entry of `slots`: is it differentiated?
 
   int64_t attribute(const std::string& key) const {
     const auto it = ints.find(key);

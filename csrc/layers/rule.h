@@ -18,11 +18,11 @@ namespace infl {
 
 // What a rule wants kept between the forward pass and the products.
 struct Storage {
-  std::vector<bool> keeps_input;        // per input: is its value needed later?
-  std::vector<int64_t> state_widths;    // arrays [N, width] of its own
-  int64_t packed_size = 0;              // elements derived from θ alone (packed weights)
-  int64_t tangent_packed_size = 0;      // elements derived from a parameter tangent, per right-hand side
-  int derivative = -1;                  // state array d if the node is elementwise with t_y = d ∘ t_x: such nodes can be fused into a neighbour
+  std::vector<bool> keeps_input;      // per input: is its value needed later?
+  std::vector<int64_t> state_widths;  // arrays [N, width] of its own
+  int64_t packed_size = 0;            // elements derived from θ alone (packed weights)
+  int64_t tangent_packed_size = 0;    // elements derived from a parameter tangent, per right-hand side
+  int derivative = -1;                // state array d if the node is elementwise with t_y = d ∘ t_x: such nodes can be fused into a neighbour
 };
 
 template <class T>
@@ -31,17 +31,17 @@ struct Tile {
   const Node& node;
   int64_t V = 1;
   int64_t n = 0;
-  const T* const* x = nullptr;          // per input: its value [n, width], null unless kept (all present in forward)
-  T* const* state = nullptr;            // per state array: [n, width]
-  const T* const* theta = nullptr;      // per slot: parameter or constant, null if absent
-  T* packed = nullptr;                  // packed_size elements
+  const T* const* x = nullptr;      // per input: its value [n, width], null unless kept (all present in forward)
+  T* const* state = nullptr;        // per state array: [n, width]
+  const T* const* theta = nullptr;  // per slot: parameter or constant, null if absent
+  T* packed = nullptr;              // packed_size elements
 };
 
 template <class T>
 struct ParameterTangents {
-  const T* const* theta = nullptr;      // per slot: [V, size] with rows `stride` apart; null if not differentiated
+  const T* const* theta = nullptr;  // per slot: [V, size] with rows `stride` apart; null if not differentiated
   int64_t stride = 0;
-  const T* packed = nullptr;            // [V, tangent_packed_size]
+  const T* packed = nullptr;  // [V, tangent_packed_size]
 };
 
 template <class T>
@@ -86,11 +86,11 @@ void register_rule(const std::string& name, std::unique_ptr<Rule<T>> rule);
 
 std::vector<std::string> rule_names();
 
-#define INFL_REGISTER_RULE(name, Type)                                \
-  [[maybe_unused]] static const bool Type##_is_registered = [] {      \
-    ::infl::register_rule<float>(name, std::make_unique<Type<float>>()); \
+#define INFL_REGISTER_RULE(name, Type)                                     \
+  [[maybe_unused]] static const bool Type##_is_registered = [] {           \
+    ::infl::register_rule<float>(name, std::make_unique<Type<float>>());   \
     ::infl::register_rule<double>(name, std::make_unique<Type<double>>()); \
-    return true;                                                      \
+    return true;                                                           \
   }();
 
 }  // namespace infl

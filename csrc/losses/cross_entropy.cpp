@@ -1,4 +1,5 @@
-// cross_entropy: ℓ = logsumexp(z) − z[t],  p = softmax(z),  ∇ℓ = p − e_t,  H = diag p − p pᵀ,  D(z, z_s) = KL(p_s ‖ p), independent of t.
+// cross_entropy: ℓ = logsumexp(z) − z[t],  p = softmax(z),  ∇ℓ = p − e_t,  H = diag p − p pᵀ,
+// D(z, z_s) = KL(p_s ‖ p), independent of t.
 #include "kernels/loss.h"
 #include "losses/loss.h"
 

@@ -18,12 +18,12 @@ template <class T>
 struct LossArguments {
   int64_t N = 0, C = 0;
   T s = 1;
-  const T* z = nullptr;              // [N, C]
-  const T* target = nullptr;         // [N, C], or
-  const int64_t* index = nullptr;    // [N], in [0, C)
-  T* value = nullptr;                // [N] or not wanted
-  T* gradient = nullptr;             // [N, C] or not wanted
-  T* state = nullptr;                // [N, C] or not wanted: the Hessian's state
+  const T* z = nullptr;            // [N, C]
+  const T* target = nullptr;       // [N, C], or
+  const int64_t* index = nullptr;  // [N], in [0, C)
+  T* value = nullptr;              // [N] or not wanted
+  T* gradient = nullptr;           // [N, C] or not wanted
+  T* state = nullptr;              // [N, C] or not wanted: the Hessian's state
 };
 
 template <class T>
@@ -33,7 +33,7 @@ class Loss {
   virtual void evaluate(const Context& ctx, const LossArguments<T>& arguments) const = 0;
   virtual void bregman(const Context& ctx, int64_t N, int64_t C, T s, const T* z, const T* z_s, T* out) const = 0;
   virtual HessianShape hessian_shape() const = 0;
-  virtual T hessian_scale(T s) const = 0;   // H_n = scale * (I | diag state | diag state − state stateᵀ)
+  virtual T hessian_scale(T s) const = 0;  // H_n = scale * (I | diag state | diag state − state stateᵀ)
   virtual bool takes_index() const { return false; }
 };
 

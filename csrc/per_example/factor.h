@@ -13,10 +13,10 @@ namespace infl {
 template <class T>
 struct Factor {
   int slot = -1;
-  int64_t positions = 1;         // t runs over these
+  int64_t positions = 1;  // t runs over these
   int64_t rows = 0, cols = 1;
-  const T* row = nullptr;        // [V or 1, N, positions, rows]
-  const T* col = nullptr;        // [V or 1, N, positions, cols], null for dense
+  const T* row = nullptr;  // [V or 1, N, positions, rows]
+  const T* col = nullptr;  // [V or 1, N, positions, cols], null for dense
   bool row_has_v = true;
   bool col_has_v = false;
 

@@ -26,10 +26,10 @@ class FactorSet {
   int64_t num_vectors() const { return V_; }
   int64_t num_examples() const { return N_; }
 
-  void materialise(const Context& ctx, T* out, int64_t stride) const;        // [V, N, P], examples `stride` apart
-  void square_norms(const Context& ctx, T* out) const;                       // [V, N]
-  void square_sum(const Context& ctx, T* out) const;                         // [P]: Σ over v and n of the squared entries
-  void gram(const Context& ctx, const FactorSet& other, T* out) const;       // [V N, V' N'] inner products
+  void materialise(const Context& ctx, T* out, int64_t stride) const;   // [V, N, P], examples `stride` apart
+  void square_norms(const Context& ctx, T* out) const;                  // [V, N]
+  void square_sum(const Context& ctx, T* out) const;                    // [P]: Σ over v and n of the squared entries
+  void gram(const Context& ctx, const FactorSet& other, T* out) const;  // [V N, V' N'] inner products
 
  private:
   using Group = std::vector<Factor<T>>;

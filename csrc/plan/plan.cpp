@@ -45,7 +45,8 @@ Plan<T>::Plan(std::vector<Node> nodes, std::vector<Slot> slots, std::vector<int6
       output_(output),
       num_parameters_(num_parameters) {
   const int num_values = static_cast<int>(canonical_.size());
-  if (output_ < 0 || output_ >= num_values) throw std::invalid_argument("Plan: expected the output to be a value id, got " + std::to_string(output_) + ".");
+  if (output_ < 0 || output_ >= num_values)
+    throw std::invalid_argument("Plan: expected the output to be a value id, got " + std::to_string(output_) + ".");
   for (int value = 0; value < num_values; ++value) {
     int root = value;
     while (canonical_[root] >= 0 && canonical_[root] != root) root = canonical_[root];

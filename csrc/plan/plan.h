@@ -29,14 +29,14 @@ struct TangentStep {
   int node;
   std::vector<Place> inputs;  // kNowhere: zero
   Place output;
-  int scale_by = -1;          // node whose derivative is the epilogue
+  int scale_by = -1;  // node whose derivative is the epilogue
 };
 
 struct CotangentStep {
   int node;
   Place g_output;
-  bool params = false;        // run vjp_params first
-  int input = -1;             // then vjp_input for this input, if >= 0
+  bool params = false;  // run vjp_params first
+  int input = -1;       // then vjp_input for this input, if >= 0
   Place g_input = kNowhere;
   bool accumulate = false;
   int scale_by = -1;
@@ -91,8 +91,8 @@ class Plan {
   int64_t num_parameters_;
   std::vector<const Rule<T>*> rules_;
   std::vector<Storage> storages_;
-  std::vector<int64_t> widths_;      // per canonical value
-  std::vector<int> producer_;        // per canonical value: node, or -1 for inputs
+  std::vector<int64_t> widths_;  // per canonical value
+  std::vector<int> producer_;    // per canonical value: node, or -1 for inputs
   std::vector<bool> kept_, needs_tangent_;
   Schedules schedules_;
 };

@@ -24,7 +24,13 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <class T>
 Tape<T>::Tape(std::shared_ptr<const Plan<T>> plan, int64_t N, std::vector<const T*> inputs)
-    : plan_(std::move(plan)), N_(N), inputs_(std::move(inputs)), values_(plan_->num_values()), states_(plan_->nodes().size()), packed_(plan_->nodes().size()), theta_(plan_->slots().size()) {
+    : plan_(std::move(plan)),
+      N_(N),
+      inputs_(std::move(inputs)),
+      values_(plan_->num_values()),
+      states_(plan_->nodes().size()),
+      packed_(plan_->nodes().size()),
+      theta_(plan_->slots().size()) {
   for (int id = 0; id < plan_->num_values(); ++id) {
     if (plan_->canonical(id) == id && plan_->is_kept(id)) values_[id].resize(N_ * plan_->width(id));
   }
@@ -72,8 +78,7 @@ std::vector<P> operands(const Node& node, const std::vector<P>& by_slot) {
 // The arrays a rule sees for one tile. Owns the small pointer tables that the Tile points to.
 template <class T>
 struct Tape<T>::Sweep {
-  Sweep(const Tape& tape, const Context& ctx, int index, int64_t V, int64_t n0, int64_t n)
-      : node(tape.plan_->nodes()[index]), tile{ctx, node, V, n} {
+  Sweep(const Tape& tape, const Context& ctx, int index, int64_t V, int64_t n0, int64_t n) : node(tape.plan_->nodes()[index]), tile{ctx, node, V, n} {
     const Storage& storage = tape.plan_->storage(index);
     for (size_t k = 0; k < node.inputs.size(); ++k) x.push_back(storage.keeps_input[k] ? tape.value(node.inputs[k], n0) : nullptr);
     for (size_t k = 0; k < storage.state_widths.size(); ++k) {
@@ -135,7 +140,8 @@ void Tape<T>::pack_tangents(const Context& ctx, int64_t V, const std::vector<con
 }
 
 template <class T>
-void Tape<T>::tangent_tile(const Context& ctx, int64_t V, int64_t n0, int64_t n, const std::vector<const T*>& t_theta, const T* packed, T* workspace) const {
+void Tape<T>::tangent_tile(const Context& ctx, int64_t V, int64_t n0, int64_t n, const std::vector<const T*>& t_theta, const T* packed,
+                           T* workspace) const {
   std::vector<const T*> t_x;
   for (const TangentStep& step : plan_->schedules().tangent) {
     Sweep sweep(*this, ctx, step.node, V, n0, n);

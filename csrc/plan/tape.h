@@ -21,7 +21,7 @@ enum class ScheduleChoice : int { automatic = 0, by_example = 1, by_operator = 2
 
 struct Tiling {
   bool by_example = false;
-  int64_t tile = 1;      // examples
+  int64_t tile = 1;  // examples
   int num_threads = 1;
 };
 
@@ -43,8 +43,8 @@ class Tape {
   int64_t cached_bytes() const;
   int64_t workspace_bytes(int64_t V, int num_threads) const;  // of one product onto V vectors, beyond operand and result
 
-  void jvp(const Context& ctx, int64_t V, const T* v, T* t_out) const;                     // [V, P] -> [V, N, C]
-  void vjp(const Context& ctx, int64_t V, const T* g, T* out) const;                       // [V, N, C] -> [V, P], summed over N
+  void jvp(const Context& ctx, int64_t V, const T* v, T* t_out) const;                           // [V, P] -> [V, N, C]
+  void vjp(const Context& ctx, int64_t V, const T* g, T* out) const;                             // [V, N, C] -> [V, P], summed over N
   void ggn(const Context& ctx, int64_t V, const T* v, const OutputHessian<T>& h, T* out) const;  // [V, P] -> [V, P]
 
   // Runs the cotangent sweep over all examples and returns each node's factors; they point into the tape and into `storage`.
@@ -68,10 +68,10 @@ class Tape {
   std::shared_ptr<const Plan<T>> plan_;
   int64_t N_;
   std::vector<const T*> inputs_;
-  std::vector<Buffer<T>> values_;                // per value: kept outputs [N, width]
-  std::vector<std::vector<Buffer<T>>> states_;   // per node
-  std::vector<Buffer<T>> packed_;                // per node
-  std::vector<Buffer<T>> theta_;                 // per slot
+  std::vector<Buffer<T>> values_;               // per value: kept outputs [N, width]
+  std::vector<std::vector<Buffer<T>>> states_;  // per node
+  std::vector<Buffer<T>> packed_;               // per node
+  std::vector<Buffer<T>> theta_;                // per slot
   ScheduleChoice choice_ = ScheduleChoice::automatic;
 };
 

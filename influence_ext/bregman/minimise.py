@@ -14,6 +14,8 @@ from influence_ext.bregman.objective import Evaluation
 from influence_ext.bregman.response import ResponseStatus
 
 ACCEPT, SHRINK, GROW = 1e-4, 0.25, 0.75
+SLOW = 0.3
+"""A trial that leaves more of the gradient than this asks for the full Hessian from then on."""
 WINDOW = 20
 """Trials over which a search that has all but stopped is recognised."""
 RUNAWAY_TRIALS = 20
@@ -31,8 +33,8 @@ class Objective(Protocol):
     def curvature_product(self, v: Tensor, at: Evaluation) -> Tensor:
         """The positive semi-definite Gauss-Newton curvature there, ``[P] -> [P]``."""
 
-    def hessian_product(self, v: Tensor, at: Evaluation, length: float) -> Tensor:
-        """The Hessian there, possibly indefinite, ``[P] -> [P]``, averaged over a stretch of ``length``."""
+    def hessian_product(self, v: Tensor, at: Evaluation, length: float, full: bool) -> Tensor:
+        """The Hessian there, possibly indefinite, ``[P] -> [P]``, averaged over a stretch of ``length``; cheaper if not ``full``."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +76,7 @@ def minimise(
     r"""The local minimum downhill from ``start``, to ``‖∇Q‖ ≤ rtol ‖∇Q(start)‖``.
 
     The first trial is the full Gauss-Newton step, whose length becomes the radius of the trust region. From then on each trial
-    minimises the quadratic model with the exact Hessian inside the region by CG (Steihaug and Toint), only as
+    minimises the quadratic model with the Hessian (exact once progress is slow) inside the region by CG (Steihaug and Toint), only as
     accurately as the progress so far warrants (Eisenstat and Walker); along a direction of negative curvature it goes to the edge.
 
     Args:
@@ -122,6 +124,7 @@ def minimise(
         if ratio >= ACCEPT:
             goal = 0.5 * rtol * search.initial_norm / max(search.norm, 1e-300)
             forcing = min(max((search.norm / before) ** 1.5, goal, 1e-4), 0.1)
+        search.full |= step > 0 and search.norm > SLOW * before
         if step >= RUNAWAY_TRIALS and search.fall > depth:
             return search.finished(ResponseStatus.DIVERGED)
     converged = search.norm <= rtol * search.initial_norm
@@ -145,7 +148,7 @@ class _Search:
         self.now = objective.evaluate(start.clone())
         self.norm = self.initial_norm = _norm(self.now.gradient)
         self.initial_value = self.now.value
-        self.stretch = 0.0
+        self.stretch, self.full = 0.0, False
         self.num_steps, self.num_products, self.num_evaluations = 0, 0, 1
         self.saw_finite = False
         self.trace: list[tuple[float, float]] = []
@@ -181,7 +184,7 @@ class _Search:
         return self.objective.curvature_product(v, self.now)
 
     def hessian(self, v: Tensor) -> Tensor:
-        return self.objective.hessian_product(v, self.now, self.stretch)
+        return self.objective.hessian_product(v, self.now, self.stretch, self.full)
 
     def first_trial(self, known: Tensor | None, forcing: float, max_products: int) -> _Trial:
         """The full Gauss-Newton step."""

@@ -50,6 +50,10 @@ class Reference:
         """A second tape in the network's dtype, for difference quotients; between evaluations ``exact`` is free to serve as one."""
         return self.exact if self.is_double else self._fast_plan.linearize(self.network.examples.X, self.network.theta)
 
+    def subset(self, examples: Sequence[int]) -> Tape:
+        """A tape at θs in float64 on some of the examples."""
+        return self._exact_plan.linearize(self.network.exact_examples.subset(examples).X, self.network.exact_theta)
+
     @cached_property
     def _fast_plan(self) -> Plan:
         return self._exact_plan if self.is_double else Plan.of(self.network.model, self.network.examples.X, who="PBRF")
@@ -59,7 +63,7 @@ class Reference:
         named = sorted({i for group in groups for i in group})
         if not named:
             return torch.zeros(len(groups), len(self.network.theta), dtype=torch.float64, device=self.z.device)
-        tape = self._exact_plan.linearize(self.network.exact_examples.subset(named).X, self.network.exact_theta)
+        tape = self.subset(named)
         row = {i: k for k, i in enumerate(named)}
         g_z = self.g[named]
         cotangents = torch.zeros(len(groups), *g_z.shape, dtype=g_z.dtype, device=g_z.device)
@@ -115,14 +119,22 @@ class BregmanObjective:
         slopes: ``b``, ``[N, *out]`` in float64.
         damping: ``κ``, weight decay included.
         parameter_slope: ``p``, ``[P]`` in float64, or ``None`` for zero.
+        removed: The examples whose ``r = ∂Q/∂z`` outweighs the others'; none if there are no such.
     """
 
     def __init__(
-        self, reference: Reference, bregman_weights: Tensor, slopes: Tensor, damping: float, parameter_slope: Tensor | None = None
+        self,
+        reference: Reference,
+        bregman_weights: Tensor,
+        slopes: Tensor,
+        damping: float,
+        parameter_slope: Tensor | None = None,
+        removed: Sequence[int] = (),
     ):
         self._reference, self._a, self._b = reference, bregman_weights, slopes
-        self.damping, self._p = damping, parameter_slope
-        self._linearisation: _Linearisation | None = None
+        self.damping, self._p, self._removed = damping, parameter_slope, list(removed)
+        self._hessian: tuple[Evaluation, OutputHessian] | None = None
+        self._quotient: _Quotient | None = None
 
     @classmethod
     def proximal_bregman(cls, reference: Reference, removed: Sequence[int], epsilon: float, damping: float) -> BregmanObjective:
@@ -132,7 +144,7 @@ class BregmanObjective:
         a[index] = c - epsilon
         b = torch.zeros_like(reference.g)
         b[index] = -epsilon * reference.g[index]
-        return cls(reference, a, b, damping)
+        return cls(reference, a, b, damping, removed=index)
 
     @classmethod
     def retraining(cls, reference: Reference, removed: Sequence[int], damping: float = 0.0) -> BregmanObjective:
@@ -163,46 +175,54 @@ class BregmanObjective:
 
     def curvature_product(self, v: Tensor, at: Evaluation) -> Tensor:
         """``(Σ_i max(a_i, 0) J_iᵀ H_i J_i + κ I) v`` there, ``[P] -> [P]``: positive semi-definite. Cost: a Gauss-Newton product."""
-        tape, here = self._reference.fast, self._linearised(at)
-        return tape.ggn(v.to(tape.theta.dtype)[None], here.hessian)[0].double().add_(v, alpha=self.damping)
+        tape = self._reference.fast
+        if self._hessian is None or self._hessian[0] is not at:
+            network = self._reference.network
+            tape.relinearize((network.exact_theta + at.delta).to(tape.theta.dtype))
+            weights = self._a.clamp(min=0).to(tape.theta.dtype)
+            self._hessian = at, network.loss.hessian(tape.outputs, network.examples.targets, weights=weights)
+        return tape.ggn(v.to(tape.theta.dtype)[None], self._hessian[1])[0].double().add_(v, alpha=self.damping)
 
-    def hessian_product(self, v: Tensor, at: Evaluation, length: float) -> Tensor:
-        r"""``∇²Q v`` there, ``[P] -> [P]``, possibly indefinite. Cost: a Gauss-Newton product, a forward and a cotangent sweep.
+    def hessian_product(self, v: Tensor, at: Evaluation, length: float, full: bool) -> Tensor:
+        r"""``∇²Q v`` there, ``[P] -> [P]``, possibly indefinite.
 
         Gauss-Newton plus the network's own curvature ``Σ_i Σ_k r_ik ∇²f_ik`` with ``r = ∂Q/∂z``, as the difference quotient of ``Jᵀr``
         over ``length`` with ``r`` held. Near θs that is a small part, so its error matters little; at a kink of the network the
         quotient over the length of a step tells more than the derivative.
+
+        Without ``full`` only the removed examples' own curvature counts: theirs is the one large ``r``, and it costs next to nothing.
+        With ``full``: a forward and a cotangent sweep on top of the Gauss-Newton product.
         """
         product = self.curvature_product(v, at)
+        if not full and not self._removed:
+            return product
+        if self._quotient is None or self._quotient.at is not at or self._quotient.full is not full:
+            tape = self._reference.probe if full else self._reference.subset(self._removed)
+            slopes = at.slopes if full else at.slopes[self._removed]
+            self._quotient = _Quotient(tape, self._reference.network.exact_theta, at, slopes, full)
+        return product.add_(self._quotient.product(v, length))
+
+
+class _Quotient:
+    """``v ↦ (J(θ + hv)ᵀ r − J(θ)ᵀ r)/h`` on a tape's examples, at ``θ = θs + at.delta``."""
+
+    def __init__(self, tape: Tape, theta_s: Tensor, at: Evaluation, slopes: Tensor, full: bool):
+        self.at, self.full = at, full
+        self._tape, self._theta = tape, theta_s + at.delta
+        self._cotangent = slopes.to(tape.theta.dtype)[None]
+        self._base = self._pulled_back(self._theta)
+        self._shortest = (1 + float(theta_s.norm())) * torch.finfo(tape.theta.dtype).eps ** 0.5
+
+    def product(self, v: Tensor, length: float) -> Tensor:
         norm = float(v.norm())
         if norm == 0:
-            return product
-        probe, theta_s, here = self._reference.probe, self._reference.network.exact_theta, self._linearised(at)
-        shortest = (1 + float(theta_s.norm())) * torch.finfo(probe.theta.dtype).eps ** 0.5
-        h = max(length, shortest) / norm
-        probe.relinearize((theta_s + at.delta + h * v).to(probe.theta.dtype))
-        return product.add_(probe.vjp(here.cotangent)[0].sub_(here.network_gradient).double(), alpha=1 / h)
+            return torch.zeros_like(v)
+        h = max(length, self._shortest) / norm
+        return self._pulled_back(self._theta + h * v).sub_(self._base).div_(h)
 
-    def _linearised(self, at: Evaluation) -> _Linearisation:
-        """The fast tape moved to ``at``, with what depends on it."""
-        if self._linearisation is None or self._linearisation.at is not at:
-            tape, network = self._reference.fast, self._reference.network
-            tape.relinearize((network.exact_theta + at.delta).to(tape.theta.dtype))
-            weights = self._a.clamp(min=0).to(tape.theta.dtype)
-            hessian = network.loss.hessian(tape.outputs, network.examples.targets, weights=weights)
-            cotangent = at.slopes.to(tape.theta.dtype)[None]
-            self._linearisation = _Linearisation(at, hessian, cotangent, tape.vjp(cotangent)[0])
-        return self._linearisation
-
-
-@dataclass(frozen=True, eq=False)
-class _Linearisation:
-    """What products at one point need: ``a_i H_i``, ``r = ∂Q/∂z`` as ``[1, N, *out]`` and ``Jᵀr [P]``, in the fast tape's dtype."""
-
-    at: Evaluation
-    hessian: OutputHessian
-    cotangent: Tensor
-    network_gradient: Tensor
+    def _pulled_back(self, theta: Tensor) -> Tensor:
+        self._tape.relinearize(theta.to(self._tape.theta.dtype))
+        return self._tape.vjp(self._cotangent)[0].double()
 
 
 def _per_example(weights: Tensor, like: Tensor) -> Tensor:

@@ -22,8 +22,8 @@ from influence_ext.errors import ArgumentError, DivergenceError, NumericalWarnin
 RUNAWAY_RATIO = 5.0
 """Where a local minimum near θs exists, the objective falls about as far as its linear response predicts; seldom twice as far."""
 
-EXACT = 1e-9
-"""Relative residual up to which a linear response counts as solved exactly."""
+EXACT = {torch.float64: 1e-9, torch.float32: 1e-5}
+"""Relative residual (in float64) up to which a linear response counts as solved exactly, by the network's dtype."""
 MAX_REFINEMENTS = 8
 
 OnFailure = Literal["raise", "return"]
@@ -136,7 +136,7 @@ def linearized_pbrf(
         remove: Indices of the training examples removed together.
         damping: λ; ``λ_eff = λ + w``.
         weight_decay: ``w``; ``None`` means the run's, or 0 for a network.
-        solver: ``None`` solves to a relative residual of 1e-9 in float64, by a factorisation where that is cheaper than CG.
+        solver: ``None`` solves to a relative residual of 1e-9 (1e-5 for a float32 network), recomputed in float64.
 
     Returns:
         The response; ``relative_residual`` says how exactly it was solved.
@@ -183,25 +183,25 @@ def linear_responses(
 
 
 def _solve_exactly(reference: Reference, damping: float, B: Tensor) -> solvers.Solution:
-    """In float64: by a factorisation where one is cheaper, else by CG, whose steps run in the network's own dtype."""
+    """By a factorisation in float64 where one is cheaper; else by CG in the network's dtype, refined by the residual in float64."""
     exact = reference.exact_curvature(damping)
-    solver = solvers.auto(exact, len(B), rtol=EXACT, on_failure="return")
+    goal = EXACT[reference.network.theta.dtype]
+    solver = solvers.auto(exact, len(B), rtol=goal, on_failure="return")
     if reference.is_double or not isinstance(solver.solver, solvers.CG):
         return solver.solve(exact, B)
     fast = reference.curvature(damping)
-    rough = solvers.CG(rtol=1e-3, on_failure="return")
     X, num_products, norms = torch.zeros_like(B), 0, B.norm(dim=1).clamp(min=torch.finfo(B.dtype).tiny)
-    residual = (B / norms[:, None]).norm(dim=1)
+    R, residual = B, B.norm(dim=1) / norms
     for _ in range(MAX_REFINEMENTS):
+        worst = float(residual.max())
+        if not worst > goal:
+            break
+        correction = solvers.CG(rtol=min(max(0.5 * goal / worst, 1e-4), 0.5), on_failure="return").solve(fast, R.to(fast.dtype))
+        X += correction.value.double()
         R = B - exact.matmat(X)
         residual = R.norm(dim=1) / norms
-        num_products += len(B)
-        if not bool((residual > EXACT).any()):
-            break
-        correction = rough.solve(fast, R.to(fast.dtype))
-        X += correction.value.double()
-        num_products += correction.num_products
-    status = [solvers.Status.CONVERGED if r <= EXACT else solvers.Status.MAX_STEPS for r in residual.tolist()]
+        num_products += correction.num_products + len(B)
+    status = [solvers.Status.CONVERGED if r <= goal else solvers.Status.MAX_STEPS for r in residual.tolist()]
     return solvers.Solution(X, status, residual, num_products)
 
 

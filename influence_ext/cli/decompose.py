@@ -8,7 +8,6 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -21,6 +20,7 @@ EPILOG = """examples:
   influence-ext decompose --dataset diabetes --hidden 128,128 --activation tanh --epochs 100
   influence-ext decompose --model model.py:build --train train.npz --test test.npz --loss mse_loss --remove 3,17"""
 
+Arrays = datasets.Arrays
 Progress = Callable[[str, int, int], None]
 
 
@@ -92,13 +92,15 @@ def run(args: argparse.Namespace) -> int:
     return FAILED if failed else OK
 
 
-def protocol(args: argparse.Namespace) -> tuple[ie.Recipe, Any, Any]:
+def protocol(args: argparse.Namespace) -> tuple[ie.Recipe, Arrays, Arrays | None]:
     """``(recipe, train, test)`` of the options; ``test`` may be ``None``."""
     if bool(args.dataset) == bool(args.model):
         raise ArgumentError(
             "expected either --dataset or --model with --train, got " + ("both" if args.dataset else "neither") + "; give one."
         )
     dtype = options.dtype(args)
+    train: Arrays
+    test: Arrays | None
     build: Callable[[], torch.nn.Module]
     if args.dataset:
         data = datasets.load(args.dataset, num_train=args.num_train, seed=args.seed, dtype=dtype)

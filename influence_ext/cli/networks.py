@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,7 +30,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 def mlp(sizes: Sequence[int], activation: str) -> nn.Sequential:
     """Linear layers of ``sizes`` with ``activation`` between them."""
     layers: list[nn.Module] = []
-    for num_inputs, num_outputs in zip(sizes[:-1], sizes[1:], strict=True):
+    for num_inputs, num_outputs in itertools.pairwise(sizes):
         layers += [nn.Linear(num_inputs, num_outputs), ACTIVATIONS[activation]()]
     return nn.Sequential(*layers[:-1])
 
@@ -50,7 +51,8 @@ def load_factory(spec: str) -> Callable[[], nn.Module]:
         if not path.is_file():
             raise ArgumentError(f"--model: expected a Python file, got {where!r}, which does not exist; check the path.")
         module_spec = importlib.util.spec_from_file_location(path.stem, path)
-        assert module_spec is not None and module_spec.loader is not None
+        assert module_spec is not None
+        assert module_spec.loader is not None
         module: Any = importlib.util.module_from_spec(module_spec)
         sys.modules.setdefault(path.stem, module)
         module_spec.loader.exec_module(module)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict, dataclass
 
 import influence_ext as ie
 from influence_ext.cli import networks, options
@@ -15,6 +16,15 @@ EPILOG = """example:
 
 A positive score means that removing the training example raises the test loss: it helps.
 --model runs the file that you name."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The strongest training examples of one test example, ``(training index, score)``."""
+
+    test: int
+    helpful: list[tuple[int, float]]
+    harmful: list[tuple[int, float]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,9 +55,7 @@ def run(args: argparse.Namespace) -> int:
     path = scores.save(args.out) if args.out else None
     num_test, num_train = scores.values.shape
     top = min(args.top, num_train)
-    shown = [
-        {"test": t, "helpful": scores.top(top, t), "harmful": scores.top(top, t, harmful=True)} for t in range(min(args.tests, num_test))
-    ]
+    shown = [Shown(t, scores.top(top, t), scores.top(top, t, harmful=True)) for t in range(min(args.tests, num_test))]
     if args.json:
         emit(
             {
@@ -55,19 +63,17 @@ def run(args: argparse.Namespace) -> int:
                 "info": scores.info,
                 "largest_relative_residual": float(scores.residual_norm.max()),
                 "largest_error_bound": float(scores.error_bound.max()),
-                "top": shown,
+                "top": [asdict(row) for row in shown],
                 "out": str(path) if path else None,
             }
         )
         return OK
-    print(
-        f"{num_test} test x {num_train} training examples, P = {scores.info['num_parameters']}, λ = {args.damping:g}, {scores.info['solver']}"
-    )
-    print(
-        f"largest relative residual {float(scores.residual_norm.max()):.1e}; no score is off by more than {float(scores.error_bound.max()):.1e}\n"
-    )
+    size, bound = f"P = {scores.info['num_parameters']}, λ = {args.damping:g}", float(scores.error_bound.max())
+    print(f"{num_test} test x {num_train} training examples, {size}, solved with {scores.info['solver']}")
+    print(f"largest relative residual {float(scores.residual_norm.max()):.1e}; no score is off by more than {bound:.1e}\n")
     rows = [["test example", *(f"helps {k + 1}" for k in range(top)), *(f"harms {k + 1}" for k in range(top))]]
-    rows += [[str(row["test"]), *(f"{i}: {s:+.2e}" for i, s in [*row["helpful"], *row["harmful"]])] for row in shown]
+    for row in shown:
+        rows.append([str(row.test), *(f"{i}: {value:+.2e}" for i, value in [*row.helpful, *row.harmful])])
     print(aligned(rows))
     print(f"\nall scores in {path}" if path else "\n--out FILE.npz keeps all scores")
     return OK

@@ -28,10 +28,12 @@ class _Solve(Protocol):
 class Influence:
     r"""Predicted effect of removing training examples from a trained network.
 
-    .. math:: s(t, i) = c\, \nabla\ell_t^T (G + \lambda I)^{-1} \nabla\ell_i, \qquad \Delta\theta = c\,(G + \lambda I)^{-1} \sum_{z \in S} \nabla\ell_z
+    .. math::
+        s(t, i) = c\, \nabla\ell_t^T (G + \lambda I)^{-1} \nabla\ell_i, \qquad
+        \Delta\theta = c\,(G + \lambda I)^{-1} \sum_{z \in S} \nabla\ell_z
 
-    with the GGN G of the training cost ``J = c Σ ℓ_i`` (c = 1/N for a mean loss) at the model's present parameters: the first-order response of
-    the proximal Bregman objective, whatever the state of training. Positive scores: removing i raises test loss t, i helps t.
+    with the GGN G of the training cost ``J = c Σ ℓ_i`` (c = 1/N for a mean loss) at the model's present parameters: the first-order
+    response of the proximal Bregman objective, whatever the state of training. Positive scores: removing i raises test loss t, i helps t.
 
     Args:
         model: trained network, used in evaluation mode, never modified.
@@ -124,7 +126,9 @@ class Influence:
 
         Cost: one right-hand side an example for the solver; memory in blocks.
         """
-        chosen = list(range(self.num_examples)) if indices is None else check_indices(indices, self.num_examples, "Influence.self_influence")
+        chosen = (
+            list(range(self.num_examples)) if indices is None else check_indices(indices, self.num_examples, "Influence.self_influence")
+        )
         result = torch.empty(len(chosen), dtype=self.operator.dtype)
         for start, stop in self._blocks(len(chosen)):
             gradients = self._test_gradients(self.operator.examples.subset(chosen[start:stop]))
@@ -142,7 +146,11 @@ class Influence:
         Cost: one right-hand side.
         """
         chosen = check_indices(group, self.num_examples, "Influence.parameter_change")
-        total = self._gradients_of(self.operator.examples.subset(chosen)).sum() if chosen else torch.zeros(self.operator.num_parameters, dtype=self.operator.dtype)
+        total = (
+            self._gradients_of(self.operator.examples.subset(chosen)).sum()
+            if chosen
+            else torch.zeros(self.operator.num_parameters, dtype=self.operator.dtype)
+        )
         return self.factor * self._solve(total[None], 1).value[0]
 
     def _gradients_of(self, examples: Examples) -> ExampleGradients:

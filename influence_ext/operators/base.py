@@ -62,8 +62,7 @@ class LinearOperator(abc.ABC):
         """``[P] -> [P]`` or ``[P, V] -> [P, V]`` (columns, as in linear algebra; ``matmat`` takes rows and is the fast path)."""
         if not isinstance(v, Tensor):
             raise DTypeError(
-                f"{type(self).__name__}: expected a tensor of shape [P] or [P, V], got {type(v).__name__}; "
-                "convert it with torch.as_tensor."
+                f"{type(self).__name__}: expected a tensor of shape [P] or [P, V], got {type(v).__name__}; convert it with torch.as_tensor."
             )
         self._check(v, "[P] or [P, V]", v.dim() in (1, 2) and v.shape[0] == self.num_parameters)
         return self.matvec(v) if v.dim() == 1 else self.matmat(v.T).T
@@ -120,9 +119,7 @@ class LinearOperator(abc.ABC):
     def _check(self, v: Tensor, expected: str, shape_ok: bool) -> None:
         who = type(self).__name__
         if not shape_ok:
-            raise ShapeError(
-                f"{who}: expected v of shape {expected} with P = {self.num_parameters}, got {list(v.shape)}{self._hint()}."
-            )
+            raise ShapeError(f"{who}: expected v of shape {expected} with P = {self.num_parameters}, got {list(v.shape)}{self._hint()}.")
         if v.dtype != self.dtype:
             raise DTypeError(f"{who}: expected v of dtype {self.dtype}, got {v.dtype}; convert it with v.to({self.dtype}).")
         if v.device != self.device:

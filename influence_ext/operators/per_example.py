@@ -103,7 +103,10 @@ def per_example_grads(
         shape = (gradients.tape.num_examples, space.num_parameters)
         if tuple(out.shape) != shape or not out.is_contiguous():
             kind = "contiguous" if out.is_contiguous() else "non-contiguous"
-            raise ShapeError(f"per_example_grads: expected out contiguous of shape {list(shape)}, got {kind} {list(out.shape)}; allocate it with torch.empty.")
+            raise ShapeError(
+                f"per_example_grads: expected out contiguous of shape {list(shape)}, got {kind} {list(out.shape)}; "
+                "allocate it with torch.empty."
+            )
         if out.dtype != space.dtype:
             raise DTypeError(f"per_example_grads: expected out of dtype {space.dtype}, got {out.dtype}; allocate it with that dtype.")
     return space.unflatten(gradients.materialise(out))
@@ -131,7 +134,9 @@ def per_example_dots(model: nn.Module, loss: LossLike | Loss, data: Any, V: Tens
     gradients = ExampleGradients.of(model, loss, data, params, who)
     space = gradients.tape.plan.space
     if V.dim() not in (1, 2) or V.shape[-1] != space.num_parameters:
-        raise ShapeError(f"{who}: expected V of shape [V, P] with P = {space.num_parameters}, got {list(V.shape)}; parameters: {space.describe()}.")
+        raise ShapeError(
+            f"{who}: expected V of shape [V, P] with P = {space.num_parameters}, got {list(V.shape)}; parameters: {space.describe()}."
+        )
     if V.dtype != space.dtype:
         raise DTypeError(f"{who}: expected V of dtype {space.dtype}, got {V.dtype}; convert it with V.to({space.dtype}).")
     if V.device != space.device:

@@ -22,7 +22,7 @@ inline constexpr int kPanel = 2 * kLanes<T>;  // columns of a packed panel
 // Rows of the register tile: as many as the registers hold (32 with AVX-512, else 16), in groups of three row pointers.
 inline constexpr int kRows = INFL_VECTOR_BYTES == 64 ? 12 : 6;
 
-inline constexpr int64_t kRun = 512;           // terms summed in registers before they are added to C
+inline constexpr int64_t kRun = 512;               // terms summed in registers before they are added to C
 inline constexpr int64_t kBlockBytes = 384 << 10;  // rows of A handled together
 
 // Buffers that outlive a call, one set per thread: 0 and 1 hold copies of A's rows for each term, 2 holds B packed on the fly.
@@ -157,20 +157,10 @@ __attribute__((noinline)) void tile_fn(int64_t K, const T* a, int64_t a_row, int
 
 template <class T, int NV>
 TileFn<T> tile_for(int rows) {
-  static constexpr TileFn<T> table[13] = {nullptr,
-                                          tile_fn<T, 1, NV>,
-                                          tile_fn<T, 2, NV>,
-                                          tile_fn<T, 3, NV>,
-                                          tile_fn<T, 4, NV>,
-                                          tile_fn<T, 5, NV>,
-                                          tile_fn<T, 6, NV>,
+  static constexpr TileFn<T> table[13] = {
+      nullptr,           tile_fn<T, 1, NV>, tile_fn<T, 2, NV>, tile_fn<T, 3, NV>,  tile_fn<T, 4, NV>,  tile_fn<T, 5, NV>, tile_fn<T, 6, NV>,
 #if INFL_VECTOR_BYTES == 64
-                                          tile_fn<T, 7, NV>,
-                                          tile_fn<T, 8, NV>,
-                                          tile_fn<T, 9, NV>,
-                                          tile_fn<T, 10, NV>,
-                                          tile_fn<T, 11, NV>,
-                                          tile_fn<T, 12, NV>
+      tile_fn<T, 7, NV>, tile_fn<T, 8, NV>, tile_fn<T, 9, NV>, tile_fn<T, 10, NV>, tile_fn<T, 11, NV>, tile_fn<T, 12, NV>
 #endif
   };
   return table[rows];
@@ -247,7 +237,8 @@ void gemm(const Context& ctx, const Gemm<T>& g) {
   if (threads > 1) block = std::min<int64_t>(block, std::max<int64_t>(2, (g.M / (2 * threads) + kRows - 1) / kRows) * kRows);
   const int64_t row_blocks = (g.M + block - 1) / block;
   int64_t panel_groups = 1;
-  if (threads > 1 && g.V * row_blocks < 3 * threads) panel_groups = std::min<int64_t>(panels, (3 * threads + g.V * row_blocks - 1) / (g.V * row_blocks));
+  if (threads > 1 && g.V * row_blocks < 3 * threads)
+    panel_groups = std::min<int64_t>(panels, (3 * threads + g.V * row_blocks - 1) / (g.V * row_blocks));
   const int64_t group = (panels + panel_groups - 1) / panel_groups;
   panel_groups = (panels + group - 1) / group;
   const int64_t work = g.V * row_blocks * panel_groups;

@@ -46,8 +46,8 @@ void write_scaled(int64_t cols, T a, const T* from, T* to, bool stream) {
 }
 
 template <class T>
-void outer_product(const Context& ctx, int64_t N, int64_t positions, int64_t rows, int64_t cols, const T* row, const T* col, T* out, int64_t out_stride,
-                   bool accumulate) {
+void outer_product(const Context& ctx, int64_t N, int64_t positions, int64_t rows, int64_t cols, const T* row, const T* col, T* out,
+                   int64_t out_stride, bool accumulate) {
   const bool stream = N * rows * cols * static_cast<int64_t>(sizeof(T)) > kStreamBytes && positions == 1 && !accumulate && cols >= 2 * kLanes<T>;
   const int threads = threads_for(ctx, N * rows * cols * positions);
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -126,7 +126,8 @@ void square_accumulate(const Context& ctx, int64_t num, int64_t size, const T* x
 }
 
 template <class T>
-void gram_accumulate(const Context& ctx, int64_t rows, int64_t cols, const T* a, int64_t lda, const T* b, int64_t b_cols, int64_t ldb, T* out, int64_t ldo) {
+void gram_accumulate(const Context& ctx, int64_t rows, int64_t cols, const T* a, int64_t lda, const T* b, int64_t b_cols, int64_t ldb, T* out,
+                     int64_t ldo) {
   const int threads = threads_for(ctx, rows * cols);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t i = 0; i < rows; ++i) {

@@ -9,6 +9,15 @@
 
 namespace infl {
 
+// eˣ − 1 − x; by its series for |x| < 1/2, where the subtraction would cancel.
+template <class T>
+INFL_HD T exp_tail(T x) {
+  if (x <= T(-0.5) || x >= T(0.5)) return std::expm1(x) - x;
+  T sum = T(1) / 16;
+  for (int k = 15; k >= 3; --k) sum = (T(1) + x * sum) / T(k);
+  return x * x * (T(1) + x * sum) / T(2);
+}
+
 // s (z − t)²
 struct SquaredError {
   template <class T>
@@ -43,17 +52,14 @@ struct BinaryCrossEntropy {
   static INFL_HD T hessian(T z, T s) {
     return s * sigmoid(z) * sigmoid(-z);
   }
-  // KL between Bernoulli(σ(z_s)) and Bernoulli(σ(z)). With d = z − z_s and p = σ(z_s) it is log(1 + p (eᵈ − 1)) − p d,
-  // and the same with p, d replaced by 1 − p, −d: the form with d ≤ 0 never overflows. Small |d|: its Taylor series.
+  // KL between Bernoulli(p) and Bernoulli(σ(z)) with p = σ(z_s), q = 1 − p, d = z − z_s: log(q e^(−p d) + p e^(q d)), where the terms of
+  // first order have cancelled; for large |d| the definition itself, on the side where softplus is small.
   template <class T>
   static INFL_HD T bregman(T z, T z_s, T s) {
-    const T d = z < z_s ? z - z_s : z_s - z;
-    const T p = sigmoid(z < z_s ? z_s : -z_s);
-    if (d > T(-1e-2)) {
-      const T v = p * (T(1) - p);
-      return s * v * d * d * (T(0.5) + d * ((T(1) - T(2) * p) / T(6) + d * (T(1) - T(6) * v) / T(24)));
-    }
-    return s * (std::log1p(p * std::expm1(d)) - p * d);
+    const T d = z - z_s, p = sigmoid(z_s), q = sigmoid(-z_s);
+    if (d > T(-1) && d < T(1)) return s * std::log1p(q * exp_tail(-p * d) + p * exp_tail(q * d));
+    if (z_s < T(0)) return s * (log1p_exp(z) - log1p_exp(z_s) - p * d);
+    return s * (log1p_exp(-z) - log1p_exp(-z_s) + q * d);
   }
 };
 

@@ -174,7 +174,7 @@ class Run:
         return self.recipe.batch_order(epoch, self.data.num_examples)
 
 
-def train(recipe: Recipe, data: Any, *, progress: bool | Progress = False) -> Run:
+def train(recipe: Recipe, data: Any, progress: bool | Progress = False) -> Run:
     """Train the recipe's network on ``data``.
 
     Args:

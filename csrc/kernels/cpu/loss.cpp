@@ -82,8 +82,8 @@ void cross_entropy(const Context& ctx, const CrossEntropy<T>& l) {
   }
 }
 
-// KL(p_s ‖ p) = log Σ p_s exp(d) − Σ p_s d with d = z − z_s shifted by its mean under p_s; for small d the logarithm is taken as log1p of
-// Σ p_s (exp(d) − 1 − d), which loses no digits.
+// KL(p_s ‖ p) = log Σ p_s exp(d), d = z − z_s less its mean under p_s. All |d| < 1: log1p of Σ p_s (exp(d) − 1 − d), which loses no digits;
+// else a logsumexp.
 template <class T>
 void cross_entropy_bregman(const Context& ctx, int64_t N, int64_t C, const T* z, const T* z_s, T* out) {
   const int threads = threads_for(ctx, N * C);
@@ -100,25 +100,18 @@ void cross_entropy_bregman(const Context& ctx, int64_t N, int64_t C, const T* z,
       mean += weight * (a[c] - b[c]);
     }
     mean /= sum;
-    T highest = -std::numeric_limits<T>::infinity(), lowest = std::numeric_limits<T>::infinity();
+    T widest = 0, highest = -std::numeric_limits<T>::infinity();  // of |d|, and of the exponent of p_s exp(d)
     for (int64_t c = 0; c < C; ++c) {
       const T d = a[c] - b[c] - mean;
-      highest = std::max(highest, d);
-      lowest = std::min(lowest, d);
+      widest = std::max(widest, std::abs(d));
+      highest = std::max(highest, b[c] - top + d);
     }
-    if (highest < T(1) && lowest > T(-1)) {
-      T excess = 0;
-      for (int64_t c = 0; c < C; ++c) {
-        const T d = a[c] - b[c] - mean, weight = std::exp(b[c] - top);
-        // exp(d) − 1 − d: its series where the subtraction would cancel
-        const T tail = std::abs(d) < T(0.05) ? d * d * (T(0.5) + d * (T(1) / 6 + d * (T(1) / 24 + d * (T(1) / 120 + d * (T(1) / 720 + d / 5040)))))
-                                             : std::expm1(d) - d;
-        excess += weight * tail;
-      }
-      out[n] = std::log1p(excess / sum);
+    T total = 0;
+    if (widest < T(1)) {
+      for (int64_t c = 0; c < C; ++c) total += std::exp(b[c] - top) * exp_tail(a[c] - b[c] - mean);
+      out[n] = std::log1p(total / sum);
     } else {
-      T total = 0;
-      for (int64_t c = 0; c < C; ++c) total += std::exp(b[c] - top + (a[c] - b[c] - mean - highest));
+      for (int64_t c = 0; c < C; ++c) total += std::exp(b[c] - top + (a[c] - b[c] - mean) - highest);
       out[n] = std::log(total / sum) + highest;
     }
   }

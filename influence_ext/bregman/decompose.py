@@ -274,8 +274,9 @@ def decompose(
     def ignore(label: str, step: int, steps: int) -> None:
         pass
 
-    report("decompose", 0, total)
+    report("linearized PBRF", 0, total)
     exact = linear_responses(reference, groups, damping + network.weight_decay, None, "linearized_pbrf")
+    report("influence estimate", len(groups), total)
     estimates = linear_responses(reference, groups, damping + network.weight_decay, solver, "influence")
     done = 2 * len(groups)
     found: list[dict[str, Response]] = []

@@ -18,8 +18,9 @@ SLOW = 0.3
 """A trial that leaves more of the gradient than this asks for the full Hessian from then on."""
 WINDOW = 20
 """Trials over which a search that has all but stopped is recognised."""
-RUNAWAY_TRIALS = 20
-"""Trials before a value far below its prediction counts as running away; a nearly quadratic objective is solved by then."""
+RUNAWAY_FALL, RUNAWAY_TRIALS, RUNAWAY_REACH = 5.0, 20, 100.0
+"""A local search has run away when, after so many trials, the value fell so many times further than the Gauss-Newton step at the start
+was predicted to bring, or the point is so many such steps away. Where a minimum is near, the fall is seldom twice the prediction."""
 
 Product = Callable[[Tensor], Tensor]
 
@@ -70,7 +71,7 @@ def minimise(
     max_steps: int,
     max_products: int = 250,
     first_step: Tensor | None = None,
-    runaway_ratio: float = math.inf,
+    local: bool = False,
     on_step: Callable[[int], None] = lambda step: None,
 ) -> Minimum:
     r"""The local minimum downhill from ``start``, to ``‖∇Q‖ ≤ rtol ‖∇Q(start)‖``.
@@ -86,21 +87,20 @@ def minimise(
         max_steps: Bound on the trials.
         max_products: Bound on the products of one trial.
         first_step: ``[P]``, the Gauss-Newton step at ``start`` where it is known already.
-        runaway_ratio: DIVERGED once the value, after 20 trials, has fallen this many times further than the Gauss-Newton step at
-            ``start`` was predicted to bring: no local minimum near the start does that.
+        local: Whether only a minimum near the start counts: a search that runs away is DIVERGED.
         on_step: Called after each trial with their number.
 
     Returns:
         The last point reached, with a status; nothing is raised.
 
     Cost:
-        Per trial one evaluation and the products of CG, each twice a Gauss-Newton product.
+        Per trial one evaluation and the products of CG, each at most about twice a Gauss-Newton product.
 
     Reference:
         Conn, Gould and Toint, "Trust-Region Methods", 2000, algorithms 6.1.1 and 7.5.1.
     """
     search = _Search(objective, start)
-    radius, depth = math.inf, math.inf
+    radius, depth, reach = math.inf, math.inf, math.inf
     forcing = 1e-2
     for step in range(max_steps):
         if search.norm <= rtol * search.initial_norm:
@@ -111,7 +111,9 @@ def minimise(
             return search.finished(ResponseStatus.STALLED if search.saw_finite else ResponseStatus.NON_FINITE)
         if step == 0:
             trial = search.first_trial(first_step, forcing, max_products)
-            radius, depth = trial.length, runaway_ratio * trial.predicted
+            radius = trial.length
+            if local:
+                depth, reach = RUNAWAY_FALL * trial.predicted, RUNAWAY_REACH * trial.length
         else:
             trial = search.trial(search.hessian, radius, forcing, max_products)
         before = search.norm
@@ -125,7 +127,7 @@ def minimise(
             goal = 0.5 * rtol * search.initial_norm / max(search.norm, 1e-300)
             forcing = min(max((search.norm / before) ** 1.5, goal, 1e-4), 0.1)
         search.full |= step > 0 and search.norm > SLOW * before
-        if step >= RUNAWAY_TRIALS and search.fall > depth:
+        if (step >= RUNAWAY_TRIALS and search.fall > depth) or _norm(search.now.delta - start) > reach:
             return search.finished(ResponseStatus.DIVERGED)
     converged = search.norm <= rtol * search.initial_norm
     return search.finished(ResponseStatus.CONVERGED if converged else ResponseStatus.MAX_STEPS)

@@ -27,12 +27,12 @@ class Reference:
 
     def __init__(self, network: TrainedNetwork):
         self.network = network
-        self._exact_plan = Plan.of(network.exact_model, network.exact_examples.X, who="PBRF")
+        self._exact_plan = Plan.of(network.exact_model, network.exact_examples.X, who=network.who)
         self.exact = self._exact_plan.linearize(network.exact_examples.X, network.exact_theta)
-        self.exact.check_outputs("PBRF")
+        self.exact.check_outputs(network.who)
         self.z = self.exact.outputs.clone()
         self.targets = network.exact_examples.targets
-        network.loss.check(self.z, self.targets, "PBRF")
+        network.loss.check(self.z, self.targets, network.who)
         self.g = network.loss.gradient(self.z, self.targets)
 
     @property
@@ -56,7 +56,7 @@ class Reference:
 
     @cached_property
     def _fast_plan(self) -> Plan:
-        return self._exact_plan if self.is_double else Plan.of(self.network.model, self.network.examples.X, who="PBRF")
+        return self._exact_plan if self.is_double else Plan.of(self.network.model, self.network.examples.X, who=self.network.who)
 
     def loss_gradients(self, groups: Sequence[Sequence[int]]) -> Tensor:
         """``[V, P]`` in float64: ``Σ_{i ∈ group} ∇ℓ_i(θs)`` of each group, without weight decay; one pass over the examples named."""

@@ -19,9 +19,6 @@ from influence_ext.bregman.recipe import Run
 from influence_ext.bregman.response import Response, ResponseStatus, TrainedNetwork, removed_indices
 from influence_ext.errors import ArgumentError, DivergenceError, NumericalWarning
 
-RUNAWAY_RATIO = 5.0
-"""Where a local minimum near θs exists, the objective falls about as far as its linear response predicts; seldom twice as far."""
-
 EXACT = {torch.float64: 1e-9, torch.float32: 1e-5}
 """Relative residual (in float64) up to which a linear response counts as solved exactly, by the network's dtype."""
 MAX_REFINEMENTS = 8
@@ -62,8 +59,8 @@ def pbrf(
         epsilon: ε; ``None`` is ``c``, which removes the examples.
         rtol: Goal for ``‖∇Q‖ / ‖∇Q(θs)‖``; ``None`` is 1e-6 in float64 and 1e-4 in float32.
         max_steps: Bound on Newton steps.
-        on_failure: ``"raise"`` on divergence, or ``"return"`` the last point with its status. A response that merely misses its
-            tolerance is always returned, with a :class:`NumericalWarning`.
+        on_failure: ``"raise"`` on divergence, or ``"return"`` the last point with its status and a :class:`NumericalWarning`. A response
+            that merely misses its tolerance is always returned, with that warning.
         progress: ``True`` for a line on stderr, or a function ``(label, done, total)``.
 
     Returns:
@@ -111,7 +108,7 @@ def solve_pbrf(
         rtol=default_rtol(network.theta.dtype) if rtol is None else rtol,
         max_steps=max_steps,
         first_step=first_step,
-        runaway_ratio=RUNAWAY_RATIO,
+        local=True,
         on_step=on_step,
     )
     return response_at(minimum, "pbrf", removed, network)
@@ -144,6 +141,9 @@ def linearized_pbrf(
     Raises:
         ArgumentError: an index out of range or repeated, or ``λ + w`` not positive.
 
+    Warns:
+        NumericalWarning: the solver missed its tolerance.
+
     Cost:
         One linear solve with the Gauss-Newton matrix.
 
@@ -153,7 +153,8 @@ def linearized_pbrf(
     network = TrainedNetwork.of(model_or_run, loss, train_data, weight_decay=weight_decay, who="linearized_pbrf")
     removed = removed_indices(remove, network.num_examples, who="linearized_pbrf")
     check_damping(damping, network.weight_decay, who="linearized_pbrf")
-    return linear_responses(Reference(network), [removed], damping + network.weight_decay, solver, "linearized_pbrf")[0]
+    response = linear_responses(Reference(network), [removed], damping + network.weight_decay, solver, "linearized_pbrf")[0]
+    return checked(response, "return", who="linearized_pbrf")
 
 
 def linear_responses(
@@ -172,7 +173,7 @@ def linear_responses(
         Response(
             kind,
             group,
-            reference.network.factor * x.double(),
+            reference.network.exact_theta + reference.network.factor * x.double(),
             reference.network,
             status,
             relative_residual=residual,
@@ -222,12 +223,14 @@ def checked(response: Response, on_failure: OnFailure, *, who: str) -> Response:
         raise ArgumentError(f"{who}: expected on_failure to be 'raise' or 'return', got {on_failure!r}; choose one.")
     if status.success:
         return response
-    reached = f"relative gradient norm {response.relative_gradient_norm:.1e} after {response.num_steps} steps"
-    if status in (ResponseStatus.DIVERGED, ResponseStatus.NON_FINITE):
-        if on_failure == "raise":
-            raise DivergenceError(f"{who}: expected a local minimum near the trained parameters, got {reached}; {status.explanation}.")
+    if response.relative_residual is not None:
+        reached = f"relative residual {response.relative_residual:.1e}"
     else:
-        warnings.warn(f"{who}: {reached}; {status.explanation}.", NumericalWarning, stacklevel=3)
+        reached = f"relative gradient norm {response.relative_gradient_norm:.1e} after {response.num_steps} steps"
+    why = status.explanation.rstrip(".")
+    if status in (ResponseStatus.DIVERGED, ResponseStatus.NON_FINITE) and on_failure == "raise":
+        raise DivergenceError(f"{who}: expected a local minimum near the trained parameters, got {reached}; {why}.")
+    warnings.warn(f"{who}: {reached}; {why}.", NumericalWarning, stacklevel=3)
     return response
 
 
@@ -236,7 +239,7 @@ def response_at(minimum: Minimum, kind: str, removed: tuple[int, ...], network: 
     return Response(
         kind,
         removed,
-        minimum.delta,
+        network.exact_theta + minimum.delta,
         network,
         minimum.status,
         gradient_norm=minimum.gradient_norm,

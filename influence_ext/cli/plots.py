@@ -34,7 +34,7 @@ def correlations(terms: Terms, path: Path) -> None:
         found = terms.correlations[kind]
         predicted, actual = found.predicted.flatten().tolist(), found.actual.flatten().tolist()
         axes.scatter(predicted, actual, s=7, color=color, alpha=0.35, linewidths=0, rasterized=True)
-        limits = [min(predicted), max(predicted)]
+        limits = [min(predicted, default=0.0), max(predicted, default=0.0)]
         axes.plot(limits, limits, color="#444444", linewidth=1, linestyle="--", label="prediction = truth")
         axes.set_xlabel("rise of a test loss predicted by influence")
         axes.set_ylabel(f"actual rise, {label}")
@@ -85,14 +85,14 @@ def image_grid(rows: Sequence[Neighbours], trained: Trained, flipped: set[int], 
     predicted = trained.predictions(trained.outputs(data.X_test))
     for r, row in enumerate(rows):
         axes = figure.add_subplot(grid[r, 0])
-        axes.imshow(data.X_test[row.test].reshape(data.image_shape), cmap="gray_r")
+        axes.imshow(data.X_test[row.test].reshape(data.image_shape).numpy(), cmap="gray_r")
         truth, guess = data.label(data.y_test[row.test]), data.label(predicted[row.test])
         _frame(axes, "black", 1.2)
         axes.set_title(f"test: {truth}, read as {guess}", fontsize=8)
         for offset, color, found in ((2, HELPFUL, row.helpful), (3 + k, HARMFUL, row.harmful)):
             for column, (i, score) in enumerate(found):
                 axes = figure.add_subplot(grid[r, offset + column])
-                axes.imshow(data.X[i].reshape(data.image_shape), cmap="gray_r")
+                axes.imshow(data.X[i].reshape(data.image_shape).numpy(), cmap="gray_r")
                 axes.set_title(f"“{data.label(data.y[i])}”  {score:+.1e}", fontsize=7, color=color)
                 _frame(axes, MISLABELLED if i in flipped else "#cccccc", 3.0 if i in flipped else 0.8)
     figure.suptitle(

@@ -36,13 +36,14 @@ class Bar(AbstractContextManager["Bar"]):
 
     Args:
         title: What is being done.
-        console: Where; ``None`` is stderr.
+        console: Where; ``None`` is stderr. A quiet one shows nothing.
     """
 
     def __init__(self, title: str, console: Console | None = None):
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+        self._console = console or Console(stderr=True)
         self.title = title
         self.seconds = 0.0
         self._started = 0.0
@@ -55,8 +56,9 @@ class Bar(AbstractContextManager["Bar"]):
             TextColumn("left"),
             TimeRemainingColumn(),
             TextColumn("[dim]{task.description}"),
-            console=console or Console(stderr=True),
+            console=self._console,
             transient=True,
+            disable=self._console.quiet,
         )
         self._task: TaskID = self._bars.add_task("", title=title, total=None)
 

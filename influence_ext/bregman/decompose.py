@@ -258,7 +258,7 @@ def decompose(
         DivergenceError: a retraining branch left the finite numbers.
 
     Cost:
-        Per removed set ``2.5 K`` epochs of training and one PBRF; two linear solves for all sets together; one tape.
+        Per removed set ``2.5 K`` epochs of training and one PBRF; two linear solves for all sets together; one tape more than a PBRF.
 
     Reference:
         Bae et al. 2022, section 3 and figure 1.

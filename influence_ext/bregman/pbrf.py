@@ -71,7 +71,8 @@ def pbrf(
         DivergenceError: the objective has no local minimum near θs.
 
     Cost:
-        Per Newton step one forward and backward pass and the CG products of one vector (typically 5 steps, 100 products); one tape.
+        Per Newton step one forward and backward pass and the CG products of one vector (typically 5 steps, 200 products).
+        Memory: a float64 tape and one in the network's dtype, a third where that is not float64.
 
     Reference:
         Bae et al., "If Influence Functions are the Answer, Then What is the Question?", NeurIPS 2022, section 4.

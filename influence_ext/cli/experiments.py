@@ -103,9 +103,8 @@ class Trained:
     @property
     def title(self) -> str:
         """Data set, network, N, P and λ in one line."""
-        return (
-            f"{self.data.title}, {self.network}, N = {self.data.num_examples}, P = {self.run.params.numel()}, λ = {self.experiment.damping:g}"
-        )
+        sizes = f"N = {self.data.num_examples}, P = {self.run.params.numel()}"
+        return f"{self.data.title}, {self.network}, {sizes}, λ = {self.experiment.damping:g}"
 
     def outputs(self, X: Tensor) -> Tensor:
         """``[n, C]``, the network on ``X``."""

@@ -112,4 +112,12 @@ def extension() -> CppExtension:
     )
 
 
-setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExtension.with_options(use_ninja=True)})
+class build_ext(BuildExtension):  # noqa: N801  (setuptools' name)
+    """Keeps the object files of an editable install, so that a change recompiles only what it touches."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.build_temp = str(ROOT / "build" / "temp")
+
+
+setup(ext_modules=[extension()], cmdclass={"build_ext": build_ext})

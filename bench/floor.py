@@ -28,6 +28,11 @@ class Rates:
     copy: float
     write: float
 
+    def best(self, other: Rates) -> Rates:
+        """The faster of both in each respect: a rate is what the machine can do, and other work only ever hides it."""
+        faster = self if self.gemm >= other.gemm else other
+        return Rates(faster.gemm, faster.gemm_route, max(self.copy, other.copy), max(self.write, other.write))
+
 
 @dataclass(frozen=True)
 class Floor:

@@ -57,6 +57,8 @@ def main(argv: list[str] | None = None) -> int:
     path = Path(args.out) if args.out else RESULTS / header["machine"]["name"] / "results.jsonl"
     failed = False
     for case in cases:
+        if not args.smoke:
+            rates = rates.best(measure_rates(seconds=0.1))
         record = header | {"rates": asdict(rates)} | run_case(case, rates, args)
         failed |= any(c["ours"] and c["failure"] for c in record["contenders"])
         say(summary(record))

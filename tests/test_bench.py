@@ -112,6 +112,11 @@ def test_floor_is_the_slower_of_arithmetic_and_writing() -> None:
     assert floor(Case("solve", REGRESSION, 10), rates) is None
 
 
+def test_rates_keep_what_was_fastest() -> None:
+    slow, fast = Rates(1.0, "slow", copy=4.0, write=1.0), Rates(2.0, "fast", copy=3.0, write=1.5)
+    assert slow.best(fast) == fast.best(slow) == Rates(2.0, "fast", copy=4.0, write=1.5)
+
+
 def test_contenders_take_turns_and_short_calls_are_repeated() -> None:
     now, order = [0.0], []
 

@@ -25,7 +25,7 @@ def bar_chart(names: Sequence[str], values: Sequence[Sequence[float]], measure: 
     spreads = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
     positive = [m for m in means if m > 0]
     logarithmic = bool(positive) and max(positive) > LOG_RATIO * min(positive)
-    lower = [min(s, m - min(v)) if logarithmic and s >= m else s for v, m, s in zip(values, means, spreads, strict=True)]
+    lower = [min(s, m - min(v)) if logarithmic and v and s >= m else s for v, m, s in zip(values, means, spreads, strict=True)]
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

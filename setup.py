@@ -112,7 +112,7 @@ def extension() -> CppExtension:
     )
 
 
-class build_ext(BuildExtension):  # noqa: N801  (setuptools' name)
+class build_ext(BuildExtension):
     """Keeps the object files of an editable install, so that a change recompiles only what it touches."""
 
     def finalize_options(self) -> None:

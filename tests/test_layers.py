@@ -173,3 +173,12 @@ def test_every_instruction_set_gives_the_same_numbers(instruction_set: str) -> N
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run([sys.executable, "-c", CHECK, instruction_set], cwd=root, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_an_unknown_instruction_set_is_refused() -> None:
+    environment = {**os.environ, "INFLUENCE_EXT_ISA": "avx9"}
+    done = subprocess.run(
+        [sys.executable, "-c", "import influence_ext; influence_ext.build_info()"], env=environment, capture_output=True, text=True
+    )
+    assert "INFLUENCE_EXT_ISA: expected baseline, avx2 or avx512" in done.stderr
+    assert done.returncode != 0

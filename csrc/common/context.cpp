@@ -3,6 +3,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
+#include <stdexcept>
+#include <string>
 
 namespace infl {
 
@@ -44,7 +46,8 @@ Isa choose_isa() {
       return isa;
     }
   }
-  return best;
+  throw std::invalid_argument(std::string("INFLUENCE_EXT_ISA: expected baseline, avx2 or avx512, at most ") + isa_name(best) +
+                              " on this processor, got '" + wanted + "'; correct or unset it.");
 }
 
 }  // namespace

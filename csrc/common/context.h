@@ -16,7 +16,8 @@ const char* isa_name(Isa isa);
 
 constexpr int vector_bytes(Isa isa) { return isa == Isa::avx512 ? 64 : isa == Isa::avx2 ? 32 : 16; }
 
-// The best instruction set of this processor, or what INFLUENCE_EXT_ISA (baseline | avx2 | avx512) asks for if the processor has it.
+// The best instruction set of this processor, or what INFLUENCE_EXT_ISA (baseline | avx2 | avx512) asks for; throws if the
+// processor lacks it or the name is unknown.
 Isa active_isa();
 
 struct Context {

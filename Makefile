@@ -45,7 +45,7 @@ bench: $(DONE)/extension $(DONE)/bench ## against torch.func, torch.compile and 
 bench-micro: $(DONE)/extension $(DONE)/bench ## single operations under pytest-benchmark
 	@$(PY) -m pytest -q bench/micro.py --benchmark-only $(ARGS)
 
-lint: $(DONE)/build $(DONE)/lint ## ruff, mypy, clang-format
+lint: $(DONE)/test $(DONE)/lint ## ruff, mypy, clang-format (mypy reads the types of the demo's and the tests' packages)
 	@$(SAY) "ruff" && $(PY) -m ruff check --quiet . && $(PY) -m ruff format --quiet --check .
 	@$(SAY) "mypy" && $(PY) -m mypy
 	@$(SAY) "clang-format" && $(VENV)/bin/clang-format --dry-run -Werror $(CPP_FILES)

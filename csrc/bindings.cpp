@@ -105,6 +105,7 @@ void bind(py::module_& m, const std::string& suffix) {
                node.slots = d["slots"].cast<std::vector<int>>();
                node.ints = d["ints"].cast<std::map<std::string, int64_t>>();
                node.floats = d["floats"].cast<std::map<std::string, double>>();
+               if (d.contains("lists")) node.lists = d["lists"].cast<std::map<std::string, std::vector<int64_t>>>();
                node.width = d["width"].cast<int64_t>();
                parsed.push_back(std::move(node));
              }

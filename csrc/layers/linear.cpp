@@ -113,7 +113,7 @@ class Linear final : public Rule<T> {
     if (g_theta[1]) column_sum_stub<T>(tile.ctx, tile.V, s.M, s.O, g_y, g_theta[1], stride);
   }
 
-  void per_example(const Tile<T>& tile, const T* g_y, std::vector<Factor<T>>& factors) const override {
+  void per_example(const Tile<T>& tile, const T* g_y, FactorSink<T>& factors) const override {
     const Shape s(tile);
     const int64_t positions = tile.node.width / s.O;
     if (tile.node.is_trainable(0)) {
@@ -124,10 +124,10 @@ class Linear final : public Rule<T> {
       f.col = s.transposed ? g_y : tile.x[0];
       f.row_has_v = !s.transposed;
       f.col_has_v = s.transposed;
-      factors.push_back(f);
+      factors.add(f);
     }
     if (tile.node.is_trainable(1)) {
-      factors.push_back({.slot = tile.node.slots[1], .positions = positions, .rows = s.O, .cols = 1, .row = g_y});
+      factors.add({.slot = tile.node.slots[1], .positions = positions, .rows = s.O, .cols = 1, .row = g_y});
     }
   }
 

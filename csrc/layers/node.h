@@ -19,6 +19,7 @@ struct Node {
   std::vector<int> slots;   // slot ids, −1 where absent
   std::map<std::string, int64_t> ints;
   std::map<std::string, double> floats;
+  std::map<std::string, std::vector<int64_t>> lists;  // shapes, strides, index maps: of one example
   int64_t width = 0;  // elements per example of the output
   std::vector<int64_t> input_widths;
   std::vector<bool> trainable;  // per entry of `slots`: is it differentiated?
@@ -31,6 +32,11 @@ struct Node {
   double number(const std::string& key) const {
     const auto it = floats.find(key);
     if (it == floats.end()) throw std::invalid_argument(rule + " (" + name + "): expected a number attribute '" + key + "', got none.");
+    return it->second;
+  }
+  const std::vector<int64_t>& list(const std::string& key) const {
+    const auto it = lists.find(key);
+    if (it == lists.end()) throw std::invalid_argument(rule + " (" + name + "): expected a list attribute '" + key + "', got none.");
     return it->second;
   }
   bool has_slot(size_t k) const { return k < slots.size() && slots[k] >= 0; }

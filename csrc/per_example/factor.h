@@ -7,6 +7,10 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "common/buffer.h"
 
 namespace infl {
 
@@ -21,6 +25,23 @@ struct Factor {
   bool col_has_v = false;
 
   bool is_dense() const { return col == nullptr; }
+};
+
+// Where rules put their factors, and get memory for those that are not lying about already.
+template <class T>
+class FactorSink {
+ public:
+  explicit FactorSink(std::vector<Buffer<T>>& storage) : storage_(storage) {}
+  void add(Factor<T> factor) { factors_.push_back(factor); }
+  T* allocate(int64_t size) {
+    storage_.emplace_back(size);
+    return storage_.back().data();
+  }
+  std::vector<Factor<T>> take() { return std::move(factors_); }
+
+ private:
+  std::vector<Buffer<T>>& storage_;
+  std::vector<Factor<T>> factors_;
 };
 
 }  // namespace infl

@@ -155,7 +155,7 @@ void Plan<T>::compile_tangent() {
   for (size_t i = 0; i < nodes_.size(); ++i) {
     const Node& node = nodes_[i];
     if (!needs_tangent_[node.output]) continue;
-    const int first = canonical_[node.inputs[0]];
+    const int first = node.inputs.empty() ? -1 : canonical_[node.inputs[0]];
     if (is_elementwise(static_cast<int>(i)) && num_uses[first] == 1) {
       // Sole reader of its input: same place; and if the step that wrote it can, it multiplies by the derivative on its way out.
       place[node.output] = place[first];
@@ -211,7 +211,7 @@ void Plan<T>::compile_cotangent() {
     const Node& node = nodes_[i];
     if (!written[node.output]) continue;
     const Place g_output = place[node.output];
-    const int first = canonical_[node.inputs[0]];
+    const int first = node.inputs.empty() ? -1 : canonical_[node.inputs[0]];
     if (is_elementwise(i) && num_writes[first] == 1 && needs_tangent_[first]) {
       // Sole contribution to its input's cotangent: in place, or as the epilogue of the step before.
       place[first] = g_output;

@@ -318,7 +318,7 @@ std::vector<Factor<T>> Tape<T>::factors(const Context& ctx, int64_t V, const T* 
   const int64_t C = plan_->output_width();
   Buffer<T> workspace(s.sweep_width * V * N_);
   std::memcpy(workspace.data() + s.output * V * N_, g, V * N_ * C * sizeof(T));
-  std::vector<Factor<T>> factors;
+  FactorSink<T> sink(storage);
   for (const CotangentStep& step : s.cotangent) {
     Sweep sweep(*this, ctx, step.node, V, 0, N_);
     const Rule<T>& rule = plan_->rule(step.node);
@@ -328,14 +328,14 @@ std::vector<Factor<T>> Tape<T>::factors(const Context& ctx, int64_t V, const T* 
       const int64_t size = V * N_ * sweep.node.width;
       storage.emplace_back(size);
       std::memcpy(storage.back().data(), g_y, size * sizeof(T));
-      rule.per_example(sweep.tile, storage.back().data(), factors);
+      rule.per_example(sweep.tile, storage.back().data(), sink);
     }
     if (step.input >= 0) {
       const T* scale = step.scale_by < 0 ? nullptr : Sweep(*this, ctx, step.scale_by, V, 0, N_).state[plan_->storage(step.scale_by).derivative];
       rule.vjp_input(sweep.tile, step.input, g_y, scale, workspace.data() + step.g_input * V * N_, step.accumulate);
     }
   }
-  return factors;
+  return sink.take();
 }
 
 template class Tape<float>;

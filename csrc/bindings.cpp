@@ -55,6 +55,95 @@ OutputHessian<T> make_hessian(int shape, int64_t C, double scale, int64_t N, con
   return h;
 }
 
+// The generic rule: a node that a Python object computes (capture/generic.py). Runs on the calling thread, by operator.
+template <class T>
+class PyRule final : public Rule<T> {
+ public:
+  explicit PyRule(py::object object) : object_(std::make_shared<py::object>(std::move(object))) {}
+
+  Storage storage(const Node& node) const override {
+    return {.keeps_input = std::vector<bool>(node.inputs.size(), true), .state_widths = {}, .on_calling_thread = true};
+  }
+
+  void forward(const Tile<T>& tile, T* y) const override {
+    py::gil_scoped_acquire gil;
+    store(object_->attr("forward")(tile.n, inputs(tile), slots(tile)), y, tile.n * tile.node.width, false);
+  }
+
+  void jvp(const Tile<T>& tile, const T* const* t_x, const ParameterTangents<T>& t_theta, const T* /*scale*/, T* t_y) const override {
+    py::gil_scoped_acquire gil;
+    py::list of_inputs, of_slots;
+    for (size_t k = 0; k < tile.node.inputs.size(); ++k) {
+      of_inputs.append(t_x[k] ? py::cast(view(t_x[k], {tile.V, tile.n, tile.node.input_widths[k]})) : py::none());
+    }
+    for (size_t k = 0; k < tile.node.slots.size(); ++k) {
+      const T* t = t_theta.theta[k];
+      of_slots.append(t ? py::cast(view(t, {tile.V, tile.node.slot_sizes[k]}, {t_theta.stride, 1}).contiguous()) : py::none());
+    }
+    store(object_->attr("jvp")(tile.n, inputs(tile), slots(tile), of_inputs, of_slots), t_y, tile.V * tile.n * tile.node.width, false);
+  }
+
+  void vjp_input(const Tile<T>& tile, int i, const T* g_y, const T* /*scale*/, T* g_x, bool accumulate) const override {
+    py::gil_scoped_acquire gil;
+    const size_t num_inputs = tile.node.inputs.size();
+    std::vector<bool> wanted(num_inputs + tile.node.slots.size(), false);
+    wanted[i] = true;
+    const py::list found = object_->attr("vjp")(tile.n, inputs(tile), slots(tile), cotangent(tile, g_y), wanted);
+    store(found[i], g_x, tile.V * tile.n * tile.node.input_widths[i], accumulate);
+  }
+
+  void vjp_params(const Tile<T>& tile, const T* g_y, T* const* g_theta, int64_t stride) const override {
+    py::gil_scoped_acquire gil;
+    const size_t num_inputs = tile.node.inputs.size();
+    std::vector<bool> wanted(num_inputs, false);
+    for (size_t k = 0; k < tile.node.slots.size(); ++k) wanted.push_back(g_theta[k] != nullptr);
+    const py::list found = object_->attr("vjp")(tile.n, inputs(tile), slots(tile), cotangent(tile, g_y), wanted);
+    for (size_t k = 0; k < tile.node.slots.size(); ++k) {
+      if (g_theta[k]) view(g_theta[k], {tile.V, tile.node.slot_sizes[k]}, {stride, 1}).add_(found[num_inputs + k].template cast<at::Tensor>());
+    }
+  }
+
+  void per_example(const Tile<T>& tile, const T* g_y, FactorSink<T>& factors) const override {
+    py::gil_scoped_acquire gil;
+    std::vector<bool> wanted;
+    for (size_t k = 0; k < tile.node.slots.size(); ++k) wanted.push_back(tile.node.is_trainable(k));
+    const py::list found = object_->attr("per_example")(tile.n, inputs(tile), slots(tile), cotangent(tile, g_y), wanted);
+    for (size_t k = 0; k < tile.node.slots.size(); ++k) {
+      if (!tile.node.is_trainable(k)) continue;
+      const int64_t size = tile.node.slot_sizes[k];
+      T* rows = factors.allocate(tile.V * tile.n * size);
+      store(found[k], rows, tile.V * tile.n * size, false);
+      factors.add({.slot = tile.node.slots[k], .rows = size, .row = rows});
+    }
+  }
+
+ private:
+  static at::Tensor view(const T* data, at::IntArrayRef sizes, at::IntArrayRef strides = {}) {
+    const auto options = at::TensorOptions().dtype(scalar_type<T>());
+    T* p = const_cast<T*>(data);
+    return strides.empty() ? at::from_blob(p, sizes, options) : at::from_blob(p, sizes, strides, options);
+  }
+  static at::Tensor cotangent(const Tile<T>& tile, const T* g_y) { return view(g_y, {tile.V, tile.n, tile.node.width}); }
+  static py::list inputs(const Tile<T>& tile) {
+    py::list list;
+    for (size_t k = 0; k < tile.node.inputs.size(); ++k) list.append(view(tile.x[k], {tile.n, tile.node.input_widths[k]}));
+    return list;
+  }
+  static py::list slots(const Tile<T>& tile) {
+    py::list list;
+    for (size_t k = 0; k < tile.node.slots.size(); ++k) list.append(view(tile.theta[k], {tile.node.slot_sizes[k]}));
+    return list;
+  }
+  static void store(const py::handle& result, T* to, int64_t size, bool accumulate) {
+    const auto tensor = result.cast<at::Tensor>().contiguous();
+    const T* from = data<T>(tensor, size, "generic rule");
+    at::Tensor target = view(to, {size});
+    accumulate ? target.add_(view(from, {size})) : target.copy_(view(from, {size}));
+  }
+
+  std::shared_ptr<py::object> object_;
+};
+
 // A tape and the tensors it points into.
 template <class T>
 struct BoundTape {
@@ -96,6 +185,7 @@ void bind(py::module_& m, const std::string& suffix) {
       .def(py::init([](const std::vector<py::dict>& nodes, const std::vector<std::pair<int64_t, int64_t>>& slots, std::vector<int64_t> input_widths,
                        std::vector<int> aliases, int output, int64_t num_parameters) {
              std::vector<Node> parsed;
+             std::vector<std::shared_ptr<const Rule<T>>> own_rules;
              for (const py::dict& d : nodes) {
                Node node;
                node.rule = d["rule"].cast<std::string>();
@@ -108,11 +198,13 @@ void bind(py::module_& m, const std::string& suffix) {
                if (d.contains("lists")) node.lists = d["lists"].cast<std::map<std::string, std::vector<int64_t>>>();
                node.width = d["width"].cast<int64_t>();
                parsed.push_back(std::move(node));
+               const bool generic = d.contains("operator") && !d["operator"].is_none();
+               own_rules.push_back(generic ? std::make_shared<PyRule<T>>(d["operator"]) : nullptr);
              }
              std::vector<Slot> parsed_slots;
              for (const auto& [size, offset] : slots) parsed_slots.push_back({size, offset});
              return std::make_shared<Plan<T>>(std::move(parsed), std::move(parsed_slots), std::move(input_widths), std::move(aliases), output,
-                                              num_parameters);
+                                              num_parameters, std::move(own_rules));
            }),
            py::arg("nodes"), py::arg("slots"), py::arg("input_widths"), py::arg("aliases"), py::arg("output"), py::arg("num_parameters"))
       .def_property_readonly("num_parameters", &Plan<T>::num_parameters)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import influence_ext._C as _C
 from influence_ext.capture import CapturedGraph, capture, format_table, named_tensors
+from influence_ext.derived import DerivedFactors, DerivedParameters
 from influence_ext.errors import ArgumentError, DataError, DeviceError, DTypeError, ShapeError, UnsupportedModelError
 from influence_ext.losses import OutputHessian
 from influence_ext.params import ParameterSpace, Selection
@@ -34,21 +35,26 @@ class Plan:
         self.output_shape = graph.output_shape
         self._model = model
         offsets = dict(zip(space.names, space.offsets, strict=True))
+        self._derived = DerivedParameters.of(graph.slots, space)
         slots = []
-        for slot in graph.slots:
+        for index, slot in enumerate(graph.slots):
             name = space.aliases.get(slot.name, slot.name)
-            slots.append((math.prod(slot.shape), offsets.get(name, -1) if slot.kind == "parameter" else -1))
+            offset = offsets.get(name, -1) if slot.kind == "parameter" else -1
+            if self._derived is not None:
+                offset = self._derived.offsets.get(index, offset)
+            slots.append((math.prod(slot.shape), offset))
         aliases = [-1] * graph.num_values
         nodes = []
         for node in graph.nodes:
             if node.rule == "view":
                 aliases[node.output] = node.inputs[0]
                 continue
-            fields = ("rule", "name", "inputs", "output", "slots", "ints", "floats", "width")
+            fields = ("rule", "name", "inputs", "output", "slots", "ints", "floats", "lists", "width", "operator")
             nodes.append({field: getattr(node, field) for field in fields})
-        widths = [math.prod(shape) for shape in graph.input_shapes]
+        widths = [math.prod(shape) for shape in graph.prologue.shapes]
         kind = _C.Plan32 if space.dtype == torch.float32 else _C.Plan64
-        self._native = kind(nodes, slots, widths, aliases, graph.output, space.num_parameters)
+        size = space.num_parameters if self._derived is None else self._derived.num_parameters
+        self._native = kind(nodes, slots, widths, aliases, graph.output, size)
         if not self._native.output_depends_on_parameters:
             raise UnsupportedModelError(
                 f"{graph.model_name}: expected an output that depends on a trainable parameter, got none among "
@@ -103,32 +109,48 @@ class Plan:
         if len(tensors) != graph.num_inputs:
             raise ShapeError(f"{graph.model_name}: expected {graph.num_inputs} input tensors, got {len(tensors)}; pass X as captured.")
         inputs = []
-        for name, shape, x in zip(graph.input_names, graph.input_shapes, tensors, strict=True):
+        for name, shape, dtype, x in zip(graph.input_names, graph.input_shapes, graph.input_dtypes, tensors, strict=True):
             if tuple(x.shape[1:]) != shape:
                 raise ShapeError(
                     f"{graph.model_name}: expected {name} of shape [N, {', '.join(map(str, shape))}], got {list(x.shape)}; "
                     "pass examples of one shape."
                 )
-            if x.dtype != self.space.dtype:
+            if x.dtype != dtype:
                 raise DTypeError(
-                    f"{graph.model_name}: expected {name} of the parameters' dtype {self.space.dtype}, got {x.dtype}; "
-                    f"convert it with .to({self.space.dtype})."
+                    f"{graph.model_name}: expected {name} of dtype {dtype} as captured, got {x.dtype}; convert it with .to({dtype})."
                 )
             if x.device != self.space.device:
                 raise DeviceError(
                     f"{graph.model_name}: expected {name} on the parameters' device {self.space.device}, got {x.device}; "
                     f"move it with .to('{self.space.device}')."
                 )
-            inputs.append(x.detach().contiguous())
-        return inputs
+            inputs.append(x.detach())
+        return self._sources(inputs)
+
+    def _sources(self, inputs: list[Tensor]) -> list[Tensor]:
+        """What the prologue makes of the inputs, as numbers of the network's dtype."""
+        sources = []
+        graph = self.graph
+        results = graph.prologue.compute(inputs, named_tensors(self._model))
+        for name, source in zip(graph.prologue.names, results, strict=True):
+            if not source.is_floating_point() and source.dtype != torch.bool and self.space.dtype == torch.float32 and source.numel():
+                largest = int(source.abs().max())
+                if largest > 2**24:
+                    raise DataError(
+                        f"{graph.model_name}: expected integers up to 2^24 in {name}, which float32 holds exactly, got {largest}; use a "
+                        "float64 model or smaller numbers."
+                    )
+            sources.append(source.to(self.space.dtype).contiguous())
+        return sources
 
     def _slot_tensors(self) -> list[Tensor | None]:
         """Values of what is not differentiated; None where theta provides it."""
         tensors = named_tensors(self._model)
         names = set(self.space.names)
         found: list[Tensor | None] = []
-        for slot in self.graph.slots:
-            if slot.kind == "parameter" and self.space.aliases.get(slot.name, slot.name) in names:
+        for index, slot in enumerate(self.graph.slots):
+            derived = self._derived is not None and index in self._derived.offsets
+            if derived or (slot.kind == "parameter" and self.space.aliases.get(slot.name, slot.name) in names):
                 found.append(None)
             else:
                 found.append(slot.read(tensors).to(self.space.dtype).contiguous())
@@ -167,9 +189,15 @@ class Tape:
             raise DTypeError(f"Tape: expected theta of dtype {space.dtype}, got {theta.dtype}; convert it with .to({space.dtype}).")
         self.theta = theta.detach().clone()
         by_name = space.unflatten(self.theta)
+        self._derived = None if self.plan._derived is None else self.plan._derived.at(by_name, named_tensors(self.plan._model))
         values = []
-        for slot, constant in zip(self.plan.graph.slots, self._constants, strict=True):
-            values.append(by_name[space.aliases.get(slot.name, slot.name)] if constant is None else constant)
+        for index, (slot, constant) in enumerate(zip(self.plan.graph.slots, self._constants, strict=True)):
+            if constant is not None:
+                values.append(constant)
+            elif self._derived is not None and index in self._derived.values:
+                values.append(self._derived.values[index])
+            else:
+                values.append(by_name[space.aliases.get(slot.name, slot.name)])
         self._native.linearize(values)
         self._outputs: Tensor | None = None
 
@@ -207,18 +235,16 @@ class Tape:
 
     def jvp(self, V: Tensor) -> Tensor:
         """``J_n v``: ``[V, P] -> [V, N, *out]``. Cost: one tangent sweep for all V."""
-        out: Tensor = self._native.jvp(V)
+        out: Tensor = self._native.jvp(self._push(V))
         return out.view(V.shape[0], self.num_examples, *self.plan.output_shape)
 
     def vjp(self, G: Tensor) -> Tensor:
         """``Σ_n J_nᵀ g[v, n]``: ``[V, N, *out] -> [V, P]``. Cost: one cotangent sweep for all V."""
-        out: Tensor = self._native.vjp(G.contiguous())
-        return out
+        return self._pull(self._native.vjp(G.contiguous()))
 
     def ggn(self, V: Tensor, hessian: OutputHessian) -> Tensor:
         """``Σ_n J_nᵀ (w_n H_n) J_n v``: ``[V, P] -> [V, P]``. Cost: one tangent and one cotangent sweep for all V."""
-        out: Tensor = self._native.ggn(V, hessian.shape, hessian.scale, hessian.state, hessian.weights)
-        return out
+        return self._pull(self._native.ggn(self._push(V), hessian.shape, hessian.scale, hessian.state, hessian.weights))
 
     def factors(self, G: Tensor) -> Any:
         """Per-example factors of ``J_nᵀ g[v, n]`` for ``G [V, N, *out]``.
@@ -226,7 +252,14 @@ class Tape:
         Methods: ``materialise``, ``square_norms``, ``square_sum``, ``gram``. They point into the tape:
         valid until ``relinearize``. Cost: one cotangent sweep; memory V·N times the widths of the trainable nodes.
         """
-        return self._native.factors(G.contiguous())
+        factors = self._native.factors(G.contiguous())
+        return factors if self._derived is None else DerivedFactors(factors, self._derived)
+
+    def _push(self, V: Tensor) -> Tensor:
+        return V if self._derived is None else self._derived.push(V)
+
+    def _pull(self, G: Tensor) -> Tensor:
+        return G if self._derived is None else self._derived.pull(G)
 
     def check_outputs(self, who: str) -> None:
         """Raise if an output is not finite.

@@ -20,9 +20,10 @@ struct Node {
   std::map<std::string, int64_t> ints;
   std::map<std::string, double> floats;
   std::map<std::string, std::vector<int64_t>> lists;  // shapes, strides, index maps: of one example
-  int64_t width = 0;  // elements per example of the output
+  int64_t width = 0;                                  // elements per example of the output
   std::vector<int64_t> input_widths;
-  std::vector<bool> trainable;  // per entry of `slots`: is it differentiated?
+  std::vector<int64_t> slot_sizes;  // per entry of `slots`
+  std::vector<bool> trainable;      // per entry of `slots`: is it differentiated?
 
   int64_t attribute(const std::string& key) const {
     const auto it = ints.find(key);

@@ -22,6 +22,7 @@ struct Storage {
   std::vector<int64_t> state_widths;  // arrays [N, width] of its own
   int64_t packed_size = 0;            // elements derived from θ alone (packed weights)
   int64_t tangent_packed_size = 0;    // elements derived from a parameter tangent, per right-hand side
+  bool on_calling_thread = false;     // no other thread may run the node
   int derivative = -1;                // state array d if the node is elementwise with t_y = d ∘ t_x: such nodes can be fused into a neighbour
 };
 

@@ -37,13 +37,15 @@ class Places {
 
 template <class T>
 Plan<T>::Plan(std::vector<Node> nodes, std::vector<Slot> slots, std::vector<int64_t> input_widths, std::vector<int> aliases, int output,
-              int64_t num_parameters)
+              int64_t num_parameters, std::vector<std::shared_ptr<const Rule<T>>> own_rules)
     : nodes_(std::move(nodes)),
       slots_(std::move(slots)),
       input_widths_(std::move(input_widths)),
       canonical_(std::move(aliases)),
       output_(output),
-      num_parameters_(num_parameters) {
+      num_parameters_(num_parameters),
+      own_rules_(std::move(own_rules)) {
+  own_rules_.resize(nodes_.size());
   const int num_values = static_cast<int>(canonical_.size());
   if (output_ < 0 || output_ >= num_values)
     throw std::invalid_argument("Plan: expected the output to be a value id, got " + std::to_string(output_) + ".");
@@ -58,12 +60,13 @@ Plan<T>::Plan(std::vector<Node> nodes, std::vector<Slot> slots, std::vector<int6
   std::string unknown;
   for (size_t i = 0; i < nodes_.size(); ++i) {
     Node& node = nodes_[i];
-    const Rule<T>* rule = find_rule<T>(node.rule);
+    const Rule<T>* rule = own_rules_[i] ? own_rules_[i].get() : find_rule<T>(node.rule);
     if (rule == nullptr) {
       unknown += (unknown.empty() ? "" : ", ") + node.name + " (" + node.rule + ")";
       continue;
     }
     for (int input : node.inputs) node.input_widths.push_back(widths_[canonical_[input]]);
+    for (int slot : node.slots) node.slot_sizes.push_back(slot >= 0 ? slots_[slot].size : 0);
     for (int slot : node.slots) node.trainable.push_back(slot >= 0 && slots_[slot].offset >= 0);
     widths_[node.output] = node.width;
     producer_[node.output] = static_cast<int>(i);
@@ -81,6 +84,11 @@ Plan<T>::Plan(std::vector<Node> nodes, std::vector<Slot> slots, std::vector<int6
   compile_forward();
   compile_tangent();
   compile_cotangent();
+}
+
+template <class T>
+bool Plan<T>::on_calling_thread() const {
+  return std::any_of(storages_.begin(), storages_.end(), [](const Storage& s) { return s.on_calling_thread; });
 }
 
 template <class T>

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -56,8 +57,9 @@ class Plan {
  public:
   // `aliases` maps a value to the value it re-reads (views), -1 for itself. Values 0..input_widths.size()-1 are the network's inputs.
   // `num_parameters`: length of the flat vectors; parameters that no node reads have a place there too.
+  // `own_rules`: per node a rule that is not in the registry, or null.
   Plan(std::vector<Node> nodes, std::vector<Slot> slots, std::vector<int64_t> input_widths, std::vector<int> aliases, int output,
-       int64_t num_parameters);
+       int64_t num_parameters, std::vector<std::shared_ptr<const Rule<T>>> own_rules);
 
   const std::vector<Node>& nodes() const { return nodes_; }
   const std::vector<Slot>& slots() const { return slots_; }
@@ -74,6 +76,7 @@ class Plan {
   int64_t output_width() const { return width(output_); }
   int64_t num_parameters() const { return num_parameters_; }
   bool output_depends_on_parameters() const { return needs_tangent_[output()]; }
+  bool on_calling_thread() const;  // does a node refuse other threads?
   int64_t widest_activation() const;
 
  private:
@@ -89,6 +92,7 @@ class Plan {
   std::vector<int> canonical_;
   int output_;
   int64_t num_parameters_;
+  std::vector<std::shared_ptr<const Rule<T>>> own_rules_;
   std::vector<const Rule<T>*> rules_;
   std::vector<Storage> storages_;
   std::vector<int64_t> widths_;  // per canonical value

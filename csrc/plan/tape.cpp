@@ -185,6 +185,7 @@ Tiling Tape<T>::tiling(int64_t V, int num_threads) const {
   const int64_t accumulator = V * plan_->num_parameters() * static_cast<int64_t>(sizeof(T));
   bool by_example = accumulator <= kAccumulatorBytes;
   if (choice_ != ScheduleChoice::automatic) by_example = choice_ == ScheduleChoice::by_example;
+  if (plan_->on_calling_thread()) by_example = false;
   Tiling tiling;
   tiling.num_threads = num_threads;
   tiling.by_example = by_example;

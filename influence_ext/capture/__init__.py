@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Collection, Hashable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from influence_ext.capture.export import batch_norm_problems, export_model
+from influence_ext.capture.export import NotExportable, batch_norm_problems, export_model
 from influence_ext.capture.graph import CapturedGraph, Expression, Node, Problem, Slot, named_tensors
-from influence_ext.capture.lowering import ACTIVATION_KINDS, LOWERINGS, RULES, lower
+from influence_ext.capture.lowering import ACTIVATION_KINDS, LOWERINGS, Unlowered, lower
+from influence_ext.capture.probe import mixing_node
 from influence_ext.capture.report import format_table
 from influence_ext.capture.signature import structure_key
+from influence_ext.capture.whole import whole_model
 from influence_ext.errors import DeviceError, DTypeError, ShapeError, UnsupportedModelError
 
 __all__ = [
     "ACTIVATION_KINDS",
     "LOWERINGS",
-    "RULES",
     "CapturedGraph",
     "Expression",
     "Node",
@@ -29,6 +31,8 @@ __all__ = [
     "format_table",
     "named_tensors",
 ]
+
+_log = logging.getLogger("influence_ext")
 
 _CACHE_SIZE = 64
 _cache: OrderedDict[Hashable, CapturedGraph] = OrderedDict()
@@ -42,9 +46,10 @@ def capture(
 ) -> CapturedGraph:
     """The network as rule applications, valid for every number of examples and for every model of the same structure.
 
-    The model is traced in evaluation mode and left exactly as found (modules, training flags, gradients, plain
-    attributes, random state), also after an exception. A second capture of the same structure and input shapes costs a
-    comparison, not a trace.
+    Operators with a native rule run natively; others, and whole models that cannot be traced or split into nodes, run in
+    the generic rule, exactly (one log line and ``format_table`` say which). The model is traced in evaluation mode and
+    left exactly as found (modules, training flags, gradients, plain attributes, random state), also after an exception.
+    A second capture of the same structure and input shapes costs a comparison, not a trace.
 
     Args:
         model: called as ``model(X)``, ``model(*X)`` or ``model(**X)``.
@@ -54,14 +59,14 @@ def capture(
         who: the caller's name for messages.
 
     Raises:
-        UnsupportedModelError: the model cannot be traced, or uses operators without a rule; the message lists every
-            problem.
+        UnsupportedModelError: the model mixes the examples of a batch, draws random numbers, branches on tensor values, hides derivatives
+            or does not run; the message lists every problem found.
         ShapeError: an input without examples or with a number of examples of its own.
         DTypeError, DeviceError: a floating-point input of another dtype, or an input on another device, than the
             parameters.
 
-    Cost: about half a second for a small network the first time (one symbolic forward pass), well under a millisecond
-    from the cache.
+    Cost: half a second for a small network the first time, seconds for a transformer (one symbolic forward pass; and one of three
+    examples, if torch computes any of it); about a millisecond from the cache.
     """
     keys = tuple(X) if isinstance(X, Mapping) else None
     tensors = (X,) if isinstance(X, Tensor) else tuple(X.values()) if isinstance(X, Mapping) else tuple(X)
@@ -76,16 +81,44 @@ def capture(
         _cache.move_to_end(key)
         problems = [*batch_norm_problems(model), *graph.conditions]
     else:
-        exported = export_model(model, tensors, keys, who)
-        graph, problems = lower(exported, type(model).__name__, dtype, names)
+        graph, problems = _capture(model, tensors, keys, names, dtype, who)
         if graph is not None:
             _cache[key] = graph
             while len(_cache) > _CACHE_SIZE:
                 _cache.popitem(last=False)
+            _log_generic(graph)
     standing = [problem.text for problem in problems if problem.applies(trainable)]
     if graph is None or standing:
         raise UnsupportedModelError(_problems_text(who, model, standing))
     return graph
+
+
+def _capture(
+    model: nn.Module, tensors: tuple[Tensor, ...], keys: tuple[str, ...] | None, names: tuple[str, ...], dtype: torch.dtype, who: str
+) -> tuple[CapturedGraph | None, list[Problem]]:
+    """Node by node where that is possible, as a whole where it is not; and the problems found."""
+    try:
+        exported = export_model(model, tensors, keys, who)
+        graph, problems, context = lower(exported, type(model).__name__, dtype, names)
+        if graph is not None and (mixed := mixing_node(context, tensors, named_tensors(model))) is not None:
+            return None, [*problems, Problem(mixed)]
+        return graph, problems
+    except (NotExportable, Unlowered) as reason:
+        return whole_model(model, tensors, keys, names, dtype, str(reason))
+
+
+def _log_generic(graph: CapturedGraph) -> None:
+    generic = [node for node in graph.nodes if node.rule == "generic"]
+    if graph.fallback is not None:
+        _log.info("%s runs as a whole in the generic rule (%s)", graph.model_name, graph.fallback)
+    elif generic:
+        _log.info(
+            "%s: %d of %d nodes run in the generic rule, for want of a native one: %s",
+            graph.model_name,
+            len(generic),
+            len(graph.nodes),
+            ", ".join(f"{node.name} ({node.target})" for node in generic),
+        )
 
 
 def clear_cache() -> None:
@@ -120,8 +153,6 @@ def _problems_text(who: str, model: nn.Module, problems: list[str]) -> str:
     count = "one problem" if len(problems) == 1 else f"{len(problems)} problems"
     listed = "\n".join(f"  - {text}" for text in problems)
     return (
-        f"{who}: expected a model made of operators that have a rule, got {count} in {type(model).__name__}; change the forward pass "
-        f"accordingly.\n{listed}\nRules exist for linear layers and products with a weight matrix; relu, tanh, gelu, silu, sigmoid, elu, "
-        "selu, softplus, leaky_relu; sums of activations of one shape; sums and products with constants; reshapes; dropout in evaluation "
-        "mode."
+        f"{who}: expected a model that maps each example on its own to an output, got {count} in {type(model).__name__}; change the "
+        f"forward pass accordingly.\n{listed}"
     )

@@ -1,4 +1,4 @@
-"""Tensors without a batch axis in an exported graph -> slots that rules read."""
+"""Batch-free tensors of an exported graph -> slots that rules read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from influence_ext.capture.graph import Expression, Slot, SlotKind
 
 # Operators that keep a tensor's elements in order: a parameter seen through them is the same memory.
 ORDER_KEEPING = frozenset(
-    f"aten.{name}.default" for name in ("_reshape_alias", "_unsafe_view", "alias", "clone", "squeeze", "unsqueeze", "view")
+    f"aten.{name}.default" for name in ("_reshape_alias", "_unsafe_view", "alias", "clone", "squeeze", "unsqueeze", "view", "reshape")
 ) | {"aten.squeeze.dim", "aten.squeeze.dims"}
 SWAPS = frozenset(("aten.transpose.int", "aten.swapaxes.default", "aten.swapdims.default"))
 _KINDS: dict[InputKind, SlotKind] = {
@@ -23,7 +23,7 @@ _KINDS: dict[InputKind, SlotKind] = {
     InputKind.CONSTANT_TENSOR: "constant",
 }
 Refuse = Callable[[fx.Node, str, frozenset[str] | None], None]
-Steps = Sequence[tuple[Callable[..., Tensor], tuple[Any, ...]]]
+Step = tuple[Callable[..., Tensor], tuple[Any, ...]]
 
 
 class SlotTable:
@@ -31,8 +31,7 @@ class SlotTable:
 
     A parameter, buffer or lifted tensor that a rule can read as it lies in memory (also through a reshape, and for
     weights through a transpose) becomes a plain slot; anything else that does not depend on the inputs becomes a
-    derived one. A derived slot has no derivative, so one that depends on parameters is a problem as long as these are
-    trained.
+    derived one: an expression, evaluated by torch and differentiated by it where it depends on trained parameters.
     """
 
     def __init__(
@@ -41,72 +40,68 @@ class SlotTable:
         names: dict[str, str],
         depends: dict[fx.Node, frozenset[str]],
         refuse: Refuse,
+        dtype: torch.dtype,
     ):
         self.slots: list[Slot] = []
         self._program = program
         self._names = names
         self._depends = depends
         self._refuse = refuse
+        self._dtype = dtype
         self._index: dict[Any, int] = {}
         self._specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
 
-    def matrix(self, node: fx.Node, weight: fx.Node) -> tuple[int, bool] | None:
-        """The slot of a weight that ``node`` reads, and whether the slot holds its transpose."""
+    def matrix(self, weight: fx.Node) -> tuple[int, bool] | None:
+        """The slot of a weight, and whether the slot holds its transpose; None (and a problem) where it is random."""
         leaf, flipped = self._leaf(weight)
         if leaf is not None:
             return self._plain(leaf), flipped
-        slot = self._derived(node, weight, (), tuple(weight.meta["val"].shape), "a weight computed from")
+        slot = self.slot(weight)
         return None if slot is None else (slot, False)
 
-    def bias(self, node: fx.Node, bias: fx.Node, num_features: int) -> int | None:
-        """The slot of a bias, broadcast to ``num_features`` elements where it has fewer."""
-        leaf, flipped = self._leaf(bias)
-        if leaf is not None and not flipped and bias.meta["val"].numel() == num_features:
-            return self._plain(leaf)
-        steps: Steps = [(torch.reshape, ((-1,),)), (torch.broadcast_to, ((num_features,),))]
-        return self._derived(node, bias, steps, (num_features,), "a bias computed from")
+    def slot(self, tensor: fx.Node, shape: tuple[int, ...] | None = None, steps: Sequence[Step] = ()) -> int | None:
+        """The slot of a batch-free tensor after ``steps``, broadcast to ``shape`` if given.
 
-    def elementwise(
-        self,
-        node: fx.Node,
-        constant: fx.Node,
-        rest: tuple[int, ...],
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        *,
-        reciprocal: bool = False,
-        factor: float = 1.0,
-    ) -> int | None:
-        """The slot of ``factor * constant`` (or of its reciprocal), broadcast to the shape of one example.
-
-        Args:
-            node: the operation that reads it.
-            constant: the tensor.
-            rest: sizes behind the batch axis of the value it is combined with.
-            shape: shape of one example of that value (``rest``, or one more axis in front).
-            dtype: dtype the slot has.
-            reciprocal: take ``1 / constant``.
-            factor: multiply by this.
+        A slot's elements are those of the tensor in row-major order; a parameter seen through a reshape shares the parameter's slot.
+        None (and a problem) where the tensor is random.
         """
-        own = tuple(constant.meta["val"].shape)
-        aligned = own[max(0, len(own) - len(rest)) :]
-        steps: list[tuple[Callable[..., Tensor], tuple[Any, ...]]] = []
-        if constant.meta["val"].dtype != dtype:
-            steps.append((torch.Tensor.to, (dtype,)))
-        if reciprocal:
-            steps.append((torch.reciprocal, ()))
-        if factor != 1.0:
-            steps.append((torch.mul, (factor,)))
-        if aligned != own:
-            steps.append((torch.reshape, (aligned,)))
-        if aligned != shape:
-            steps.append((torch.broadcast_to, (shape,)))
-        return self._derived(node, constant, steps, shape, "an elementwise operation with")
+        value = tensor.meta["val"]
+        leaf, flipped = self._leaf(tensor)
+        same_shape = shape is None or _without_ones(shape) == _without_ones(tuple(value.shape))
+        if leaf is not None and not flipped and not steps and same_shape and value.dtype == self._dtype:
+            return self._plain(leaf)
+        chain: list[Step] = []
+        if value.dtype != self._dtype:
+            chain.append((torch.Tensor.to, (self._dtype,)))
+        chain += steps
+        if shape is not None:
+            chain.append((torch.broadcast_to, (shape,)))
+        key = (tensor, tuple(chain))
+        if key in self._index:
+            return self._index[key]
+        expression = self._expression(tensor)
+        if expression is None:
+            return None
+        for operator, operands in chain:
+            expression = Expression(operator, (expression, *operands))
+        final = shape if shape is not None else self._shape_after(value, chain)
+        if expression.names():
+            return self._add(key, Slot(tensor.name, final, "derived", expression=expression))
+        with torch.no_grad():
+            constant = expression.evaluate({}).detach().contiguous()
+        return self._add(key, Slot(tensor.name, final, "constant", value=constant))
 
     def is_plain(self, constant: fx.Node) -> bool:
         """Whether a tensor is a parameter, a buffer or a lifted tensor, up to a reshape."""
         leaf, flipped = self._leaf(constant)
         return leaf is not None and not flipped
+
+    @staticmethod
+    def _shape_after(value: Tensor, steps: Sequence[Step]) -> tuple[int, ...]:
+        sample: Tensor = torch.empty(tuple(int(s) for s in value.shape), dtype=value.dtype, device="meta")
+        for operator, operands in steps:
+            sample = operator(sample, *operands)
+        return tuple(sample.shape)
 
     def _leaf(self, constant: fx.Node) -> tuple[fx.Node | None, bool]:
         """The placeholder whose memory ``constant`` is, and whether it is that matrix transposed; ``(None, False)`` if
@@ -120,6 +115,8 @@ class SlotTable:
                 return None, False
             if str(node.target) in ORDER_KEEPING:
                 reshaped = reshaped or node.meta["val"].shape != source.meta["val"].shape
+                if reshaped and flipped:
+                    return None, False
             elif transposes_matrix(node) and not reshaped:
                 flipped = not flipped
             else:
@@ -143,33 +140,6 @@ class SlotTable:
     def _lifted(self, name: str) -> Tensor:
         """A copy: the user may go on to change a tensor that the graph was traced with."""
         return self._program.constants[name].detach().clone(memory_format=torch.contiguous_format)
-
-    def _derived(self, node: fx.Node, constant: fx.Node, steps: Steps, shape: tuple[int, ...], what: str) -> int | None:
-        """The slot of ``constant`` after ``steps``; plain where there is nothing to compute."""
-        parameters = self._depends[constant]
-        if parameters:
-            self._refuse(
-                node,
-                f"{what} {', '.join(sorted(parameters))} has no rule while that is trained; freeze it with requires_grad_(False) or leave "
-                "it out with params=",
-                parameters,
-            )
-        leaf, flipped = self._leaf(constant)
-        if not steps and leaf is not None and not flipped and tuple(leaf.meta["val"].shape) == shape:
-            return self._plain(leaf)
-        key = (constant, tuple(steps), shape)
-        if key in self._index:
-            return self._index[key]
-        expression = self._expression(constant)
-        if expression is None:
-            return None
-        for operator, operands in steps:
-            expression = Expression(operator, (expression, *operands))
-        if expression.names():
-            return self._add(key, Slot(constant.name, shape, "derived", expression=expression))
-        with torch.no_grad():
-            value = expression.evaluate({}).detach().contiguous()
-        return self._add(key, Slot(constant.name, shape, "constant", value=value))
 
     def _add(self, key: Any, slot: Slot) -> int:
         if key not in self._index:
@@ -195,6 +165,10 @@ class SlotTable:
         return Expression(node.target, tuple(args), dict(kwargs))
 
 
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(size for size in shape if size != 1)
+
+
 def transposes_matrix(node: fx.Node) -> bool:
     """Whether a node swaps the two axes of a matrix."""
     value = node.meta.get("val")
@@ -209,6 +183,26 @@ def transposes_matrix(node: fx.Node) -> bool:
     return target == "aten.permute.default" and [axis % 2 for axis in args[1]] == [1, 0]
 
 
+# Operators that may draw random numbers -> the argument that decides.
+_SWITCHES = {
+    "aten.scaled_dot_product_attention.default": "dropout_p",
+    "aten.lstm.input": "train",
+    "aten.gru.input": "train",
+    "aten.rnn_tanh.input": "train",
+    "aten.rnn_relu.input": "train",
+    "aten.rrelu.default": "training",
+    "aten.dropout.default": "train",
+}
+
+
 def draws_random_numbers(node: fx.Node) -> bool:
     """Whether an operator reads the random state."""
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    switch = _SWITCHES.get(str(node.target))
+    if switch is None:
+        return True
+    schema: Any = node.target._schema  # type: ignore[union-attr]
+    position = next(i for i, a in enumerate(schema.arguments) if a.name == switch)
+    default = schema.arguments[position].default_value
+    return bool(node.args[position] if position < len(node.args) else node.kwargs.get(switch, default))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,21 +13,27 @@ from torch.export.graph_signature import InputKind
 
 from influence_ext.capture.constants import SlotTable
 from influence_ext.capture.export import Exported, contributing, output_nodes, parameter_dependence
+from influence_ext.capture.generic import Operator
 from influence_ext.capture.graph import Node, Problem
+from influence_ext.capture.layout import Layout, is_free, layout_of
 
 
 @dataclass(frozen=True)
 class Value:
-    """A batched tensor ``[fold * N, *rest]``, in memory the same as ``[N, fold, *rest]``."""
+    """A batched tensor of the graph: number ``id``, and how it lies in memory."""
 
     id: int
-    fold: int
-    rest: tuple[int, ...]
+    layout: Layout
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of one example."""
-        return self.rest if self.fold == 1 else (self.fold, *self.rest)
+        """The shape of one example: the rank of the tensor, its batch axis replaced by the fold."""
+        return self.layout.shape
+
+    @property
+    def axis(self) -> int:
+        """The tensor's batch axis."""
+        return self.layout.axis
 
     @property
     def width(self) -> int:
@@ -38,77 +44,77 @@ class Value:
 class Context:
     """The graph being lowered.
 
-    A node of the fx graph is *batched* if it depends on an input or on the number of examples; every other tensor is a
-    constant, looked at only where a rule reads it. Nodes the output does not depend on are not lowered.
+    A tensor of the fx graph is *batched* if it depends on an input or on the number of examples, else *batch-free*: a constant, a
+    parameter or an expression of these, looked at only where a node reads it. Batched tensors that depend on no parameter are left to
+    torch (``Prologue``) and enter the plan as inputs; what the output does not depend on is not lowered.
     """
 
     def __init__(self, exported: Exported, dtype: torch.dtype, input_names: tuple[str, ...]):
         program = exported.program
+        self.exported = exported
         self.dtype = dtype
         self.input_names = input_names
         self.problems: list[Problem] = list(exported.problems)
         self.nodes: list[Node] = []
-        self.values: dict[fx.Node, Value | None] = {}
+        self.sources: list[fx.Node] = []
+        self.values: dict[fx.Node, Value] = {}
         self.outputs = output_nodes(program)
         self.live = contributing(self.outputs)
         self.depends = parameter_dependence(program, exported.names)
-        self.table = SlotTable(program, exported.names, self.depends, self.refuse)
         kinds = {spec.arg.name: spec.kind for spec in program.graph_signature.input_specs}
         self.inputs = [n for n in program.graph.nodes if n.op == "placeholder" and kinds[n.name] == InputKind.USER_INPUT]
         leading = [n.meta["val"].shape[0] for n in self.inputs]
-        self._symbols = {size.node.expr for size in leading if is_free(size)}
+        self.symbols = {size.node.expr for size in leading if is_free(size)}
         self._batched: set[fx.Node] = set(self.inputs)
+        self._layouts: dict[fx.Node, Layout | None] = {}
         for node in program.graph.nodes:
             if not is_number(node) and any(n in self._batched or is_number(n) for n in node.all_input_nodes):
                 self._batched.add(node)
+            if node in self._batched and isinstance(node.meta.get("val"), Tensor):
+                known = [n for n in node.all_input_nodes if n in self._layouts]
+                self._layouts[node] = layout_of(node, self._layouts.get, known, self.symbols)
+        self.table = SlotTable(program, exported.names, self.depends, self.refuse, dtype)
+        boundary = [n for n in program.graph.nodes if n in self.live and self._enters(n)]
+        for node in boundary:
+            if self.layout(node) is not None:
+                self.values[node] = Value(len(self.sources), self._layouts[node])  # type: ignore[arg-type]
+                self.sources.append(node)
+        if not self.sources and self.inputs and self.layout(self.inputs[0]) is not None:
+            # The output needs nothing but the number of examples: the first input tells it.
+            self.values[self.inputs[0]] = Value(0, self._layouts[self.inputs[0]])  # type: ignore[arg-type]
+            self.sources.append(self.inputs[0])
+        self.num_sources = len(self.sources)
+
+    def _enters(self, node: fx.Node) -> bool:
+        """Whether a parameter-free batched tensor is read by a node that depends on parameters, or is the output."""
+        if not self.is_batched(node) or self.depends[node] or not isinstance(node.meta.get("val"), Tensor):
+            return False
+        return node in self.outputs or any(user in self.live and user.op == "call_function" and self.depends[user] for user in node.users)
 
     def is_batched(self, argument: Any) -> bool:
         """Whether an argument is a tensor with the examples in it."""
         return isinstance(argument, fx.Node) and argument in self._batched
 
-    def is_constant(self, argument: Any) -> bool:
+    def is_batch_free(self, argument: Any) -> bool:
         """Whether an argument is a tensor that depends neither on the inputs nor on the number of examples."""
         return isinstance(argument, fx.Node) and not self.is_batched(argument) and isinstance(argument.meta.get("val"), Tensor)
 
     def value(self, argument: Any) -> Value:
-        """The value of a batched argument; the walk skips nodes whose inputs could not be lowered."""
-        value = self.values[argument]
-        assert value is not None
-        return value
+        """The value of a batched argument."""
+        return self.values[argument]
 
-    def lowered(self, node: fx.Node) -> bool:
-        """Whether all batched inputs of ``node`` have a value."""
-        return all(self.values.get(n) is not None for n in node.all_input_nodes if n in self._batched)
+    def layout(self, node: Any) -> Layout | None:
+        """Where the examples lie in a batched tensor; None if they are on no single axis."""
+        return self._layouts.get(node)
 
-    def layout(self, node: fx.Node) -> tuple[int, tuple[int, ...]] | None:
-        """``(fold, rest)`` of a node's shape, or None where the examples are not on its leading axis."""
-        dims: list[Any] = [size if is_free(size) else int(size) for size in node.meta["val"].shape]
-        while len(dims) > 1 and dims[0] == 1:
-            dims.pop(0)
-        if not dims or not is_free(dims[0]) or any(is_free(size) for size in dims[1:]):
-            return None
-        folds = [dims[0].node.expr / symbol for symbol in self._symbols]
-        return next(((int(fold), tuple(dims[1:])) for fold in folds if fold.is_Integer), None)
+    def set_layout(self, node: fx.Node, layout: Layout | None) -> None:
+        """Let a multi-output operator lie as the output that is read from it."""
+        self._layouts[node] = layout
 
-    def name_of(self, node: fx.Node) -> str:
-        """What to call a batched node in a message."""
-        return self.input_names[self.inputs.index(node)] if node in self.inputs else node.name
-
-    def live_users(self, node: fx.Node) -> list[fx.Node]:
-        """Nodes that read ``node`` on the way to the output."""
-        return [user for user in node.users if user in self.live]
-
-    def add_input(self, node: fx.Node, index: int) -> None:
-        """Give an input its value."""
-        layout = self.layout(node)
-        if layout is None:
-            self.problems.append(
-                Problem(
-                    f"input {self.input_names[index]}: the forward pass fixes the number of examples, so batches of other sizes cannot be "
-                    "computed; derive sizes from X.shape[0] instead of len(X) or constants"
-                )
-            )
-        self.values[node] = None if layout is None else Value(index, *layout)
+    def dim(self, value: Value, axis: int) -> int | None:
+        """An axis of the tensor as an axis of ``value.shape``; None for the batch axis, along which examples would mix."""
+        axis %= len(value.shape)
+        return None if axis == value.axis else axis
 
     def emit(
         self,
@@ -116,18 +122,22 @@ class Context:
         rule: str,
         inputs: Sequence[Value],
         slots: Sequence[int] = (),
-        ints: dict[str, int] | None = None,
-        floats: dict[str, float] | None = None,
+        ints: Mapping[str, int] | None = None,
+        floats: Mapping[str, float] | None = None,
+        lists: Mapping[str, Sequence[int]] | None = None,
         suffix: str = "",
+        layout: Layout | None = None,
+        operator: Operator | None = None,
     ) -> Value | None:
-        """Append an application of ``rule`` whose output has the shape of ``node``; None (and a problem) if that mixes
-        examples.
+        """Append an application of ``rule``. Its output lies as ``node`` does, or as ``layout`` says (steps on the way, with a ``suffix``).
+
+        Returns:
+            The output's value; None if ``node`` has no layout.
         """
-        layout = self.layout(node)
+        layout = layout or self.layout(node)
         if layout is None:
-            self.refuse(node, "mixes the examples of a batch; keep the examples on the first axis")
             return None
-        value = Value(len(self.inputs) + len(self.nodes), *layout)
+        value = Value(self.num_sources + len(self.nodes), layout)
         self.nodes.append(
             Node(
                 rule=rule,
@@ -136,28 +146,36 @@ class Context:
                 inputs=tuple(v.id for v in inputs),
                 output=value.id,
                 slots=tuple(slots),
-                ints=ints or {},
-                floats=floats or {},
+                ints=dict(ints or {}),
+                floats=dict(floats or {}),
+                lists={key: list(items) for key, items in (lists or {}).items()},
                 width=value.width,
                 shape=value.shape,
                 module=module_of(node),
+                operator=operator,
             )
         )
         return value
 
     def producer(self, value: Value) -> int | None:
-        """Index of the node that computes ``value``, None for an input."""
-        return value.id - len(self.inputs) if value.id >= len(self.inputs) else None
+        """Index of the node that computes ``value``, None for an input of the plan."""
+        return value.id - self.num_sources if value.id >= self.num_sources else None
+
+    def slot(self, argument: fx.Node, shape: tuple[int, ...] | None = None) -> int | None:
+        """The slot of a batch-free tensor, broadcast to ``shape`` if given; None (and a problem) where it is random."""
+        return self.table.slot(argument, shape)
 
     def number(self, node: fx.Node, argument: Any) -> float | None:
-        """A Python number as float; None (and a problem) where it is computed in the graph."""
-        if isinstance(argument, (bool, int, float)):
-            return float(argument)
-        self.refuse(
-            node,
-            "uses a number that depends on the batch size or is read from a tensor; use a Python number or a buffer",
-        )
-        return None
+        """A Python number as float; None where it is computed in the graph."""
+        return float(argument) if isinstance(argument, (bool, int, float)) else None
+
+    def live_users(self, node: fx.Node) -> list[fx.Node]:
+        """Nodes that read ``node`` on the way to the output."""
+        return [user for user in node.users if user in self.live]
+
+    def name_of(self, node: fx.Node) -> str:
+        """What to call a batched node in a message."""
+        return self.input_names[self.inputs.index(node)] if node in self.inputs else node.name
 
     def refuse(self, node: fx.Node, reason: str, parameters: frozenset[str] | None = None) -> None:
         """Record a problem; ``parameters`` as in ``Problem``."""
@@ -169,14 +187,9 @@ class Context:
 
     def _size_text(self, size: Any) -> str:
         text = str(size)
-        for symbol in self._symbols:
+        for symbol in self.symbols:
             text = text.replace(str(symbol), "N")
         return text
-
-
-def is_free(size: Any) -> bool:
-    """Whether a size varies with the number of examples; a symbol that tracing has fixed does not."""
-    return isinstance(size, torch.SymInt) and not size.node.expr.is_Integer
 
 
 def is_number(node: fx.Node) -> bool:

@@ -41,6 +41,10 @@ class Exported:
     problems: tuple[Problem, ...]
 
 
+class NotExportable(Exception):
+    """torch.export cannot trace a model that runs."""
+
+
 class _Traced(nn.Module):
     """The model as a function of a list of tensors, since torch.export wants its inputs named or positional, not
     either.
@@ -67,7 +71,8 @@ def export_model(model: nn.Module, inputs: tuple[Tensor, ...], keys: tuple[str, 
     The graph is functional (no mutation) and keeps composite operators such as ``aten.linear`` whole.
 
     Raises:
-        UnsupportedModelError: torch cannot trace the model; the message carries torch's reason.
+        UnsupportedModelError: the model does not run, or branches on tensor values; the message carries torch's reason.
+        NotExportable: the model runs, but torch cannot trace it.
 
     Cost: a fraction of a second for a small network, one symbolic forward pass without arithmetic; no device memory.
     """
@@ -86,7 +91,9 @@ def export_model(model: nn.Module, inputs: tuple[Tensor, ...], keys: tuple[str, 
             problems += _no_grad_problems(program, names)
             program = program.run_decompositions({})
         except Exception as reason:
-            raise UnsupportedModelError(_failure_text(who, model, reason, problems)) from reason
+            if problems or _depends_on_data(reason) or not _runs(traced, probes):
+                raise UnsupportedModelError(_failure_text(who, model, reason, problems)) from reason
+            raise NotExportable(f"torch.export: {type(reason).__name__}: {_first_line(reason)}") from reason
     return Exported(program, names, tuple(problems))
 
 
@@ -223,8 +230,26 @@ def _no_grad_problems(program: ExportedProgram, names: dict[str, str]) -> list[P
     ]
 
 
+def _depends_on_data(reason: Exception) -> bool:
+    """Whether tracing failed because the forward pass branches on, or takes sizes from, the values of tensors."""
+    return "data-dependent" in str(reason).lower() or type(reason).__name__.startswith("GuardOnDataDependent")
+
+
+def _runs(model: nn.Module, inputs: tuple[Tensor, ...]) -> bool:
+    try:
+        with torch.no_grad():
+            model(*inputs)
+    except Exception:
+        return False
+    return True
+
+
+def _first_line(reason: Exception) -> str:
+    return next((line.strip() for line in str(reason).splitlines() if line.strip()), "no reason given")
+
+
 def _failure_text(who: str, model: nn.Module, reason: Exception, found: list[Problem]) -> str:
-    first_line = next((line.strip() for line in str(reason).splitlines() if line.strip()), "no reason given")
+    first_line = _first_line(reason)
     text = (
         f"{who}: expected a model that torch.export can trace, got {type(reason).__name__} from {type(model).__name__}: {first_line}; "
         "check that model(X) itself runs on this data and that its forward pass does not branch on tensor values."

@@ -9,6 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from influence_ext.capture.generic import Operator
+from influence_ext.capture.prologue import Prologue
+
 SlotKind = Literal["parameter", "buffer", "constant", "derived"]
 
 
@@ -87,7 +90,10 @@ class Slot:
 
 @dataclass(frozen=True)
 class Node:
-    """One application of a rule: ``output = rule(inputs, slots)`` for every example on its own."""
+    """One application of a rule: ``output = rule(inputs, slots)`` for every example on its own.
+
+    ``operator`` computes the nodes of rule ``"generic"``.
+    """
 
     rule: str
     name: str
@@ -97,9 +103,11 @@ class Node:
     slots: tuple[int, ...]
     ints: dict[str, int]
     floats: dict[str, float]
+    lists: dict[str, list[int]]
     width: int
     shape: tuple[int, ...]
     module: str = ""
+    operator: Operator | None = None
 
 
 @dataclass(frozen=True)
@@ -118,20 +126,29 @@ class Problem:
 class CapturedGraph:
     """A network as rule applications in order of execution.
 
-    Values are numbered: ``0 .. num_inputs - 1`` are the inputs (in the order of ``Examples.inputs``), each node adds
-    one. Shapes are those of one example; in memory a value is ``[N, *shape]``, row-major. Nothing here holds the model
-    or its parameters, so a graph serves every model of the same structure.
+    Values are numbered: ``0 .. num_sources - 1`` are what ``prologue`` makes of the inputs (the inputs themselves, where nothing is to be
+    computed), each node adds one. Shapes are those of one example; in memory a value is ``[N, *shape]``, row-major. Nothing here holds the
+    model or its parameters, so a graph serves every model of the same structure.
+
+    Attributes:
+        input_shapes: of one example of each input, in the order of ``Examples.inputs``.
+        input_dtypes: floating-point inputs have the parameters' dtype.
+        prologue: all that depends on the inputs but on no parameter.
+        fallback: why the model runs as a whole in the generic rule; None if it runs node by node.
     """
 
     model_name: str
     dtype: torch.dtype
     input_names: tuple[str, ...]
     input_shapes: tuple[tuple[int, ...], ...]
+    input_dtypes: tuple[torch.dtype, ...]
+    prologue: Prologue
     nodes: tuple[Node, ...]
     slots: tuple[Slot, ...]
     output: int
     output_shape: tuple[int, ...]
     conditions: tuple[Problem, ...] = ()
+    fallback: str | None = None
 
     @property
     def num_inputs(self) -> int:
@@ -139,9 +156,14 @@ class CapturedGraph:
         return len(self.input_shapes)
 
     @property
+    def num_sources(self) -> int:
+        """Number of values that the prologue hands to the plan."""
+        return len(self.prologue.shapes)
+
+    @property
     def num_values(self) -> int:
-        """Number of values, the inputs included."""
-        return self.num_inputs + len(self.nodes)
+        """Number of values, the sources included."""
+        return self.num_sources + len(self.nodes)
 
     @property
     def parameter_names(self) -> tuple[str, ...]:

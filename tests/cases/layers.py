@@ -183,14 +183,14 @@ ACTIVATIONS = (
     expression("relu-functional", "activation", lambda m, x: F.relu(m.fc(x)), "functional form", fc=fc()),
     expression("tanh-method", "activation", lambda m, x: m.fc(x).tanh(), "method form", fc=fc()),
     expression("sigmoid-method", "activation", lambda m, x: torch.sigmoid(m.fc(x)), "torch form", fc=fc()),
-    row("activation-of-input", "activation", lambda: nn.Sequential(nn.Tanh(), nn.Linear(3, 4)),
-        "no tangent enters the activation, no cotangent need leave the layer"),
+    row("activation-of-input", "linear", lambda: nn.Sequential(nn.Tanh(), nn.Linear(3, 4)),
+        "what stands before the first parameter is computed by torch"),
     row("activation-seq", "activation", lambda: nn.Sequential(nn.Linear(3, 4), nn.SiLU(), nn.Linear(4, 2)),
         "three axes", normal(5, 3)),
 )  # fmt: skip
 
 STRUCTURE = (
-    row("flatten", "view", lambda: nn.Sequential(nn.Flatten(), nn.Linear(6, 4)), "flatten of the input", normal(2, 3)),
+    row("flatten", "linear", lambda: nn.Sequential(nn.Flatten(), nn.Linear(6, 4)), "flatten of the input", normal(2, 3)),
     row("flatten-mid", "view", lambda: nn.Sequential(nn.Linear(3, 4), nn.Flatten(), nn.Linear(8, 2)),
         "positions become features: the weight is shared before and not after", normal(2, 3)),
     expression("flatten-function", "view", lambda m, x: torch.flatten(m.fc(x), 1), "function form", normal(2, 3), fc=fc()),
@@ -239,7 +239,7 @@ ARITHMETIC = (
                normal(5, 3), fc=fc(), c=lambda: buffer(5, 1)),
     expression("add-buffer-0d", "affine", lambda m, x: m.fc(x) * m.c + m.c, "a constant without axes", fc=fc(),
                c=lambda: buffer()),
-    expression("normalise-input", "affine", lambda m, x: m.fc((x - m.mean) / m.std), "constants before the first parameter",
+    expression("normalise-input", "linear", lambda m, x: m.fc((x - m.mean) / m.std), "constants before the first parameter",
                fc=fc(), mean=lambda: buffer(3), std=lambda: buffer(3).abs() + 0.5),
     expression("residual-one", "add", lambda m, x: x + m.fc(x), "one branch has no tangent", fc=fc()),
     expression("residual-two", "add", lambda m, x: m.a(x) + m.b(x), "both branches have tangents", a=fc(), b=fc()),

@@ -1,0 +1,227 @@
+"""The generic rule: an operator without a native rule, differentiated by torch on its own.
+
+One object serves a node of the graph (``NodeOperator``) or a whole model (``ModelOperator``). Both give the methods of a rule on tensors as
+rules see them: values ``[n, width]``, tangents and cotangents ``[V, n, width]``, parameters ``[size]`` and ``[V, size]``. Everything is
+exact: forward mode where the operator has it, else reverse mode applied twice; all V at once where ``vmap`` can, else one by one.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from influence_ext.capture.layout import Layout
+
+_log = logging.getLogger("influence_ext")
+
+Function = Callable[..., Tensor]
+
+
+@contextmanager
+def differentiable() -> Iterator[None]:
+    """Make torch take kernels that can be differentiated twice and in forward mode: no fused attention, no oneDNN recurrent layers."""
+    with torch.enable_grad(), sdpa_kernel([SDPBackend.MATH]), torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
+        yield
+
+
+class Operator:
+    """A function of n examples and of parameters. Subclasses say what is computed; the derivatives are here.
+
+    ``function(n)`` returns ``f(*x, *theta) -> [n, width]`` where the x are ``[n, width]`` and the theta ``[size]``.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._vectorises = True
+        self._has_forward_mode = True
+
+    def function(self, n: int) -> Function:
+        """What is computed for n examples."""
+        raise NotImplementedError
+
+    def forward(self, n: int, x: list[Tensor], theta: list[Tensor]) -> Tensor:
+        """``[n, width]``."""
+        with torch.no_grad():
+            return self.function(n)(*x, *theta).detach().contiguous()
+
+    def jvp(self, n: int, x: list[Tensor], theta: list[Tensor], t_x: list[Tensor | None], t_theta: list[Tensor | None]) -> Tensor:
+        """``[V, n, width]`` from the tangents that are given."""
+        f = self.function(n)
+        primals, tangents = [*x, *theta], [*t_x, *t_theta]
+        moving = [i for i, t in enumerate(tangents) if t is not None]
+        directions = [t for t in tangents if t is not None]
+        restricted = _restrict(f, primals, moving)
+        points = tuple(primals[i] for i in moving)
+
+        def forward_mode(*t: Tensor) -> Tensor:
+            return torch.func.jvp(restricted, points, t)[1]
+
+        def reverse_twice(*t: Tensor) -> Tensor:
+            # The transpose of the transpose: u -> J^T u is linear, and its own vjp at any u is J.
+            y, pull = torch.func.vjp(restricted, *points)[:2]
+            return torch.func.vjp(pull, torch.zeros_like(y))[1](t)[0]
+
+        with differentiable():
+            if self._has_forward_mode:
+                try:
+                    return self._over(forward_mode, directions).detach()
+                except (NotImplementedError, RuntimeError) as reason:
+                    self._has_forward_mode = False
+                    _log.info("%s: no forward mode (%s); reverse mode is applied twice", self.name, _first_line(reason))
+            return self._over(reverse_twice, directions).detach()
+
+    def vjp(self, n: int, x: list[Tensor], theta: list[Tensor], g_y: Tensor, wanted: list[bool]) -> list[Tensor | None]:
+        """Cotangents of the operands that are wanted (inputs first), ``[V, n, width]`` and ``[V, size]``; None for the others."""
+        f = self.function(n)
+        primals = [*x, *theta]
+        moving = [i for i, want in enumerate(wanted) if want]
+        with differentiable():
+            pull = torch.func.vjp(_restrict(f, primals, moving), *(primals[i] for i in moving))[1]
+            found = self._over(pull, [g_y])
+        results: list[Tensor | None] = [None] * len(primals)
+        for i, g in zip(moving, found, strict=True):
+            results[i] = g.detach()
+        return results
+
+    def per_example(self, n: int, x: list[Tensor], theta: list[Tensor], g_y: Tensor, wanted: list[bool]) -> list[Tensor | None]:
+        """The same for parameters, not summed over examples: ``[V, n, size]``."""
+        f = self.function(1)
+        moving = [i for i, want in enumerate(wanted) if want]
+
+        def gradient(g: Tensor, *row: Tensor) -> tuple[Tensor, ...]:
+            single = [r[None] for r in row]
+            restricted = _restrict(f, [*single, *theta], [len(x) + i for i in moving])
+            return torch.func.vjp(restricted, *(theta[i] for i in moving))[1](g[None])
+
+        def one_vector(g: Tensor) -> tuple[Tensor, ...]:
+            return self._over(gradient, [g, *x])
+
+        with differentiable():
+            found = self._over(one_vector, [g_y])
+        results: list[Tensor | None] = [None] * len(theta)
+        for i, g in zip(moving, found, strict=True):
+            results[i] = g.detach()
+        return results
+
+    def _over(self, fn: Callable[..., Any], stacked: Sequence[Tensor]) -> Any:
+        """``fn`` for every entry of the first axis: at once where vmap can, else in a loop."""
+        if self._vectorises:
+            try:
+                return torch.func.vmap(fn)(*stacked)
+            except (NotImplementedError, RuntimeError, ValueError) as reason:
+                if stacked[0].shape[0] == 0:
+                    raise
+                first = [fn(*(s[0] for s in stacked))]  # an error of the operator itself is raised here
+                self._vectorises = False
+                _log.info("%s: vmap does not take it (%s); vectors run one by one", self.name, _first_line(reason))
+                return _stack(first + [fn(*(s[k] for s in stacked)) for k in range(1, stacked[0].shape[0])])
+        return _stack([fn(*(s[k] for s in stacked)) for k in range(stacked[0].shape[0])])
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A place in an operator's arguments: the k-th batched input (``kind`` "input"), the k-th slot, or a size that depends on N."""
+
+    kind: str
+    index: int = 0
+    size: Callable[[int], int] | None = field(default=None, compare=False)
+
+
+class NodeOperator(Operator):
+    """One node of an exported graph."""
+
+    def __init__(
+        self,
+        name: str,
+        target: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        inputs: Sequence[tuple[Layout, torch.dtype]],
+        slots: Sequence[tuple[tuple[int, ...], torch.dtype]],
+        output: Layout,
+        item: int | None,
+        dtype: torch.dtype,
+    ):
+        super().__init__(name)
+        self._target, self._args, self._kwargs = target, args, kwargs
+        self._inputs, self._slots, self._output, self._item, self._dtype = inputs, slots, output, item, dtype
+
+    def function(self, n: int) -> Function:
+        """What is computed for n examples."""
+
+        def f(*operands: Tensor) -> Tensor:
+            x, theta = operands[: len(self._inputs)], operands[len(self._inputs) :]
+            tensors = [layout.scatter(v.reshape(n, *layout.shape)).to(dtype) for v, (layout, dtype) in zip(x, self._inputs, strict=True)]
+            constants = [t.reshape(shape).to(dtype) for t, (shape, dtype) in zip(theta, self._slots, strict=True)]
+
+            def fill(argument: Any) -> Any:
+                if isinstance(argument, Reference):
+                    if argument.kind == "input":
+                        return tensors[argument.index]
+                    return constants[argument.index] if argument.kind == "slot" else argument.size(n)  # type: ignore[misc]
+                if isinstance(argument, (list, tuple)):
+                    return type(argument)(fill(a) for a in argument)
+                return argument
+
+            result = self._target(*fill(self._args), **{key: fill(value) for key, value in self._kwargs.items()})
+            if self._item is not None:
+                result = result[self._item]
+            return self._output.gather(result).reshape(n, -1).to(self._dtype)
+
+        return f
+
+
+class ModelOperator(Operator):
+    """A whole model. Holds a copy of its modules, so that the user's model is never touched."""
+
+    def __init__(self, model: nn.Module, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[torch.dtype], keys: tuple[str, ...] | None,
+                 names: Sequence[str], read: Callable[[Any], Tensor]):  # fmt: skip
+        super().__init__(type(model).__name__)
+        self._model = copy.deepcopy(model).eval().requires_grad_(False)
+        self._shapes, self._dtypes, self._keys, self._names, self._read = shapes, dtypes, keys, names, read
+        state = {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
+        self._kinds = [(state[name].shape, state[name].dtype) for name in names]
+
+    def function(self, n: int) -> Function:
+        """What is computed for n examples."""
+
+        def f(*operands: Tensor) -> Tensor:
+            x, theta = operands[: len(self._shapes)], operands[len(self._shapes) :]
+            tensors = [v.reshape(n, *shape).to(dtype) for v, shape, dtype in zip(x, self._shapes, self._dtypes, strict=True)]
+            kinds = zip(self._names, theta, self._kinds, strict=True)
+            state = {name: t.reshape(shape).to(dtype) for name, t, (shape, dtype) in kinds}
+            args, kwargs = (tuple(tensors), {}) if self._keys is None else ((), dict(zip(self._keys, tensors, strict=True)))
+            result = self._read(torch.func.functional_call(self._model, state, args, kwargs))
+            return result.reshape(n, -1)
+
+        return f
+
+
+def _restrict(f: Function, primals: Sequence[Tensor], moving: Sequence[int]) -> Function:
+    """``f`` as a function of the operands ``moving``, the others held."""
+
+    def restricted(*some: Tensor) -> Tensor:
+        operands = list(primals)
+        for i, value in zip(moving, some, strict=True):
+            operands[i] = value
+        return f(*operands)
+
+    return restricted
+
+
+def _stack(results: list[Any]) -> Any:
+    if isinstance(results[0], tuple):
+        return tuple(torch.stack(column) for column in zip(*results, strict=True))
+    return torch.stack(results)
+
+
+def _first_line(reason: Exception) -> str:
+    return next((line.strip() for line in str(reason).splitlines() if line.strip()), type(reason).__name__)

@@ -1,0 +1,215 @@
+"""ATen graph -> rule applications: tables from operator to lowering function, one module for each family of operators.
+
+To support an operator, write a function that emits nodes and add its name to the ``LOWERINGS`` of its family. A function gets the context
+and the fx node, all of whose batched inputs have values; it returns the output's value, or None where the operator has no native rule in
+this form: then the generic rule runs it. What cannot be right in any way it refuses (``context.refuse``).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from influence_ext.capture.constants import draws_random_numbers
+from influence_ext.capture.context import Context, Value, is_number, target_of
+from influence_ext.capture.export import Exported
+from influence_ext.capture.generic import NodeOperator, Reference
+from influence_ext.capture.graph import CapturedGraph, Problem
+from influence_ext.capture.layout import Layout, is_free
+from influence_ext.capture.lowering import linear, movement, pointwise
+from influence_ext.capture.lowering.pointwise import ACTIVATION_KINDS
+from influence_ext.capture.lowering.table import Lowering
+from influence_ext.capture.prologue import Prologue
+
+__all__ = ["ACTIVATION_KINDS", "LOWERINGS", "Unlowered", "lower"]
+
+LOWERINGS: dict[str, Lowering] = {
+    **linear.LOWERINGS,
+    **pointwise.LOWERINGS,
+    **movement.LOWERINGS,
+}
+
+# Called with the getitem node of an operator that returns a list of tensors.
+PART_LOWERINGS: dict[str, Lowering] = {**movement.PART_LOWERINGS}
+
+
+class Unlowered(Exception):
+    """The graph cannot run node by node; the reason is for the report."""
+
+
+def lower(
+    exported: Exported, model_name: str, dtype: torch.dtype, input_names: tuple[str, ...]
+) -> tuple[CapturedGraph | None, list[Problem], Context]:
+    """Lower an exported program.
+
+    Args:
+        exported: from ``export_model``.
+        model_name: for messages and the report.
+        dtype: the dtype all differentiated values must have.
+        input_names: one an input, in order.
+
+    Returns:
+        The graph, with the problems that depend on which parameters are trained as its ``conditions``; all problems; and the context, for
+        the probe. The graph is None if a problem stands whatever is trained.
+
+    Raises:
+        Unlowered: a tensor's examples lie on no single axis, or the like: the model may still run as a whole.
+    """
+    context = Context(exported, dtype, input_names)
+    _check_inputs(context)
+    reason: str | None = None
+    for node in exported.program.graph.nodes:
+        if node.op != "call_function" or node not in context.live or not context.is_batched(node):
+            continue
+        if draws_random_numbers(node) or _uses_batch_statistics(node):
+            context.refuse(node, _refusal_text(node))
+        elif context.depends[node] and isinstance(node.meta.get("val"), Tensor):
+            try:
+                value = _lower_node(context, node)
+            except Unlowered as found:
+                reason = reason or str(found)
+                continue
+            if value is not None:
+                context.values[node] = value
+    output = _check_output(context)
+    problems = list(dict.fromkeys(context.problems))
+    conditions = tuple(p for p in problems if p.parameters is not None)
+    if len(conditions) < len(problems):
+        return None, problems, context
+    if output is None or reason is not None:
+        raise Unlowered(reason or "the output is not computed from the inputs node by node")
+    wanted = [(node, context.values[node].layout) for node in context.sources]
+    graph = CapturedGraph(
+        model_name=model_name,
+        dtype=dtype,
+        input_names=input_names,
+        input_shapes=tuple(tuple(int(d) for d in node.meta["val"].shape[1:]) for node in context.inputs),
+        input_dtypes=tuple(node.meta["val"].dtype for node in context.inputs),
+        prologue=Prologue.of(exported.program, exported.names, context.inputs, wanted),
+        nodes=tuple(context.nodes),
+        slots=tuple(context.table.slots),
+        output=output.id,
+        output_shape=output.shape[1:],
+        conditions=conditions,
+    )
+    return graph, problems, context
+
+
+def _lower_node(context: Context, node: fx.Node) -> Value | None:
+    source = node.args[0] if node.args else None
+    operation = source if target_of(node) == "getitem" and isinstance(source, fx.Node) else node
+    item = node.args[1] if operation is not node else None
+    missing = [n for n in operation.all_input_nodes if context.is_batched(n) and n not in context.values]
+    if missing:
+        raise Unlowered(f"{missing[0].name}: its examples lie on no single axis of {target_of(missing[0])}'s output")
+    found = node.meta["val"].dtype
+    if found != context.dtype and (found.is_floating_point or found.is_complex):
+        raise Unlowered(f"{node.name}: {target_of(node)} gives {found} where the parameters are {context.dtype}")
+    # Of a multi-output operator its first output has a rule; parts of a split have one each.
+    read = node if operation is node or target_of(operation) in PART_LOWERINGS else operation
+    lowering = PART_LOWERINGS.get(target_of(operation)) or (LOWERINGS.get(target_of(operation)) if item in (None, 0) else None)
+    if lowering is not None and found == context.dtype:
+        if read is not node:
+            context.set_layout(operation, context.layout(node))
+        before = len(context.nodes), len(context.problems)
+        value = lowering(context, read)
+        if value is not None or len(context.problems) > before[1]:
+            return value
+        del context.nodes[before[0] :]
+    return _generic(context, node, operation, item)
+
+
+def _generic(context: Context, node: fx.Node, operation: fx.Node, item: Any) -> Value | None:
+    """The node as an operator for torch to differentiate."""
+    layout = context.layout(node)
+    if layout is None:
+        raise Unlowered(f"{node.name}: the examples lie on no single axis of {target_of(operation)}'s output")
+    if not isinstance(operation.target, torch._ops.OpOverload):
+        raise Unlowered(f"{node.name}: {target_of(operation)} is not an operator that torch can run on its own")
+    inputs: list[tuple[Layout, torch.dtype]] = []
+    values: list[Value] = []
+    slots: list[tuple[tuple[int, ...], torch.dtype]] = []
+    slot_ids: list[int] = []
+
+    def describe(argument: fx.Node) -> Any:
+        if context.is_batched(argument):
+            value = context.value(argument)
+            inputs.append((value.layout, argument.meta["val"].dtype))
+            values.append(value)
+            return Reference("input", len(inputs) - 1)
+        if is_number(argument):
+            return Reference("size", size=_size_of(context, argument))
+        slot = context.slot(argument)
+        if slot is None:
+            raise Unlowered(f"{argument.name}: changes from call to call")
+        slots.append((tuple(int(s) for s in argument.meta["val"].shape), argument.meta["val"].dtype))
+        slot_ids.append(slot)
+        return Reference("slot", len(slots) - 1)
+
+    args: Any = fx.map_arg(operation.args, describe)
+    kwargs: Any = fx.map_arg(operation.kwargs, describe)
+    operator = NodeOperator(node.name, operation.target, tuple(args), dict(kwargs), inputs, slots, layout, item, context.dtype)
+    return context.emit(node, "generic", values, slot_ids, operator=operator)
+
+
+def _size_of(context: Context, node: fx.Node) -> Any:
+    """A number of the graph as a function of the number of examples."""
+    value = node.meta["val"]
+    if isinstance(value, (bool, int, float)):
+        return lambda n: value
+    expression = value.node.expr
+    free = expression.free_symbols
+    if not free <= context.symbols:
+        raise Unlowered(f"{node.name}: a size that depends on the data")
+    return functools.cache(lambda n: int(expression.subs(dict.fromkeys(free, n))))
+
+
+def _uses_batch_statistics(node: fx.Node) -> bool:
+    target = target_of(node)
+    return "batch_norm" in target and "no_training" not in target and any(a is True for a in node.args[3:6])
+
+
+def _refusal_text(node: fx.Node) -> str:
+    if "batch_norm" in target_of(node):
+        return "batch norm with batch statistics mixes the examples of a batch; use running statistics and model.eval()"
+    if "dropout" in target_of(node):
+        return "dropout is active in evaluation mode; pass training=self.training to it"
+    return "draws random numbers in evaluation mode; make the forward pass deterministic"
+
+
+def _check_inputs(context: Context) -> None:
+    for index, node in enumerate(context.inputs):
+        if context.layout(node) is None:
+            context.problems.append(
+                Problem(
+                    f"input {context.input_names[index]}: the forward pass fixes the number of examples, so batches of other sizes cannot "
+                    "be computed; derive sizes from X.shape[0] instead of len(X) or constants"
+                )
+            )
+
+
+def _check_output(context: Context) -> Value | None:
+    if len(context.outputs) != 1:
+        context.problems.append(
+            Problem(f"output: the model returns {len(context.outputs)} tensors instead of one; return the one the loss is computed from")
+        )
+        return None
+    (node,) = context.outputs
+    if not context.is_batched(node):
+        context.refuse(node, "the output does not depend on the inputs; return the network's output")
+        return None
+    if node.meta["val"].dtype != context.dtype:
+        context.refuse(node, f"gives {node.meta['val'].dtype} where the parameters are {context.dtype}; convert the output")
+        return None
+    shape = node.meta["val"].shape
+    if not shape or not is_free(shape[0]):
+        context.refuse(node, "the output's first axis does not count the examples; reshape it to [N, ...]")
+        return None
+    value = context.values.get(node)
+    if value is not None and (value.layout.axis != 0 or value.layout.fold != 1):
+        context.refuse(node, "the output's first axis does not count the examples; reshape it to [N, ...]")
+        return None
+    return value

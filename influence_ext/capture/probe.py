@@ -1,0 +1,63 @@
+"""Does an example's result depend on the other examples of the batch? Tried out on a small batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from influence_ext.capture.context import Context, target_of
+from influence_ext.capture.prologue import subgraph
+
+
+def probe_batch(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Three examples from the data; where it has fewer, variations of the first."""
+    batch = []
+    for x in inputs:
+        rows = [x[k] for k in range(min(3, x.shape[0]))]
+        while len(rows) < 3:
+            rows.append(0.5 * rows[0] + 0.1 if x.is_floating_point() else rows[0].flip(0) if rows[0].dim() else rows[0])
+        batch.append(torch.stack(rows).detach())
+    return tuple(batch)
+
+
+def mixing_node(context: Context, inputs: Sequence[Tensor], tensors: Mapping[str, Tensor]) -> str | None:
+    """The first node, among those that torch computes, where one example's result changes with the others; in words.
+
+    Native rules see one example at a time by construction; what the prologue and the generic rule run may be anything.
+
+    Cost: two passes of the exported graph over three examples and over one; none if every node is native.
+    """
+    program = context.exported.program
+    generic = {node.name for node in context.nodes if node.rule == "generic"}
+    checked = [
+        n for n in program.graph.nodes if n in context.values and ((n in context.sources and n not in context.inputs) or n.name in generic)
+    ]
+    if not checked:
+        return None
+    run = subgraph(program, context.exported.names, context.inputs, checked)
+    batch = probe_batch(inputs)
+    with torch.no_grad():
+        together = run(batch, tensors)
+        alone = run(tuple(x[1:2] for x in batch), tensors)
+    for node, many, one in zip(checked, together, alone, strict=True):
+        layout = context.values[node].layout
+        if not same(layout.gather(many)[1], layout.gather(one)[0]):
+            return f"{node.name}: mixes the examples of a batch; keep the examples on the first axis ({target_of(node)})"
+    return None
+
+
+def same(first: Tensor, second: Tensor) -> bool:
+    """Equal up to the rounding that another batch size may bring."""
+    if not first.is_floating_point():
+        return bool((first == second).all())
+    tolerance = 1e-4 if first.dtype == torch.float32 else 1e-9
+    scale = float(torch.nan_to_num(second, posinf=0, neginf=0).abs().max()) if second.numel() else 0.0
+    return torch.allclose(first, second, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
+
+
+def mixes(run: Callable[[tuple[Tensor, ...]], Tensor], inputs: Sequence[Tensor]) -> bool:
+    """The same question of a whole model, ``run(inputs) -> [N, ...]``."""
+    batch = probe_batch(inputs)
+    return not same(run(batch)[1], run(tuple(x[1:2] for x in batch))[0])

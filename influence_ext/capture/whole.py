@@ -1,0 +1,86 @@
+"""A model as one node: for what torch.export cannot trace, or what does not fall into nodes of one batch axis each."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from influence_ext.capture.generic import ModelOperator
+from influence_ext.capture.graph import CapturedGraph, Node, Problem, Slot
+from influence_ext.capture.probe import mixes
+from influence_ext.capture.prologue import Prologue
+
+
+def whole_model(
+    model: nn.Module, inputs: tuple[Tensor, ...], keys: tuple[str, ...] | None, names: tuple[str, ...], dtype: torch.dtype, reason: str
+) -> tuple[CapturedGraph | None, list[Problem]]:
+    """One generic node, or the problem that makes even that wrong.
+
+    Cost: a copy of the model; passes over three examples and over one.
+    """
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    operator = ModelOperator(model, [tuple(x.shape[1:]) for x in inputs], [x.dtype for x in inputs], keys, list(state), _only_tensor)
+    probe = copy.deepcopy(model).eval()
+
+    def run(batch: tuple[Tensor, ...]) -> Tensor:
+        with torch.no_grad():
+            return _only_tensor(probe(*batch) if keys is None else probe(**dict(zip(keys, batch, strict=True))))
+
+    output = run(tuple(x[:1] for x in inputs))
+    problem = _problem(output, dtype)
+    if problem is None and mixes(run, inputs):
+        problem = "the model mixes the examples of a batch; keep the examples on the first axis of everything"
+    if problem is not None:
+        return None, [Problem(f"{type(model).__name__}: {problem} (run as a whole, since {reason})")]
+    slots = [Slot(name, tuple(t.shape), "parameter" if isinstance(t, nn.Parameter) else "buffer") for name, t in state.items()]
+    shape = tuple(output.shape[1:])
+    node = Node(
+        rule="generic",
+        name="model",
+        target=type(model).__name__,
+        inputs=tuple(range(len(inputs))),
+        output=len(inputs),
+        slots=tuple(range(len(slots))),
+        ints={},
+        floats={},
+        lists={},
+        width=math.prod(shape),
+        shape=(1, *shape),
+        operator=operator,
+    )
+    shapes = tuple(tuple(x.shape[1:]) for x in inputs)
+    graph = CapturedGraph(
+        model_name=type(model).__name__,
+        dtype=dtype,
+        input_names=names,
+        input_shapes=shapes,
+        input_dtypes=tuple(x.dtype for x in inputs),
+        prologue=Prologue(names, shapes, lambda tensors, state: list(tensors)),
+        nodes=(node,),
+        slots=tuple(slots),
+        output=len(inputs),
+        output_shape=shape,
+        fallback=reason,
+    )
+    return graph, []
+
+
+def _problem(output: Any, dtype: torch.dtype) -> str | None:
+    if not isinstance(output, Tensor):
+        return "returns no single tensor; return the one the loss is computed from"
+    if output.dtype != dtype:
+        return f"returns {output.dtype} where the parameters are {dtype}; convert the output"
+    if output.dim() == 0 or output.shape[0] != 1:
+        return "the output's first axis does not count the examples; reshape it to [N, ...]"
+    return None
+
+
+def _only_tensor(result: Any) -> Any:
+    """The one tensor among what a model returns."""
+    leaves: Sequence[Any] = [leaf for leaf in torch.utils._pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+    return leaves[0] if len(leaves) == 1 else None

@@ -1,0 +1,143 @@
+"""Tensors that a network computes from its parameters alone: normalised weights, masks times weights, gathered tables, low-rank updates.
+
+The executor differentiates with respect to slots. A slot that is a parameter as it lies in memory needs nothing more; slots φ(θ) that are
+computed from trained parameters become blocks of their own behind the parameters, θ̃ = (θ, φ(θ)), and products go through the chain rule:
+
+    J v = J̃ D v,   Jᵀ g = Dᵀ J̃ᵀ g,   D = ∂θ̃/∂θ = [I; ∂φ/∂θ]
+
+D costs what φ costs, whatever the number of examples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from influence_ext.capture import Slot
+from influence_ext.capture.generic import Operator
+from influence_ext.params import ParameterSpace
+
+
+@dataclass(frozen=True, eq=False)
+class DerivedParameters:
+    """The derived slots of a graph that depend on trained parameters.
+
+    Attributes:
+        space: the trained parameters.
+        slots: index of a slot -> the slot.
+        offsets: index of a slot -> its place in θ̃.
+        num_parameters: length of θ̃.
+    """
+
+    space: ParameterSpace
+    slots: dict[int, Slot]
+    offsets: dict[int, int]
+    num_parameters: int
+
+    @classmethod
+    def of(cls, slots: Sequence[Slot], space: ParameterSpace) -> DerivedParameters | None:
+        """None if no slot is computed from trained parameters."""
+        trained = set(space.names) | set(space.aliases)
+        found = {i: s for i, s in enumerate(slots) if s.expression is not None and not trained.isdisjoint(s.expression.names())}
+        if not found:
+            return None
+        offsets, total = {}, space.num_parameters
+        for index, slot in found.items():
+            offsets[index] = total
+            total += math.prod(slot.shape)
+        return cls(space, found, offsets, total)
+
+    def at(self, parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> DerivedPoint:
+        """φ at given values of the trained parameters; everything else is read from ``tensors`` (name -> tensor)."""
+        operator = _Derivation(self, {name: t.detach() for name, t in tensors.items()})
+        theta = [parameters[name] for name in self.space.names]
+        flat = operator.forward(1, [], [t.reshape(-1) for t in theta])[0]
+        sizes = [math.prod(slot.shape) for slot in self.slots.values()]
+        values = dict(zip(self.slots, flat.split(sizes), strict=True))
+        return DerivedPoint(self, operator, [t.reshape(-1) for t in theta], {i: v.contiguous() for i, v in values.items()})
+
+
+@dataclass(frozen=True, eq=False)
+class DerivedPoint:
+    """φ and its derivative at one θ.
+
+    Attributes:
+        values: index of a slot -> its value, flat.
+    """
+
+    parameters: DerivedParameters
+    operator: Operator
+    theta: list[Tensor]
+    values: dict[int, Tensor]
+
+    def push(self, V: Tensor) -> Tensor:
+        """``D v``: ``[V, P] -> [V, P̃]``."""
+        if V.shape[0] == 0:
+            return V.new_empty(0, self.parameters.num_parameters)
+        tangents = self.operator.jvp(1, [], self.theta, [], self._split(V))
+        return torch.cat([V, tangents.reshape(V.shape[0], -1)], dim=1)
+
+    def pull(self, G: Tensor) -> Tensor:
+        """``Dᵀ g``: ``[V, P̃] -> [V, P]``."""
+        P = self.parameters.space.num_parameters
+        direct, derived = G[:, :P], G[:, P:]
+        if G.shape[0] == 0:
+            return direct.contiguous()
+        found = self.operator.vjp(1, [], self.theta, derived.reshape(G.shape[0], 1, -1), [True] * len(self.theta))
+        return direct + torch.cat([g.reshape(G.shape[0], -1) for g in found if g is not None], dim=1)
+
+    def _split(self, V: Tensor) -> list[Tensor | None]:
+        return list(V.split([math.prod(shape) for shape in self.parameters.space.shapes], dim=1))
+
+
+class _Derivation(Operator):
+    """θ -> φ(θ), all derived slots in one row."""
+
+    def __init__(self, derived: DerivedParameters, tensors: Mapping[str, Tensor]):
+        super().__init__("derived parameters")
+        self._derived, self._tensors = derived, tensors
+
+    def function(self, n: int) -> Any:
+        """``f(*theta) -> [1, sum of sizes]``."""
+        space = self._derived.space
+
+        def f(*theta: Tensor) -> Tensor:
+            tensors = dict(self._tensors)
+            tensors.update({name: t.reshape(shape) for name, shape, t in zip(space.names, space.shapes, theta, strict=True)})
+            tensors.update({alias: tensors[name] for alias, name in space.aliases.items()})
+            rows = [slot.expression.evaluate(tensors).reshape(-1) for slot in self._derived.slots.values() if slot.expression is not None]
+            return torch.cat(rows)[None]
+
+        return f
+
+
+@dataclass(frozen=True, eq=False)
+class DerivedFactors:
+    """Per-example factors behind the chain rule: rows are formed in ``[N, P̃]`` and pulled back; the same methods as native factors."""
+
+    native: Any
+    point: DerivedPoint
+
+    def materialise(self, out: Tensor | None = None) -> Tensor:
+        """``[V, N, P]``."""
+        rows = self.native.materialise(None)
+        pulled = self.point.pull(rows.reshape(-1, rows.shape[-1])).reshape(*rows.shape[:-1], -1)
+        return pulled if out is None else out.view(pulled.shape).copy_(pulled)
+
+    def square_norms(self) -> Tensor:
+        """``[V, N]``."""
+        return self.materialise().square().sum(dim=-1)
+
+    def square_sum(self) -> Tensor:
+        """``[P]``."""
+        return self.materialise().square().sum(dim=(0, 1))
+
+    def gram(self, other: DerivedFactors) -> Tensor:
+        """``[V·N, V'·N']``."""
+        mine, theirs = self.materialise(), other.materialise()
+        return mine.reshape(-1, mine.shape[-1]) @ theirs.reshape(-1, theirs.shape[-1]).T

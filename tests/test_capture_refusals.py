@@ -34,7 +34,7 @@ class Refusal:
 
 
 class Doubling(torch.autograd.Function):
-    """A forward pass with a rule, whose backward pass is something else."""
+    """A forward pass that torch can trace, whose backward pass is something else."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -76,69 +76,25 @@ REFUSALS = [
         ("batch norm with batch statistics", "bn (BatchNorm1d)"),
         lambda: {"bn": nn.BatchNorm1d(4, track_running_stats=False, dtype=torch.float64).eval()},
     ),
-    Refusal("view that mixes", lambda n, x: x.view(2, -1, 2) @ n.W[:2, :2], ("mixes the examples", "first axis"), X=lambda: normal(3, 4)),
-    Refusal("transposed batch", lambda n, x: (n.W @ x.T).T, ("permuting the axes",)),
-    Refusal("weight on the left", lambda n, x: n.W @ x[:, :, None], ("put the weight on the right",)),
+    Refusal(
+        "view that mixes", lambda n, x: x.view(2, -1, 2) @ n.W[:2, :2], ("first axis does not count the examples",), X=lambda: normal(3, 4)
+    ),
     Refusal("length of the batch", lambda n, x: (x @ n.W).view(len(x), 2, 2), ("input X: the forward pass fixes", "instead of len(X)")),
-    Refusal("batch mean", lambda n, x: (x - x.mean(0)) @ n.W, ("mean: no rule", "aten.mean.dim", "mixes the examples")),
+    Refusal("batch mean", lambda n, x: (x - x.mean(0)) @ n.W, ("sub: mixes the examples of a batch", "first axis")),
     Refusal("output without examples", lambda n, x: (x @ n.W).unsqueeze(0), ("output's first axis does not count the examples",)),
     Refusal("folded output", lambda n, x: (x @ n.W).view(-1, 2), ("output's first axis does not count the examples",)),
     Refusal("constant output", lambda n, x: n.b * 2, ("does not depend on the inputs",)),
     Refusal("fixed number of examples", lambda n, x: x.reshape(7, 4) @ n.W, ("fixes the number of examples",)),
-    Refusal("divides by N", lambda n, x: x @ n.W / x.shape[0], ("depends on the batch size",)),
-    Refusal("item", lambda n, x: x @ n.W * n.t.item(), ("read from a tensor",), lambda: {**weights(), "t": torch.ones(())}),
-    Refusal("tensor of size N", lambda n, x: x @ n.W + torch.zeros(x.shape[0], 4, dtype=x.dtype), ("size is the number of examples",)),
+    Refusal("divides by N", lambda n, x: x @ n.W / x.shape[0], ("div: mixes the examples",)),
     Refusal("several outputs", lambda n, x: (x @ n.W, x), ("returns 2 tensors",)),
-    Refusal(
-        "trained scale",
-        lambda n, x: (x @ n.W) * n.b,
-        ("an elementwise operation with b has no rule while that is trained", "requires_grad_(False)"),
-    ),
-    Refusal("trained shift", lambda n, x: torch.tanh(x @ n.W) + n.b, ("an elementwise operation with b",)),
-    Refusal("weight norm", lambda n, x: x @ (n.W / n.W.norm()), ("a weight computed from W",)),
-    Refusal("bias computed", lambda n, x: F.linear(x, n.W, 2 * n.b), ("a bias computed from b",)),
     Refusal(
         "detach",
         lambda n, x: (x @ n.W).detach() + x @ n.V,
         ("detach cuts off the derivatives with respect to W",),
         lambda: {**weights(), "V": par(4, 4)},
     ),
-    Refusal("detached weight", lambda n, x: x @ n.W.detach(), ("a weight computed from W",)),
     Refusal("no_grad", under_no_grad, ("computed under torch.no_grad() from W", "no_grad block")),
     Refusal("custom function", lambda n, x: Doubling.apply(x @ n.W), ("autograd function Doubling",)),
-    Refusal("product of activations", lambda n, x: x * (x @ n.W), ("product of two activations",)),
-    Refusal("quotients", lambda n, x: (x @ n.W) / x, ("quotient of two activations",)),
-    Refusal("bilinear", lambda n, x: (x @ n.W)[:, None] @ x[:, :, None], ("no rule for a matrix product other than",)),
-    Refusal("stack of weights", lambda n, x: x[:, None, None] @ n.S, ("weight of shape [2, 4, 4]",), lambda: {"S": par(2, 4, 4)}),
-    Refusal("reciprocal", lambda n, x: 1 / (x @ n.W), ("reciprocal: no rule",)),
-    Refusal("division by zero", lambda n, x: x @ n.W / 0, ("divides by zero",)),
-    Refusal("outer sum", lambda n, x: (x @ n.W)[:, :, None] + x[:, None, :], ("broadcasting an activation to another shape",)),
-    Refusal(
-        "sum with one column",
-        lambda n, x: x @ n.W + x @ n.w,
-        ("no rule for broadcasting one activation",),
-        lambda: {**weights(), "w": par(4, 1)},
-    ),
-    Refusal(
-        "broadcast by a constant",
-        lambda n, x: (x @ n.w) * n.c,
-        ("broadcasting an activation to another shape",),
-        lambda: {"w": par(4, 1), "c": normal(4)},
-    ),
-    Refusal("expand", lambda n, x: (x @ n.w).expand(-1, 4), ("selecting or repeating",), lambda: {"w": par(4, 1)}),
-    Refusal("slice", lambda n, x: (x @ n.W)[:, :2], ("selecting or repeating",)),
-    Refusal(
-        "permute", lambda n, x: n.fc(x).permute(0, 2, 1), ("permuting the axes",), lambda: {"fc": dense(4, 3)}, lambda: normal(3, 2, 4)
-    ),
-    Refusal("celu", lambda n, x: F.celu(x @ n.W, 0.5), ("CELU with alpha other than 1",)),
-    Refusal("elu input scale", lambda n, x: aten.elu(x @ n.W, 1.0, 1.0, 0.5), ("ELU with an input scale",)),
-    Refusal("addmm alpha", lambda n, x: torch.addmm(n.b, x, n.W, alpha=2), ("alpha or beta other than 1",)),
-    Refusal(
-        "addmm broadcast",
-        lambda n, x: torch.addmm(x @ n.w, x, n.W),
-        ("broadcasting one activation",),
-        lambda: {**weights(), "w": par(4, 1)},
-    ),
     Refusal("cast", lambda n, x: (x @ n.W).float(), ("gives torch.float32 where the parameters are torch.float64",)),
     Refusal(
         "autocast",
@@ -155,9 +111,6 @@ REFUSALS = [
         lambda: torch.randn(3, 4),
     ),
     Refusal(
-        "integers", lambda n, x, k: x @ n.W + k, ("reads k of torch.int64",), X=lambda: {"x": normal(3, 4), "k": torch.ones(3, 4).long()}
-    ),
-    Refusal(
         "branch on values",
         lambda n, x: x @ n.W if x.sum() > 0 else x,
         ("torch.export can trace", "data-dependent", "branch on tensor values"),
@@ -172,7 +125,7 @@ REFUSALS = [
 
 
 @pytest.mark.parametrize("refusal", REFUSALS, ids=lambda r: r.id)
-def test_what_has_no_rule_is_refused_with_a_remedy(refusal: Refusal) -> None:
+def test_what_cannot_be_right_is_refused_with_a_remedy(refusal: Refusal) -> None:
     message = raises(refusal.run, refusal.X(), **refusal.members())
     for text in refusal.texts:
         assert text in message
@@ -181,42 +134,25 @@ def test_what_has_no_rule_is_refused_with_a_remedy(refusal: Refusal) -> None:
 
 def test_one_message_lists_all_problems() -> None:
     def run(n: Any, x: Tensor) -> Tensor:
-        h = F.conv1d(x[:, None], n.kernel)
-        h = F.layer_norm(n.block(h.flatten(1)), (3,)) * n.scale
-        return F.dropout(torch.softmax(h, -1), training=True)
+        h = F.batch_norm(x @ n.W, None, None, training=True)
+        return F.dropout(torch.bernoulli(torch.sigmoid(h)) + h.detach(), training=True)
 
-    block = nn.Sequential(dense(3, 3), nn.Hardtanh(), nn.Mish())
-    message = raises(run, kernel=par(1, 1, 2), block=block, scale=par(3))
-    for text in (
-        "aten.conv1d.default",
-        "aten.layer_norm.default",
-        "aten.hardtanh.default, in block.1 (Hardtanh), output [N, 3]",
-        "aten.mish.default, in block.2 (Mish)",
-        "aten.softmax.int",
-        "native_dropout: dropout is active",
-    ):
+    message = raises(run, **weights())
+    for text in ("batch norm with batch statistics", "bernoulli: draws random numbers", "dropout is active"):
         assert text in message
     lines = [line for line in message.splitlines() if line.startswith("  - ")]
     assert f"{len(lines)} problems in Net" in message
-    assert len(lines) == len(set(lines)) == 6
-    assert "Rules exist for linear layers" in message
+    assert len(lines) == len(set(lines)) >= 3
 
 
-def test_a_multi_output_operator_is_listed_once() -> None:
-    message = raises(lambda n, x: sum((x @ n.W).chunk(2, 1)), **weights())
-    assert "one problem in Net" in message
-    assert "aten.split.Tensor" in message
-
-
-@pytest.mark.parametrize("run", [lambda n, x: torch.tanh(x @ n.W) * n.b, lambda n, x: x @ n.W + (x @ n.W.detach()).detach() * n.b])
-def test_problems_of_parameters_vanish_when_these_are_not_trained(run: Callable[..., Any]) -> None:
-    model = Net(run, **weights())
-    with pytest.raises(NotImplementedError, match="an elementwise operation with b"):
+def test_problems_of_parameters_vanish_when_these_are_not_trained() -> None:
+    model = Net(lambda n, x: (x @ n.W).detach() * n.b, **weights())
+    with pytest.raises(NotImplementedError, match="detach cuts off the derivatives with respect to W"):
         capture(model, normal(3, 4))
-    graph = capture(model, normal(3, 4), trainable=[])
+    graph = capture(model, normal(3, 4), trainable=["b"])
     X = normal(5, 4)
     assert_close(interpret(graph, model, [X]), model(X).detach())
-    with pytest.raises(NotImplementedError, match="an elementwise operation with b"):
+    with pytest.raises(NotImplementedError, match="detach cuts off"):
         capture(model, normal(3, 4))
 
 
@@ -226,10 +162,8 @@ def test_batch_norm_found_in_training_mode_is_named() -> None:
         capture(model, normal(3, 4))
     assert "batch norm 1 is in training mode" in str(caught.value)
     assert "model.eval()" in str(caught.value)
-    with pytest.raises(NotImplementedError) as caught:
-        capture(model.eval(), normal(3, 4))
-    assert "is in training mode" not in str(caught.value)
-    assert "aten._native_batch_norm_legit_no_training" in str(caught.value)
+    X = normal(5, 4)
+    assert_close(interpret(capture(model.eval(), normal(3, 4)), model, [X]), model(X).detach())
 
 
 def test_unused_batch_norm_in_training_mode_is_refused_from_the_cache_too() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import logging
 import random
@@ -238,7 +239,7 @@ def _depends_on_data(reason: Exception) -> bool:
 def _runs(model: nn.Module, inputs: tuple[Tensor, ...]) -> bool:
     try:
         with torch.no_grad():
-            model(*inputs)
+            copy.deepcopy(model)(*inputs)  # a forward pass may write into buffers
     except Exception:
         return False
     return True

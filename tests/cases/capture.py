@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from influence_ext.capture import CapturedGraph, Node, named_tensors
+from influence_ext import _C
+from influence_ext.capture import CapturedGraph, named_tensors
 
 aten = torch.ops.aten
 
@@ -49,50 +50,27 @@ def dense(num_in: int, num_out: int, bias: bool = True) -> nn.Linear:
     return nn.Linear(num_in, num_out, bias=bias, dtype=torch.float64)
 
 
-ACTIVATIONS: dict[int, Callable[[Tensor, float, float], Tensor]] = {
-    0: lambda x, a, b: x.clamp(min=0),
-    1: lambda x, a, b: torch.tanh(x),
-    2: lambda x, a, b: 0.5 * x * (1 + torch.erf(x / math.sqrt(2))),
-    3: lambda x, a, b: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
-    4: lambda x, a, b: x / (1 + torch.exp(-x)),
-    5: lambda x, a, b: 1 / (1 + torch.exp(-x)),
-    6: lambda x, a, b: b * torch.where(x > 0, x, a * torch.expm1(x)),
-    7: lambda x, a, b: torch.where(a * x > b, x, torch.log1p(torch.exp(a * x)) / a),
-    8: lambda x, a, b: torch.where(x > 0, x, a * x),
-}
-
-
-def apply_rule(node: Node, inputs: list[Tensor], slots: list[Tensor | None], N: int) -> Tensor:
-    """The definition of every rule."""
-    x = inputs[0].reshape(N, -1)
-    a, b = node.floats.get("a", 0.0), node.floats.get("b", 0.0)
-    if node.rule == "linear":
-        num_in, num_out = node.ints["in_features"], node.ints["out_features"]
-        W, bias = slots
-        W = W.reshape(num_in, num_out) if node.ints["transposed"] else W.reshape(num_out, num_in).T
-        return x.reshape(N, -1, num_in) @ W + (0 if bias is None else bias.reshape(num_out))
-    if node.rule == "activation":
-        return ACTIVATIONS[node.ints["kind"]](x, a, b)
-    if node.rule == "add":
-        return a * x + b * inputs[1].reshape(N, -1)
-    if node.rule == "affine":
-        scale, shift = (None if s is None else s.reshape(-1) for s in slots)
-        return a * (x if scale is None else scale * x) + b + (0 if shift is None else shift)
-    assert node.rule == "view"
-    return x
-
-
 def interpret(graph: CapturedGraph, model: nn.Module, inputs: list[Tensor]) -> Tensor:
-    tensors, N = named_tensors(model), inputs[0].shape[0]
-    values: dict[int, Tensor] = dict(enumerate(inputs))
+    """The graph's outputs from the executor itself, every slot a constant."""
+    tensors = named_tensors(model)
+    nodes = [vars(node) for node in graph.nodes if node.rule != "view"]
+    aliases = [-1] * graph.num_values
     for node in graph.nodes:
-        slots = [graph.slots[i].read(tensors) if i >= 0 else None for i in node.slots]
-        out = apply_rule(node, [values[i] for i in node.inputs], slots, N).reshape(N, *node.shape)
-        assert node.output not in values
         assert node.width == math.prod(node.shape)
-        values[node.output] = out
-    assert values[graph.output].shape[1:] == graph.output_shape
-    return values[graph.output].detach()
+        if node.rule == "view":
+            aliases[node.output] = node.inputs[0]
+    plan = _C.Plan64(
+        nodes=nodes,
+        slots=[(math.prod(slot.shape), -1) for slot in graph.slots],
+        input_widths=[math.prod(shape) for shape in graph.prologue.shapes],
+        aliases=aliases,
+        output=graph.output,
+        num_parameters=0,
+    )
+    sources = [x.double().contiguous() for x in graph.prologue.compute(inputs, tensors)]
+    tape = _C.Tape64(plan, sources)
+    tape.linearize([slot.read(tensors).double().contiguous() for slot in graph.slots])
+    return tape.outputs().view(inputs[0].shape[0], *graph.output_shape)
 
 
 @dataclass(frozen=True)
@@ -186,20 +164,20 @@ CASES = [
     Case("mlp", lambda n, x: n.out(torch.relu(n.fc(x))), layers, rules=("linear", "activation", "linear")),
     Case("linear without bias", lambda n, x: n.fc(x), lambda: {"fc": dense(4, 3, False)}, rules=("linear",)),
     Case("linear over positions", lambda n, x: n.fc(x), lambda: {"fc": dense(4, 3)}, ((2, 5, 4),), rules=("linear",)),
-    Case("relu", lambda n, x: F.relu(x)),
-    Case("tanh", lambda n, x: nn.Tanh()(x)),
-    Case("gelu", lambda n, x: F.gelu(x)),
-    Case("gelu tanh", lambda n, x: nn.GELU("tanh")(x)),
-    Case("silu", lambda n, x: F.silu(x)),
-    Case("sigmoid", lambda n, x: x.sigmoid()),
-    Case("elu", lambda n, x: F.elu(x, 0.7)),
-    Case("elu scale", lambda n, x: aten.elu(x, 0.7, 1.3)),
-    Case("selu", lambda n, x: nn.SELU()(x), rules=("activation",)),
-    Case("celu", lambda n, x: F.celu(x), rules=("activation",)),
-    Case("softplus", lambda n, x: F.softplus(x)),
-    Case("softplus beta threshold", lambda n, x: nn.Softplus(2.5, 3.0)(x)),
-    Case("leaky relu", lambda n, x: F.leaky_relu(x) + nn.LeakyReLU(0.3)(x)),
-    Case("rrelu", lambda n, x: F.rrelu(x, 0.1, 0.4) + F.rrelu(x)),
+    Case("relu", lambda n, x: (lambda x: F.relu(x))(x @ n.W), weights),
+    Case("tanh", lambda n, x: (lambda x: nn.Tanh()(x))(x @ n.W), weights),
+    Case("gelu", lambda n, x: (lambda x: F.gelu(x))(x @ n.W), weights),
+    Case("gelu tanh", lambda n, x: (lambda x: nn.GELU("tanh")(x))(x @ n.W), weights),
+    Case("silu", lambda n, x: (lambda x: F.silu(x))(x @ n.W), weights),
+    Case("sigmoid", lambda n, x: (lambda x: x.sigmoid())(x @ n.W), weights),
+    Case("elu", lambda n, x: (lambda x: F.elu(x, 0.7))(x @ n.W), weights),
+    Case("elu scale", lambda n, x: (lambda x: aten.elu(x, 0.7, 1.3))(x @ n.W), weights),
+    Case("selu", lambda n, x: (lambda x: nn.SELU()(x))(x @ n.W), weights),
+    Case("celu", lambda n, x: F.celu(x @ n.W), weights, rules=("linear", "activation")),
+    Case("softplus", lambda n, x: (lambda x: F.softplus(x))(x @ n.W), weights),
+    Case("softplus beta threshold", lambda n, x: (lambda x: nn.Softplus(2.5, 3.0)(x))(x @ n.W), weights),
+    Case("leaky relu", lambda n, x: (lambda x: F.leaky_relu(x) + nn.LeakyReLU(0.3)(x))(x @ n.W), weights),
+    Case("rrelu", lambda n, x: (lambda x: F.rrelu(x, 0.1, 0.4) + F.rrelu(x))(x @ n.W), weights),
     Case("matmul", lambda n, x: x @ n.W, weights, rules=("linear",)),
     Case("matmul then bias", lambda n, x: x @ n.W + n.b, weights, rules=("linear",)),
     Case("bias then matmul", lambda n, x: n.b + torch.mm(x, n.W), weights, rules=("linear",)),
@@ -234,7 +212,7 @@ CASES = [
     Case("computed weight", lambda n, x: x @ (n.F * n.mask).T, lambda: {"F": frozen(3, 4), "mask": (normal(3, 4) > 0).double()}),
     Case("reordered buffer weight", lambda n, x: x @ n.B.T.reshape(4, 3), lambda: {"B": normal(3, 4)}),
     Case("residual", lambda n, x: x + n.b2(F.silu(n.b1(x))), lambda: {"b1": dense(4, 4), "b2": dense(4, 4)}),
-    Case("x plus x", lambda n, x: x + x - 3 * x, rules=("add", "affine", "add")),
+    Case("x plus x", lambda n, x: (lambda h: h + h - 3 * h)(x @ n.W), weights, rules=("linear", "add", "affine", "add")),
     Case("add with alpha", lambda n, x: torch.add(x, n.fc(x), alpha=0.3), lambda: {"fc": dense(4, 4)}),
     Case("arithmetic", arithmetic, lambda: {"c": normal(4) + 3}),
     Case("constant from the graph", lambda n, x: x * torch.arange(4) + torch.tensor([0.5]) + torch.ones(4, 1).mean()),
@@ -259,5 +237,39 @@ CASES = [
     Case("keywords in another order", lambda n, b, a: n.fc(a) - b, lambda: {"fc": dense(4, 2)}, ((4,), (2,)), keys=("a", "b")),
     Case("dict output", lambda n, x: {"logits": n.fc(x), "loss": None}, lambda: {"fc": dense(4, 2)}, read_out=lambda z: z["logits"]),
     Case("tuple output", lambda n, x: (n.fc(x),), lambda: {"fc": dense(4, 2)}, read_out=lambda z: z[0]),
+    # Forms that no native rule takes, or that put the examples on another axis.
+    Case("transposed batch", lambda n, x: (n.W @ x.T).T, weights),
+    Case("weight on the left", lambda n, x: n.W @ x[:, :, None], weights),
+    Case("number read from a buffer", lambda n, x: x @ n.W * n.t.item(), lambda: {**weights(), "t": torch.ones(())}),
+    Case("tensor of size N", lambda n, x: x @ n.W + torch.zeros(x.shape[0], 4, dtype=x.dtype), weights),
+    Case("trained scale", lambda n, x: (x @ n.W) * n.b, weights),
+    Case("trained shift", lambda n, x: torch.tanh(x @ n.W) + n.b, weights),
+    Case("weight computed", lambda n, x: x @ (n.W / n.W.norm()), weights),
+    Case("bias computed", lambda n, x: F.linear(x, n.W, 2 * n.b), weights),
+    Case("detached weight", lambda n, x: x @ n.W.detach() + n.b, weights),
+    Case("product of activations", lambda n, x: x * (x @ n.W), weights),
+    Case("quotient of activations", lambda n, x: (x @ n.W) / x, weights),
+    Case("bilinear", lambda n, x: (x @ n.W)[:, None] @ x[:, :, None], weights),
+    Case("stack of weights", lambda n, x: x[:, None, None] @ n.S, lambda: {"S": par(2, 4, 4)}),
+    Case("reciprocal", lambda n, x: 1 / (x @ n.W), weights),
+    Case("outer sum", lambda n, x: (x @ n.W)[:, :, None] + x[:, None, :], weights),
+    Case("sum with one column", lambda n, x: x @ n.W + x @ n.w, lambda: {**weights(), "w": par(4, 1)}),
+    Case("broadcast by a constant", lambda n, x: (x @ n.w) * n.c, lambda: {"w": par(4, 1), "c": normal(4)}),
+    Case("expand", lambda n, x: (x @ n.w).expand(-1, 4), lambda: {"w": par(4, 1)}),
+    Case("slice", lambda n, x: (x @ n.W)[:, :2], weights),
+    Case("permute", lambda n, x: n.fc(x).permute(0, 2, 1), lambda: {"fc": dense(4, 3)}, ((2, 4),)),
+    Case("celu with alpha", lambda n, x: F.celu(x @ n.W, 0.5), weights),
+    Case("elu with an input scale", lambda n, x: aten.elu(x @ n.W, 1.0, 1.0, 0.5), weights),
+    Case("addmm with alpha", lambda n, x: torch.addmm(n.b, x, n.W, alpha=2), weights),
+    Case("addmm of a column", lambda n, x: torch.addmm(x @ n.w, x, n.W), lambda: {**weights(), "w": par(4, 1)}),
+    Case("parts of a split", lambda n, x: sum((x @ n.W).chunk(2, 1)), weights),
+    Case("positions first", lambda n, x: n.fc(x.transpose(0, 1)).tanh().transpose(0, 1), lambda: {"fc": dense(4, 3)}, ((2, 4),)),
+    Case(
+        "heads folded in",
+        lambda n, x: n.fc(x).view(-1, 2, 2).transpose(0, 1).reshape(2, -1, 1, 4).sum(0).squeeze(1),
+        lambda: {"fc": dense(4, 4)},
+        ((2, 4),),
+    ),
+    Case("complex in between", lambda n, x: torch.fft.rfft(x @ n.W).abs(), weights),
     Case("nothing but the input", lambda n, x: x, rules=()),
 ]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from influence_ext.capture import capture
 from influence_ext.testing import assert_close
-from tests.cases.capture import Net, aten, dense, interpret, normal, par, weights
+from tests.cases.capture import Net, dense, interpret, normal, par, weights
 
 
 def raises(run: Callable[..., Any], X: Any = None, trainable: Any = None, **members: Any) -> str:

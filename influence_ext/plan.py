@@ -216,7 +216,12 @@ class Tape:
         return out
 
     def ggn(self, V: Tensor, hessian: OutputHessian) -> Tensor:
-        """``Σ_n J_nᵀ (w_n H_n) J_n v``: ``[V, P] -> [V, P]``. Cost: one tangent and one cotangent sweep for all V."""
+        """``Σ_n J_nᵀ (w_n H_n) J_n v``: ``[V, P] -> [V, P]``. Cost: one tangent and one cotangent sweep for all V.
+
+        A Hessian that is not native takes ``V·N·C`` more memory, twice.
+        """
+        if not hessian.native:
+            return self.vjp(hessian.matmat(self.jvp(V)))
         out: Tensor = self._native.ggn(V, hessian.shape, hessian.scale, hessian.state, hessian.weights)
         return out
 

@@ -5,6 +5,7 @@
 #include <ATen/Parallel.h>
 #include <torch/extension.h>
 
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -51,7 +52,8 @@ OutputHessian<T> make_hessian(int shape, int64_t C, double scale, int64_t N, con
   h.C = C;
   h.scale = static_cast<T>(scale);
   if (state) h.state = data<T>(*state, N * C, "OutputHessian state");
-  if (weights) h.weights = data<T>(*weights, N, "OutputHessian weights");
+  if (state && h.shape == HessianShape::softmax && state->dim() == 3) h.positions = state->size(2);  // [N, K, positions]
+  if (weights) h.weights = data<T>(*weights, N * h.positions, "OutputHessian weights");
   return h;
 }
 
@@ -359,38 +361,44 @@ T* writable(const OptionalTensor& t, int64_t size, const char* what) {
   return t ? const_cast<T*>(data<T>(*t, size, what)) : nullptr;
 }
 
-// Fills the outputs that are given.
+// Fills the results that are given. z [N, C] or [N, K, positions]; weight by element, by example and element, or by class.
 template <class T>
-void loss_evaluate(const std::string& name, double s, const at::Tensor& z, const at::Tensor& target, const OptionalTensor& value,
-                   const OptionalTensor& gradient, const OptionalTensor& state) {
+void loss_evaluate(const std::string& name, double s, double parameter, const at::Tensor& z, const at::Tensor& target, const OptionalTensor& weight,
+                   const OptionalTensor& z_s, const std::map<std::string, at::Tensor>& results) {
   const Loss<T>* loss = find_loss<T>(name);
   TORCH_CHECK(loss != nullptr, "loss_evaluate: expected one of the native losses, got '", name, "'.");
   LossArguments<T> a;
+  const bool by_class = loss->hessian_shape() == HessianShape::softmax;
   a.N = z.size(0);
-  a.C = z.size(1);
+  a.positions = z.dim() == 3 ? z.size(2) : 1;
+  a.C = z.size(1) * a.positions;
   a.s = static_cast<T>(s);
+  a.a = static_cast<T>(parameter);
   a.z = data<T>(z, a.N * a.C, "loss output");
-  if (loss->takes_index()) {
-    TORCH_CHECK(target.scalar_type() == at::kLong && target.is_contiguous() && target.numel() == a.N, "loss_evaluate: expected int64 targets [N].");
+  if (by_class && target.scalar_type() == at::kLong) {
+    TORCH_CHECK(target.is_contiguous() && target.numel() == a.N * a.positions, "loss_evaluate: expected int64 targets [N, positions].");
     a.index = target.const_data_ptr<int64_t>();
-    for (int64_t n = 0; n < a.N; ++n)
-      TORCH_CHECK(a.index[n] >= 0 && a.index[n] < a.C, "loss_evaluate: class index ", a.index[n], " out of [0, ", a.C, ").");
+    for (int64_t n = 0; n < a.N * a.positions; ++n)
+      TORCH_CHECK(a.index[n] >= -1 && a.index[n] < z.size(1), "loss_evaluate: class index ", a.index[n], " out of [-1, ", z.size(1), ").");
   } else {
     a.target = data<T>(target, a.N * a.C, "loss target");
   }
-  a.value = writable<T>(value, a.N, "loss value");
-  a.gradient = writable<T>(gradient, a.N * a.C, "loss gradient");
-  a.state = writable<T>(state, a.N * a.C, "loss state");
+  if (weight) {
+    a.weight_per_example = !by_class && weight->dim() == 2;
+    a.weight = data<T>(*weight, by_class ? z.size(1) : a.weight_per_example ? a.N * a.C : a.C, "loss weight");
+  }
+  if (z_s) a.z_s = data<T>(*z_s, a.N * a.C, "reference output");
+  const auto result = [&](const char* key, int64_t size) {
+    const auto it = results.find(key);
+    return it == results.end() ? nullptr : const_cast<T*>(data<T>(it->second, size, key));
+  };
+  a.value = result("value", a.N);
+  a.gradient = result("gradient", a.N * a.C);
+  a.state = result("state", a.N * a.C);
+  a.mass = result("mass", a.N * a.positions);
+  a.bregman = result("bregman", a.N);
+  TORCH_CHECK((a.bregman == nullptr) == (a.z_s == nullptr), "loss_evaluate: expected reference outputs with a divergence, and only then.");
   loss->evaluate(cpu_context(), a);
-}
-
-template <class T>
-void loss_bregman(const std::string& name, double s, const at::Tensor& z, const at::Tensor& z_s, const at::Tensor& out) {
-  const Loss<T>* loss = find_loss<T>(name);
-  TORCH_CHECK(loss != nullptr, "loss_bregman: expected one of the native losses, got '", name, "'.");
-  const int64_t N = z.size(0), C = z.size(1);
-  loss->bregman(cpu_context(), N, C, static_cast<T>(s), data<T>(z, N * C, "loss output"), data<T>(z_s, N * C, "reference output"),
-                writable<T>(out, N, "Bregman divergence"));
 }
 
 }  // namespace
@@ -403,26 +411,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("losses", &loss_names);
   m.def(
       "loss_evaluate",
-      [](const std::string& name, double s, const at::Tensor& z, const at::Tensor& target, const OptionalTensor& value,
-         const OptionalTensor& gradient,
-         const OptionalTensor& state) { dispatch(z, [&](auto tag) { loss_evaluate<decltype(tag)>(name, s, z, target, value, gradient, state); }); },
-      py::arg("name"), py::arg("s"), py::arg("z"), py::arg("target"), py::arg("value"), py::arg("gradient"), py::arg("state"));
-  m.def(
-      "loss_bregman",
-      [](const std::string& name, double s, const at::Tensor& z, const at::Tensor& z_s, const at::Tensor& out) {
-        dispatch(z, [&](auto tag) { loss_bregman<decltype(tag)>(name, s, z, z_s, out); });
+      [](const std::string& name, double s, double parameter, const at::Tensor& z, const at::Tensor& target, const OptionalTensor& weight,
+         const OptionalTensor& z_s, const std::map<std::string, at::Tensor>& results) {
+        dispatch(z, [&](auto tag) { loss_evaluate<decltype(tag)>(name, s, parameter, z, target, weight, z_s, results); });
       },
-      py::arg("name"), py::arg("s"), py::arg("z"), py::arg("z_s"), py::arg("out"));
-  // (shape, scale, has a state) of a loss's Hessian.
-  m.def(
-      "loss_hessian",
-      [](const std::string& name, double s) {
-        const Loss<double>* loss = find_loss<double>(name);
-        TORCH_CHECK(loss != nullptr, "loss_hessian: expected one of the native losses, got '", name, "'.");
-        const HessianShape shape = loss->hessian_shape();
-        return std::make_tuple(static_cast<int>(shape), loss->hessian_scale(s), shape != HessianShape::scaled_identity);
-      },
-      py::arg("name"), py::arg("s"));
+      py::arg("name"), py::arg("s"), py::arg("parameter"), py::arg("z"), py::arg("target"), py::arg("weight"), py::arg("z_s"), py::arg("results"));
   // u [V, N, C] in place; part: 0 product, 1 root, 2 root transposed.
   m.def(
       "output_hessian",

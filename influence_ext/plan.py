@@ -243,7 +243,8 @@ class Tape:
         return self._pull(self._native.vjp(G.contiguous()))
 
     def ggn(self, V: Tensor, hessian: OutputHessian) -> Tensor:
-        """``Σ_n J_nᵀ (w_n H_n) J_n v``: ``[V, P] -> [V, P]``. Cost: one tangent and one cotangent sweep for all V."""
+        if not hessian.native:
+            return self.vjp(hessian.matmat(self.jvp(V)))
         return self._pull(self._native.ggn(self._push(V), hessian.shape, hessian.scale, hessian.state, hessian.weights))
 
     def factors(self, G: Tensor) -> Any:

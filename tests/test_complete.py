@@ -17,10 +17,12 @@ from influence_ext.losses import NATIVE
 from influence_ext.plan import Plan
 from tests.cases import NetworkCase, build
 from tests.cases.layers import BY_HAND, LAYERS
-from tests.cases.losses import ROWS as LOSS_ROWS
-from tests.cases.losses import LossCase
+from tests.cases.losses import LINEAR_ROWS, LossCase
+from tests.cases.losses import ROWS as CURVED_ROWS
 from tests.cases.solvers import SOLVERS, SolverCase
 
+
+LOSS_ROWS = CURVED_ROWS + LINEAR_ROWS
 
 def registered_rules() -> set[str]:
     """Names in the C++ registry."""
@@ -89,7 +91,7 @@ def test_a_missing_row_is_noticed(table: str) -> None:
 
 
 def test_native_losses_are_the_registered_ones() -> None:
-    assert {entry.native for entry in NATIVE.values()} == set(_C.losses())
+    assert {kernel for entry in NATIVE.values() for kernel in entry.kernels} == set(_C.losses())
 
 
 def test_rows_say_why_they_exist() -> None:

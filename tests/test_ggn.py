@@ -157,7 +157,7 @@ def test_sub_spaces(id: str, pattern: list[int], by: str, dtype: torch.dtype) ->
     names = [list(like)[k] for k in pattern]
     params = names if by == "name" else [like[name] for name in names]
     G = operator(network, params=params)
-    oracle = reference.ggn(network.model, network.loss_case.oracle(), *network.data, network.loss_case.reduction, names)
+    oracle = reference.ggn(network.model, network.loss_case.oracle(), *network.data, network.factor, names)
     offsets = torch.tensor([0, *[p.numel() for p in like.values()]]).cumsum(0)
     chosen = torch.cat([torch.arange(offsets[k], offsets[k + 1]) for k in sorted(pattern)])
     assert_close(G.to_dense(), oracle, eager=lambda: eager.ggn(network)[chosen][:, chosen])

@@ -48,7 +48,7 @@ def held_out(network: Network) -> tuple[Any, Tensor]:
 
 def expected_scores(network: Network, test: tuple[Any, Tensor]) -> Tensor:
     """Float64 ``[n_test, n_train]``."""
-    return reference.influence_scores(network.model, network.loss_case.oracle(), network.data, test, DAMPING, network.loss_case.reduction)
+    return reference.influence_scores(network.model, network.loss_case.oracle(), network.data, test, DAMPING, network.factor)
 
 
 def eager_scores(network: Network) -> Tensor:
@@ -109,7 +109,7 @@ def test_parameter_change_of_groups(id: str) -> None:
     for group in ([0], [network.N - 1, 0][: network.N], list(range(network.N))):
         change = inf.parameter_change(group)
         expected = reference.parameter_change(
-            network.model, network.loss_case.oracle(), network.data, group, DAMPING, network.loss_case.reduction
+            network.model, network.loss_case.oracle(), network.data, group, DAMPING, network.factor
         )
         assert_close(change, expected, factor=1e2, because=SOLVE)
         scale = float(singles[group].norm(dim=1).sum())

@@ -33,7 +33,7 @@ def test_gradients_match_the_loop_over_examples(problem: Network) -> None:
 @in_float64
 def test_gradients_add_up_to_the_batch_gradient(problem: Network) -> None:
     grads = flat(ie.per_example_grads(problem.model, problem.loss, problem.data), problem.N)
-    batch = reference.batch_gradient(problem.model, problem.loss_case.oracle(), *problem.data)
+    batch = reference.batch_gradient(problem.model, problem.loss_case.reduced(), *problem.data)
     scale = problem.factor * float(problem.grads.norm(dim=1).sum())
     total = problem.factor * grads.double().sum(dim=0)
     assert_close(total.to(problem.dtype), batch, scope=problem.case.scope, scale=scale,

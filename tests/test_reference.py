@@ -79,7 +79,7 @@ def test_per_example_gradients_match_finite_differences(case: NetworkCase) -> No
 @smooth_network
 def test_batch_gradient_is_the_sum_of_per_example_gradients(case: NetworkCase) -> None:
     network = build(case, F64)
-    batch = reference.batch_gradient(network.model, network.loss_case.oracle(), *network.data)
+    batch = reference.batch_gradient(network.model, network.loss_case.reduced(), *network.data)
     assert_close(network.factor * network.grads.sum(dim=0), batch, scope="layer")
 
 
@@ -96,8 +96,7 @@ def test_jacobian_selects_parameters_in_model_order() -> None:
 def test_loss_value_of_the_batch_is_the_reduction_of_the_examples(row: LossCase) -> None:
     z, t = row.sample()
     values = reference.loss_values(row.oracle(), z, t)
-    c = reference.reduction_factor(row.reduction, row.num_examples)
-    assert_close(c * values.sum(), row.oracle()(z, t), scope="layer")
+    assert_close(row.factor(t) * values.sum(), row.reduced()(z, t), scope="layer")
 
 
 @every_loss
@@ -155,7 +154,7 @@ def test_ggn_of_a_linear_model_is_the_hessian() -> None:
 def test_ggn_assembled_from_cached_parts_equals_the_function() -> None:
     for id in ("mixer", "mlp-mse-sum", "tied-transpose"):
         network = build(NETWORKS[id], F64)
-        G = reference.ggn(network.model, network.loss_case.oracle(), *network.data, network.loss_case.reduction)
+        G = reference.ggn(network.model, network.loss_case.oracle(), *network.data, network.factor)
         assert_close(network.ggn, G, scope="layer")
 
 

@@ -4,52 +4,51 @@
 #include <cstdint>
 
 #include "common/dispatch.h"
+#include "math/losses.h"
 
 namespace infl {
 
-// Elementwise losses (math/losses.h): value [N] sums the row; gradient, hessian (diagonal) [N, C]. target [N, C]; s weighs an element.
+// Elementwise losses (math/losses.h), each element times s and times its weight: value [N] sums the row; gradient, hessian (diagonal) [N, C];
+// bregman [N] sums D(z, z_s) over the row. `weight` [C], or [N, C] with weight_stride = C, or absent.
 template <class T>
 struct ElementwiseLoss {
   int64_t N = 0, C = 0;
-  T s = 1;
+  T s = 1, a = 0;
   const T* z = nullptr;
-  const T* target = nullptr;
+  const T* target = nullptr;  // [N, C]
+  const T* weight = nullptr;
+  int64_t weight_stride = 0;
   T* value = nullptr;
   T* gradient = nullptr;
   T* hessian = nullptr;
+  const T* z_s = nullptr;  // for bregman
+  T* bregman = nullptr;
 };
 
 template <class T>
-inline KernelStub<void(const Context&, const ElementwiseLoss<T>&)> squared_error_stub{"squared_error"};
+inline KernelStub<void(const Context&, ElementwiseFormula, const ElementwiseLoss<T>&)> elementwise_loss_stub{"elementwise_loss"};
 
-template <class T>
-inline KernelStub<void(const Context&, const ElementwiseLoss<T>&)> binary_cross_entropy_stub{"binary_cross_entropy"};
-
-// out[n] = Σ_c D(z, z_s), the Bregman divergence of the row.
-template <class T>
-inline KernelStub<void(const Context&, int64_t N, int64_t C, T s, const T* z, const T* z_s, T* out)> squared_error_bregman_stub{
-    "squared_error_bregman"};
-
-template <class T>
-inline KernelStub<void(const Context&, int64_t N, int64_t C, T s, const T* z, const T* z_s, T* out)> binary_cross_entropy_bregman_stub{
-    "binary_cross_entropy_bregman"};
-
-// Softmax cross-entropy with a class index: value = logsumexp(z) − z[target]; gradient = p − e_target; p = softmax(z) is the Hessian's state.
+// Softmax cross-entropy at each of `positions` places: z [N, K, positions], softmax over K. With a target distribution q (a class index, or
+// probabilities; smoothed towards the uniform one and times the weight of its class) and its mass Q = Σ_k q_k:
+//   ℓ = s Σ (Q logsumexp(z) − q·z),   ∇ℓ = s (Q p − q),   H = s Q (diag p − p pᵀ),   D(z, z_s) = s Σ Q KL(p_s ‖ p).
+// p [N, K, positions] and mass = s Q [N, positions] are the Hessian's state. An index −1 has Q = 0: the place is ignored.
 template <class T>
 struct CrossEntropy {
-  int64_t N = 0, C = 0;
+  int64_t N = 0, K = 0, positions = 1;
+  T s = 1, smoothing = 0;
   const T* z = nullptr;
-  const int64_t* target = nullptr;
-  T* value = nullptr;
-  T* gradient = nullptr;
+  const int64_t* index = nullptr;   // [N, positions], or
+  const T* target = nullptr;        // [N, K, positions]
+  const T* class_weight = nullptr;  // [K] or absent
+  T* value = nullptr;               // [N]
+  T* gradient = nullptr;            // [N, K, positions]
   T* p = nullptr;
+  T* mass = nullptr;
+  const T* z_s = nullptr;  // for bregman
+  T* bregman = nullptr;    // [N]
 };
 
 template <class T>
 inline KernelStub<void(const Context&, const CrossEntropy<T>&)> cross_entropy_stub{"cross_entropy"};
-
-// out[n] = KL(softmax(z_s) ‖ softmax(z)) of the row.
-template <class T>
-inline KernelStub<void(const Context&, int64_t N, int64_t C, const T* z, const T* z_s, T* out)> cross_entropy_bregman_stub{"cross_entropy_bregman"};
 
 }  // namespace infl

@@ -6,7 +6,8 @@
 //   root_transposed  u[v, n] <- S_nᵀ u[v, n]
 //
 // Every loss whose Hessian has one of these shapes needs no code of its own here. Softmax: S = diag(√p) − p √pᵀ, for then
-// S Sᵀ = diag p − p pᵀ because Σ p = 1. Shapes: u [V, n, C] contiguous, state [n, C], weights [n] or absent. Deterministic.
+// S Sᵀ = diag p − p pᵀ because Σ p = 1. A softmax at each of several positions of an example is block-diagonal: u and state [.., K, positions]
+// with C = K · positions, weights [n, positions]. Otherwise: u [V, n, C] contiguous, state [n, C], weights [n] or absent. Deterministic.
 #pragma once
 
 #include <cstdint>
@@ -25,6 +26,15 @@ struct OutputHessian {
   T scale = 1;                 // multiplies H (not its root alone: the root takes the square root of it)
   const T* state = nullptr;    // d or p of the first example of the tile
   const T* weights = nullptr;  // w of the first example of the tile, all >= 0
+  int64_t positions = 1;       // more than one for the softmax shape only
+
+  // The same from example n0 on.
+  OutputHessian from(int64_t n0) const {
+    OutputHessian tile = *this;
+    if (tile.state) tile.state += n0 * C;
+    if (tile.weights) tile.weights += n0 * positions;
+    return tile;
+  }
 };
 
 template <class T>

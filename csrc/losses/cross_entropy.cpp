@@ -1,5 +1,5 @@
-// cross_entropy: ℓ = logsumexp(z) − z[t],  p = softmax(z),  ∇ℓ = p − e_t,  H = diag p − p pᵀ,
-// D(z, z_s) = KL(p_s ‖ p), independent of t.
+// cross_entropy: softmax over the first axis of [K, positions], against class indices or probabilities, with class weights and label
+// smoothing; formulas in kernels/loss.h. D does not see which class is the target, only its mass.
 #include "kernels/loss.h"
 #include "losses/loss.h"
 
@@ -10,14 +10,25 @@ template <class T>
 class CrossEntropyLoss final : public Loss<T> {
  public:
   void evaluate(const Context& ctx, const LossArguments<T>& a) const override {
-    cross_entropy_stub<T>(ctx, {a.N, a.C, a.z, a.index, a.value, a.gradient, a.state});
-  }
-  void bregman(const Context& ctx, int64_t N, int64_t C, T /*s*/, const T* z, const T* z_s, T* out) const override {
-    cross_entropy_bregman_stub<T>(ctx, N, C, z, z_s, out);
+    CrossEntropy<T> loss;
+    loss.N = a.N;
+    loss.K = a.C / a.positions;
+    loss.positions = a.positions;
+    loss.s = a.s;
+    loss.smoothing = a.a;
+    loss.z = a.z;
+    loss.index = a.index;
+    loss.target = a.target;
+    loss.class_weight = a.weight;
+    loss.value = a.value;
+    loss.gradient = a.gradient;
+    loss.p = a.state;
+    loss.mass = a.mass;
+    loss.z_s = a.z_s;
+    loss.bregman = a.bregman;
+    cross_entropy_stub<T>(ctx, loss);
   }
   HessianShape hessian_shape() const override { return HessianShape::softmax; }
-  T hessian_scale(T) const override { return T(1); }
-  bool takes_index() const override { return true; }
 };
 
 INFL_REGISTER_LOSS("cross_entropy", CrossEntropyLoss)

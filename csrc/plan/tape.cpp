@@ -297,7 +297,6 @@ void Tape<T>::vjp(const Context& ctx, int64_t V, const T* g, T* out) const {
 
 template <class T>
 void Tape<T>::ggn(const Context& ctx, int64_t V, const T* v, const OutputHessian<T>& h, T* out) const {
-  const int64_t C = plan_->output_width();
   const auto t_theta = slot_rows(v);
   static thread_local Buffer<T> packed;
   packed.resize(V * tangent_packed_size());
@@ -305,10 +304,7 @@ void Tape<T>::ggn(const Context& ctx, int64_t V, const T* v, const OutputHessian
   pack_tangents(ctx, V, t_theta, packed.data());
   run_tiles(ctx, V, out, [&](const Context& inner, int64_t n0, int64_t n, T* workspace, T* sum) {
     tangent_tile(inner, V, n0, n, t_theta, packed_data, workspace);
-    OutputHessian<T> tile = h;
-    if (tile.state) tile.state += n0 * C;
-    if (tile.weights) tile.weights += n0;
-    output_hessian_stub<T>(inner, tile, HessianPart::product, V, n, workspace + plan_->schedules().output * V * n);
+    output_hessian_stub<T>(inner, h.from(n0), HessianPart::product, V, n, workspace + plan_->schedules().output * V * n);
     cotangent_tile(inner, V, n0, n, slot_rows(sum), workspace);
   });
 }

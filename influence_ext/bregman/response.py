@@ -125,7 +125,7 @@ class TrainedNetwork:
     @property
     def factor(self) -> float:
         """``c``: ``1/N`` for a mean, ``1`` for a sum; also the ``ε`` that removes an example."""
-        return self.loss.factor(self.num_examples)
+        return self.loss.factor(self.examples.targets)
 
     @cached_property
     def outputs(self) -> Tensor:

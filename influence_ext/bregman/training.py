@@ -140,7 +140,7 @@ class Trainer:
         moments = tuple(m.clone() for m in point.moments) or self._no_moments()
         num_steps = point.num_steps
         N = self.examples.num_examples
-        scale = self.loss.factor(N) * N
+        scale = self.loss.factor(self.examples.targets) * N
         kept = torch.ones(N, dtype=torch.bool)
         kept[list(removed)] = False
         history: dict[str, list[float]] = {"loss": [], "lr": []}
@@ -189,7 +189,7 @@ class Trainer:
         self._theta.copy_(point.theta)
         self._load_buffers(point.buffers)
         self._grad.zero_()
-        weight = torch.full((N,), self.loss.factor(N), dtype=self._theta.dtype, device=self._theta.device)
+        weight = torch.full((N,), self.loss.factor(self.examples.targets), dtype=self._theta.dtype, device=self._theta.device)
         weight[list(removed)] = 0
         self.model.eval()
         with torch.enable_grad():

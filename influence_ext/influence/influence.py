@@ -68,7 +68,7 @@ class Influence:
             raise ArgumentError(f"Influence: expected damping > 0, got {damping}; the GGN of a network is singular, try 1e-3.")
         self.operator = GGN(model, loss, load(train_data, "Influence"), damping, params=params)
         self.damping = float(damping)
-        self.factor = self.operator.loss.factor(self.operator.num_examples)
+        self.factor = self.operator.loss.factor(self.operator.examples.targets)
         self.solver = solver
         self._chosen: Solver | None = None
         self._prepared: _Solve | None = None

@@ -73,7 +73,7 @@ class GGN(CurvatureOperator):
             )
         self.loss.check(self._tape.outputs, self.examples.targets, who)
         self._tape.check_outputs(who)
-        factor = self.loss.factor(self.examples.num_examples)
+        factor = self.loss.factor(self.examples.targets)
         self._hessian: OutputHessian = self.loss.hessian(self._tape.outputs, self.examples.targets).scaled(factor)
         self.num_parameters = plan.space.num_parameters
         self.dtype, self.device = plan.space.dtype, plan.space.device
@@ -136,7 +136,7 @@ class GGN(CurvatureOperator):
         batch.examples = self.examples.subset(index)
         batch._tape = self._tape.plan.linearize(batch.examples.X, self._tape.theta)
         # c/|B| instead of c/N for a mean loss, N/|B| instead of 1 for a sum: the same factor N/|B| on c.
-        factor = self.loss.factor(N) * N / batch_size
+        factor = self.loss.factor(self.examples.targets) * N / batch_size
         batch._hessian = self.loss.hessian(batch._tape.outputs, batch.examples.targets).scaled(factor)
         batch.num_roots = batch._tape.outputs.numel()
         return batch

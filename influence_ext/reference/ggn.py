@@ -12,8 +12,10 @@ from influence_ext.reference.jacobian import Inputs, double, jacobian, outputs
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 
-def reduction_factor(reduction: str, num_examples: int) -> float:
-    """``c`` of ``c · Σ_n``: ``1/N`` for ``"mean"``, ``1`` for ``"sum"``."""
+def reduction_factor(reduction: str | float, num_examples: int) -> float:
+    """``c`` of ``c · Σ_n``: ``1/N`` for ``"mean"``, ``1`` for ``"sum"``; a number is ``c`` itself, as weighted means need it."""
+    if not isinstance(reduction, str):
+        return float(reduction)
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction_factor: expected 'mean' or 'sum', got {reduction!r}.")
     return 1.0 / num_examples if reduction == "mean" else 1.0
@@ -73,7 +75,7 @@ def ggn(
     loss: LossFunction,
     X: Inputs,
     y: Tensor,
-    reduction: str = "mean",
+    reduction: str | float = "mean",
     params: Sequence[str] | None = None,
 ) -> Tensor:
     r"""``G = c Σ_n J_nᵀ H_n J_n`` as a dense matrix, ``c = 1/N`` (mean) or ``1`` (sum).
@@ -83,7 +85,7 @@ def ggn(
         loss: Callable ``loss(output, target)``; called on one example at a time.
         X: Inputs with ``N`` examples.
         y: ``[N, ...]`` targets.
-        reduction: ``"mean"`` or ``"sum"`` over examples.
+        reduction: ``"mean"`` or ``"sum"`` over examples, or ``c`` itself.
         params: Names of the parameters; ``None`` means all trainable ones.
 
     Returns:

@@ -25,7 +25,7 @@ def influence_scores(
     train: Dataset,
     test: Dataset,
     damping: float,
-    reduction: str = "mean",
+    reduction: str | float = "mean",
     params: Sequence[str] | None = None,
 ) -> Tensor:
     r"""``s(t, i) = c · ∇ℓ_tᵀ (G + λI)⁻¹ ∇ℓ_i``: the predicted rise of test loss ``t`` when example ``i`` is removed.
@@ -36,7 +36,7 @@ def influence_scores(
         train: ``(X, y)`` with ``N`` examples; they define ``G``.
         test: ``(X, y)`` with ``M`` examples.
         damping: ``λ``, weight decay included.
-        reduction: ``"mean"`` (``c = 1/N``) or ``"sum"`` (``c = 1``): removing an example takes ``c ℓ_i`` from the cost.
+        reduction: ``"mean"`` (``c = 1/N``), ``"sum"`` (``c = 1``) or ``c`` itself: removing an example takes ``c ℓ_i`` from the cost.
         params: Names of the parameters; ``None`` means all trainable ones.
 
     Returns:
@@ -58,7 +58,7 @@ def parameter_change(
     train: Dataset,
     remove: Sequence[int],
     damping: float,
-    reduction: str = "mean",
+    reduction: str | float = "mean",
     params: Sequence[str] | None = None,
 ) -> Tensor:
     r"""``Δθ = c (G + λI)⁻¹ Σ_{i ∈ remove} ∇ℓ_i``: θ after removing the group minus θs, to first order; ``[P]``."""

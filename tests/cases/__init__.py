@@ -74,7 +74,7 @@ class Network:
         self.data = (self.X, self.y)
 
     @cached_property
-    def loss(self) -> nn.Module:
+    def loss(self) -> Any:
         """The loss as a user would give it."""
         return self.loss_case.make()
 
@@ -113,7 +113,7 @@ class Network:
     @property
     def factor(self) -> float:
         """``c``."""
-        return reference.reduction_factor(self.loss_case.reduction, self.N)
+        return self.loss_case.factor(self.y)
 
     @property
     def P(self) -> int:

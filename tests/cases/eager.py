@@ -61,7 +61,7 @@ def jacobian_transpose_product(network: Network, g: Tensor) -> Tensor:
 
 def ggn_product(network: Network, v: Tensor) -> Tensor:
     """``G v``: forward mode through the network, double backward through the loss, reverse mode back."""
-    theta, loss = trainable(network.model), network.loss_case.oracle()
+    theta, loss = trainable(network.model), network.loss_case.reduced()
     z, pullback = vjp(function(network.model, network.X), theta)
     _, t_z = jvp(function(network.model, network.X), (theta,), (unflatten(theta, v),))
     z = z.detach().requires_grad_()

@@ -295,10 +295,12 @@ def head(row: LossCase) -> NetworkCase:
     shape = row.sample()[0].shape[1:]
     scale = 60.0 if row.saturated else 1.0
 
+    link = row.link or (lambda z: z)
+
     def make() -> nn.Module:
         net = mlp(3, 5, shape[-1] if shape else 1)
         if shape:
-            return Expression(lambda m, x: scale * m.net(x), net=net)
+            return Expression(lambda m, x: link(scale * m.net(x)), net=net)
         return Expression(lambda m, x: m.net(x).squeeze(-1), net=net)
 
     return NetworkCase(f"head-{row.id}", make, normal(*shape[:-1], 3), row.notes, loss=row.id, num_examples=row.num_examples)

@@ -1,0 +1,66 @@
+// eˣ for x ≤ 0 as arithmetic that a compiler vectorises: x = n ln 2 + r, |r| ≤ ln 2 / 2, eˣ = 2ⁿ Σ rᵏ / k!. Within 2 units in the last place;
+// 0 where the result would be subnormal (and for −∞), NaN for NaN.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "common/macros.h"
+
+namespace infl {
+
+template <class T>
+struct ExpConstants;
+
+template <>
+struct ExpConstants<float> {
+  using Bits = int32_t;
+  static constexpr int mantissa_bits = 23, exponent_bias = 127, degree = 7;
+  static constexpr float lowest = -87.3f, shifter = 12582912.0f;  // 1.5 · 2²³: adding it rounds to an integer
+  static constexpr float ln2_high = 0.693145751953125f, ln2_low = 1.428606765330187e-06f;
+};
+
+template <>
+struct ExpConstants<double> {
+  using Bits = int64_t;
+  static constexpr int mantissa_bits = 52, exponent_bias = 1023, degree = 13;
+  static constexpr double lowest = -708.0, shifter = 6755399441055744.0;  // 1.5 · 2⁵²
+  static constexpr double ln2_high = 0.6931471803691238, ln2_low = 1.9082149292705877e-10;
+};
+
+template <class T>
+__attribute__((always_inline)) INFL_HD T exp_nonpositive(T x) {
+  using C = ExpConstants<T>;
+  using Bits = typename C::Bits;
+  constexpr T kInverseFactorial[] = {T(1),
+                                     T(1),
+                                     T(1) / T(2),
+                                     T(1) / T(6),
+                                     T(1) / T(24),
+                                     T(1) / T(120),
+                                     T(1) / T(720),
+                                     T(1) / T(5040),
+                                     T(1) / T(40320),
+                                     T(1) / T(362880),
+                                     T(1) / T(3628800),
+                                     T(1) / T(39916800),
+                                     T(1) / T(479001600),
+                                     T(1) / T(6227020800.0)};
+  const bool vanishes = x < C::lowest;
+  const T inside = vanishes ? C::lowest : x;
+  const T shifted = inside * T(1.44269504088896340736) + C::shifter;
+  const T n = shifted - C::shifter;
+  const T r = (inside - n * C::ln2_high) - n * C::ln2_low;
+  T sum = kInverseFactorial[C::degree];
+#pragma GCC unroll 16
+  for (int k = C::degree - 1; k >= 0; --k) sum = sum * r + kInverseFactorial[k];
+  Bits bits;
+  std::memcpy(&bits, &shifted, sizeof(bits));
+  bits = static_cast<Bits>(static_cast<std::make_unsigned_t<Bits>>(bits) << C::mantissa_bits) + (Bits{C::exponent_bias} << C::mantissa_bits);
+  T power;
+  std::memcpy(&power, &bits, sizeof(power));
+  return vanishes ? T(0) : sum * power;
+}
+
+}  // namespace infl

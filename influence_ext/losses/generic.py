@@ -1,0 +1,212 @@
+"""Any differentiable callable ``loss(output, target) -> scalar``, through automatic differentiation: exact, example by example."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from influence_ext.errors import ArgumentError, DataError, ShapeError, UnsupportedLossError
+from influence_ext.losses.base import Loss, check_outputs, check_weights, count
+from influence_ext.losses.hessian import GENERIC, BlockHessian, GraphHessian, OutputHessian
+
+MAX_BLOCK = 64
+"""Largest C whose Hessians are kept as dense blocks."""
+MAX_BLOCK_BYTES = 256 * 2**20
+PROBE_SIZE = 256
+UNDETERMINED = "undetermined"
+
+
+class CallableLoss(Loss):
+    """A loss given as a function of outputs ``[N, *out]`` and targets; ``ℓ_n`` is its value on example n as a batch of one.
+
+    Args:
+        function: returns a scalar, the mean or the sum of the examples' values.
+        name: for messages.
+        reduction: which of the two; None: found out when outputs are first checked, by comparing the value of a batch with its examples'.
+    """
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor], name: str, reduction: str | None):
+        self.function, self.name = function, name
+        self.reduction = reduction or UNDETERMINED
+        self._stated = reduction is not None
+        self._vectorised = True
+
+    def factor(self, targets: Tensor) -> float:
+        """See :meth:`Loss.factor`.
+
+        Raises:
+            ArgumentError: whether the loss is a mean or a sum was not stated, and is not known before it was seen with outputs.
+        """
+        if self.reduction == UNDETERMINED and targets.shape[0] > 1:
+            raise ArgumentError(
+                f"{self.name}: expected to know whether this callable is a mean or a sum over examples, got none stated; pass "
+                "reduction='mean' or reduction='sum'."
+            )
+        return super().factor(targets)
+
+    def with_reduction(self, reduction: str) -> Loss:
+        """See :meth:`Loss.with_reduction`."""
+        return CallableLoss(self.function, self.name, reduction)
+
+    def value(self, z: Tensor, target: Tensor) -> Tensor:
+        """See :meth:`Loss.value`."""
+        check_outputs(z, self.name)
+        with torch.no_grad():
+            return self._values(z.detach(), target.detach()).to(z.dtype)
+
+    def gradient(self, z: Tensor, target: Tensor) -> Tensor:
+        """See :meth:`Loss.gradient`."""
+        return self._gradient(z, target, create_graph=False)[1].detach()
+
+    def hessian(self, z: Tensor, target: Tensor, weights: Tensor | None = None) -> OutputHessian:
+        """See :meth:`Loss.hessian`. Cost: for C ≤ ``MAX_BLOCK``, C reverse passes now; else one for every product with a vector."""
+        by_example = check_weights(weights, z, self.name)
+        leaf, gradient = self._gradient(z, target, create_graph=True)
+        if not gradient.requires_grad:
+            raise UnsupportedLossError(
+                f"{self.name}: expected a loss with curvature in the outputs, got one that is linear in them (its Gauss-Newton matrix is "
+                "zero); use a loss on logits or raw outputs, such as cross_entropy."
+            )
+        graph = GraphHessian(GENERIC, 1.0, None, by_example, self.name, leaf, gradient)
+        N, C = z.shape[0], count(z.shape)
+        if C > MAX_BLOCK or N * C * C * z.dtype.itemsize > MAX_BLOCK_BYTES:
+            return graph
+        return BlockHessian(GENERIC, 1.0, graph.dense(), by_example, self.name)
+
+    def bregman(self, z: Tensor, z_s: Tensor, target: Tensor) -> Tensor:
+        """See :meth:`Loss.bregman`: the definition, or ``∫₀¹ (1−s) dᵀ H(z_s + s d) d ds`` where that is the more accurate of the two.
+
+        Cost: thirteen products with the Hessian.
+        """
+        check_outputs(z, self.name)
+        dtype, N = z.dtype, z.shape[0]
+        z, z_s, target = z.detach().double(), z_s.detach().double(), _double(target.detach())
+        d = z - z_s
+        slope = (self.gradient(z_s, target) * d).reshape(N, -1).sum(dim=1)
+        value, value_s = self.value(z, target), self.value(z_s, target)
+        definition = value - value_s - slope
+        noise = 8 * torch.finfo(torch.float64).eps * (value.abs() + value_s.abs() + slope.abs())
+        coarse, fine = self._integral(z_s, d, target, 5), self._integral(z_s, d, target, 8)
+        return torch.where((fine - coarse).abs() < noise, fine, definition).to(dtype)
+
+    def check(self, z: Tensor, target: Tensor, who: str) -> None:
+        """See :meth:`Loss.check`; finds the reduction out.
+
+        Raises:
+            UnsupportedLossError: the value of a batch is neither the mean nor the sum of its examples' values.
+            ArgumentError: it is not what was stated.
+            DataError: a value is not finite.
+
+        Cost: two evaluations of the loss.
+        """
+        check_outputs(z, who)
+        for start in range(0, z.shape[0], PROBE_SIZE):
+            part = slice(start, start + PROBE_SIZE)
+            self._probe(z[part].detach(), target[part].detach(), start, who)
+
+    def _probe(self, z: Tensor, target: Tensor, start: int, who: str) -> None:
+        values = self.value(z, target).double()
+        bad = (~torch.isfinite(values)).nonzero()[:, 0]
+        if len(bad):
+            raise DataError(
+                f"{who}: expected finite values of {self.name}, got NaN or infinity for example {start + int(bad[0])}; check the scale of "
+                "outputs and targets."
+            )
+        N = len(values)
+        if N < 2:
+            return
+        with torch.no_grad():
+            found = float(self.function(z, target))
+        total, size = float(values.sum()), float(values.abs().sum())
+        tolerance = 1e-4 if z.dtype == torch.float32 else 1e-8
+        is_mean, is_sum = abs(found - total / N) <= tolerance * size / N, abs(found - total) <= tolerance * size
+        if is_mean and is_sum:
+            return
+        if not (is_mean or is_sum):
+            raise UnsupportedLossError(
+                f"{who}: expected {self.name} of a batch to be the mean or the sum of its values on each example alone, got {found:.6g} for "
+                f"{N} examples with mean {total / N:.6g} and sum {total:.6g}; it mixes examples, or divides by a number that depends on the "
+                "targets (as ignore_index and weights do: pass nn.CrossEntropyLoss itself, or a callable that sums)."
+            )
+        reduction = "mean" if is_mean else "sum"
+        if self.reduction == UNDETERMINED:
+            self.reduction = reduction
+        elif self.reduction != reduction:
+            stated = "as stated" if self._stated else "as on the examples before"
+            raise ArgumentError(
+                f"{who}: expected {self.name} to be a {self.reduction} over examples {stated}, got a {reduction}; pass "
+                f"reduction='{reduction}' or nothing."
+            )
+
+    def _integral(self, z_s: Tensor, d: Tensor, target: Tensor, num_nodes: int) -> Tensor:
+        """``∫₀¹ (1−s) dᵀ H(z_s + s d) d ds`` by Gauss and Legendre's rule: ``[N]``."""
+        total = z_s.new_zeros(z_s.shape[0])
+        for node, weight in _legendre(num_nodes):
+            leaf, gradient = self._gradient(z_s + node * d, target, create_graph=True)
+            if not gradient.requires_grad:
+                return total
+            product = GraphHessian(GENERIC, 1.0, None, None, self.name, leaf, gradient).matmat(d[None])[0]
+            total += weight * (1 - node) * (product * d).reshape(len(d), -1).sum(dim=1)
+        return total
+
+    def _gradient(self, z: Tensor, target: Tensor, create_graph: bool) -> tuple[Tensor, Tensor]:
+        check_outputs(z, self.name)
+        with torch.enable_grad():
+            leaf = z.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
+            values = self._values(leaf, target.detach())
+            if not values.requires_grad:
+                raise UnsupportedLossError(
+                    f"{self.name}: expected a loss that PyTorch can differentiate by the outputs, got a value without a gradient; compute it "
+                    "from the outputs with differentiable operations."
+                )
+            (gradient,) = torch.autograd.grad(values.sum(), leaf, create_graph=create_graph)
+        return leaf, gradient
+
+    def _values(self, z: Tensor, target: Tensor) -> Tensor:
+        """``ℓ_n``, ``[N]``, all examples at once where vmap can, else in a loop."""
+        if z.shape[0] == 0:
+            return z.new_zeros(0) + z.sum()
+        if self._vectorised:
+            try:
+                return self._scalars(torch.func.vmap(lambda z_n, t_n: self.function(z_n[None], t_n[None]))(z, target), z.shape[0])
+            except (RuntimeError, NotImplementedError, TypeError, ValueError):
+                self._vectorised = False  # vmap lacks rules for some operators, and control flow that reads values
+        rows = []
+        for n in range(z.shape[0]):
+            try:
+                rows.append(self.function(z[n : n + 1], target[n : n + 1]))
+            except Exception as error:
+                raise UnsupportedLossError(
+                    f"{self.name}: expected a callable loss(output, target) that works on a batch of one example, got {type(error).__name__} "
+                    f"on output {[1, *z.shape[1:]]} and target {[1, *target.shape[1:]]}: {error}; correct the callable."
+                ) from error
+        return self._scalars(torch.stack([self._tensor(row) for row in rows]), z.shape[0])
+
+    def _tensor(self, value: Any) -> Tensor:
+        if not isinstance(value, Tensor):
+            raise UnsupportedLossError(f"{self.name}: expected a loss that returns a tensor, got {type(value).__name__}; do not call .item().")
+        return value
+
+    def _scalars(self, values: Any, N: int) -> Tensor:
+        values = self._tensor(values)
+        if values.shape != (N,) or not values.is_floating_point():
+            raise ShapeError(
+                f"{self.name}: expected a loss that returns a floating-point scalar, got {values.dtype} {list(values.shape[1:])} for a batch "
+                "of one; reduce it with .mean() or .sum()."
+            )
+        return values
+
+
+def _double(x: Tensor) -> Tensor:
+    return x.double() if x.is_floating_point() else x
+
+
+def _legendre(num_nodes: int) -> list[tuple[float, float]]:
+    """Nodes and weights on ``[0, 1]``: eigenvalues of the recurrence's tridiagonal matrix (Golub and Welsch 1969)."""
+    k = torch.arange(1, num_nodes, dtype=torch.float64)
+    off = k / (4 * k * k - 1).sqrt()
+    nodes, vectors = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))
+    return list(zip(((nodes + 1) / 2).tolist(), vectors[0].square().tolist(), strict=True))

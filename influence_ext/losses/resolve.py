@@ -1,0 +1,236 @@
+"""From what a user calls a loss to a :class:`Loss`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from influence_ext.errors import ArgumentError, UnsupportedLossError
+from influence_ext.losses.base import Loss, check_reduction
+from influence_ext.losses.cross_entropy import CrossEntropy, NegativeLogLikelihood
+from influence_ext.losses.elementwise import (
+    AbsoluteError,
+    BinaryCrossEntropy,
+    ElementwiseLoss,
+    GaussianNLL,
+    PoissonNLL,
+    ProbabilityCrossEntropy,
+)
+from influence_ext.losses.generic import CallableLoss
+
+LossLike = str | nn.Module | Callable[..., Any]
+
+
+class HalfMSE(nn.Module):
+    """``½ (z − t)²``, averaged over all elements or summed: the squared loss whose Hessian is the identity.
+
+    Args:
+        reduction: ``"mean"`` (over examples and elements) or ``"sum"``.
+    """
+
+    def __init__(self, reduction: str = "mean"):
+        super().__init__()
+        self.reduction = reduction
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        """``[N, *out], [N, *out] -> scalar``."""
+        return half_mse_loss(output, target, reduction=self.reduction)
+
+
+def half_mse_loss(output: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+    """Functional form of :class:`HalfMSE`."""
+    return F.mse_loss(output, target, reduction=reduction) / 2
+
+
+@dataclass(frozen=True)
+class Native:
+    """How a PyTorch loss maps onto one of the library's own.
+
+    Attributes:
+        module, functional: PyTorch's two forms.
+        make: ``(name, reduction, options) -> Loss``.
+        options: those the loss has, with their defaults; attributes of the module and keywords of the functional.
+        kernels: names of the C++ losses it runs.
+    """
+
+    module: type[nn.Module]
+    functional: Callable[..., Tensor]
+    make: Callable[[str, str, dict[str, Any]], Loss]
+    options: Mapping[str, Any]
+    kernels: tuple[str, ...]
+
+
+def _squared_error(scale: float) -> Callable[[str, str, dict[str, Any]], Loss]:
+    return lambda name, reduction, _: ElementwiseLoss(name, reduction, "squared_error", scale)
+
+
+def _absolute_error(name: str, reduction: str, _: dict[str, Any]) -> Loss:
+    return AbsoluteError(name, reduction, "absolute_error")
+
+
+def _huber(name: str, reduction: str, options: dict[str, Any]) -> Loss:
+    delta = _number(options["delta"], "delta", name, lambda x: x > 0, "> 0")
+    return ElementwiseLoss(name, reduction, "huber", parameter=delta)
+
+
+def _smooth_l1(name: str, reduction: str, options: dict[str, Any]) -> Loss:
+    beta = _number(options["beta"], "beta", name, lambda x: x >= 0, ">= 0")
+    if beta == 0:
+        return _absolute_error(name, reduction, {})
+    return ElementwiseLoss(name, reduction, "huber", 1 / beta, parameter=beta)
+
+
+def _cross_entropy(name: str, reduction: str, options: dict[str, Any]) -> Loss:
+    smoothing = _number(options["label_smoothing"], "label_smoothing", name, lambda x: 0 <= x <= 1, "in [0, 1]")
+    weight = _nonnegative(options["weight"], "weight", name)
+    return CrossEntropy(name, reduction, weight, int(options["ignore_index"]), label_smoothing=smoothing)
+
+
+def _nll(name: str, reduction: str, options: dict[str, Any]) -> Loss:
+    return NegativeLogLikelihood(name, reduction, _nonnegative(options["weight"], "weight", name), int(options["ignore_index"]))
+
+
+def _bce_with_logits(name: str, reduction: str, options: dict[str, Any]) -> Loss:
+    weight, positive = (_nonnegative(options[key], key, name) for key in ("weight", "pos_weight"))
+    return BinaryCrossEntropy(name, reduction, "binary_cross_entropy", weight=weight, pos_weight=positive)
+
+
+def _bce(name: str, reduction: str, options: dict[str, Any]) -> Loss:
+    weight = _nonnegative(options["weight"], "weight", name)
+    return ProbabilityCrossEntropy(name, reduction, "probability_cross_entropy", weight=weight)
+
+
+def _poisson(name: str, reduction: str, options: dict[str, Any]) -> Loss:
+    eps = _number(options["eps"], "eps", name, lambda x: x >= 0, ">= 0")
+    native = "poisson_log_rate" if options["log_input"] else "poisson_rate"
+    return PoissonNLL(name, reduction, native, parameter=eps, full=bool(options["full"]))
+
+
+def _gaussian(name: str, reduction: str, options: dict[str, Any]) -> Loss:
+    eps = _number(options["eps"], "eps", name, lambda x: x > 0, "> 0")
+    return GaussianNLL(name, reduction, "squared_error", 0.5, full=bool(options["full"]), eps=eps)
+
+
+_CLASSES = {"weight": None, "ignore_index": -100}
+NATIVE: dict[str, Native] = {
+    "mse_loss": Native(nn.MSELoss, F.mse_loss, _squared_error(1.0), {}, ("squared_error",)),
+    "half_mse_loss": Native(HalfMSE, half_mse_loss, _squared_error(0.5), {}, ("squared_error",)),
+    "l1_loss": Native(nn.L1Loss, F.l1_loss, _absolute_error, {}, ("absolute_error",)),
+    "smooth_l1_loss": Native(nn.SmoothL1Loss, F.smooth_l1_loss, _smooth_l1, {"beta": 1.0}, ("huber",)),
+    "huber_loss": Native(nn.HuberLoss, F.huber_loss, _huber, {"delta": 1.0}, ("huber",)),
+    "cross_entropy": Native(
+        nn.CrossEntropyLoss, F.cross_entropy, _cross_entropy, {**_CLASSES, "label_smoothing": 0.0}, ("cross_entropy",)
+    ),
+    "nll_loss": Native(nn.NLLLoss, F.nll_loss, _nll, _CLASSES, ()),
+    "binary_cross_entropy_with_logits": Native(
+        nn.BCEWithLogitsLoss,
+        F.binary_cross_entropy_with_logits,
+        _bce_with_logits,
+        {"weight": None, "pos_weight": None},
+        ("binary_cross_entropy",),
+    ),
+    "binary_cross_entropy": Native(nn.BCELoss, F.binary_cross_entropy, _bce, {"weight": None}, ("probability_cross_entropy",)),
+    "poisson_nll_loss": Native(
+        nn.PoissonNLLLoss,
+        F.poisson_nll_loss,
+        _poisson,
+        {"log_input": True, "full": False, "eps": 1e-8},
+        ("poisson_log_rate", "poisson_rate"),
+    ),
+    "gaussian_nll_loss": Native(nn.GaussianNLLLoss, F.gaussian_nll_loss, _gaussian, {"full": False, "eps": 1e-6}, ("squared_error",)),
+}
+"""Losses with a native implementation, by the name of their functional."""
+
+_SHORT_NAMES = {
+    "mse": "mse_loss",
+    "half_mse": "half_mse_loss",
+    "l1": "l1_loss",
+    "smooth_l1": "smooth_l1_loss",
+    "huber": "huber_loss",
+    "nll": "nll_loss",
+    "bce": "binary_cross_entropy",
+    "bce_with_logits": "binary_cross_entropy_with_logits",
+    "poisson_nll": "poisson_nll_loss",
+    "gaussian_nll": "gaussian_nll_loss",
+}
+
+
+def resolve(loss: LossLike | Loss, reduction: str | None = None, who: str = "loss") -> Loss:
+    """Turn what a user calls a loss into a :class:`Loss`.
+
+    Args:
+        loss: an instance of an ``nn`` loss module or :class:`HalfMSE`, the name of its functional (``"mse_loss"``, ``"cross_entropy"``, ...),
+            the functional itself, also as a ``functools.partial`` that fixes options, any other callable ``loss(output, target)`` that
+            returns a mean or a sum over examples, or a ``Loss``. ``NATIVE`` lists the losses with formulas of their own; every other one
+            is differentiated by PyTorch. ``gaussian_nll_loss`` takes targets ``torch.stack([y, variance], dim=1)``.
+        reduction: ``"mean"`` or ``"sum"`` over examples; by default the module's own, ``"mean"`` for names and functionals, and what a
+            callable turns out to be when it is first checked with outputs.
+        who: the caller's name for messages.
+
+    Raises:
+        UnsupportedLossError: no loss, a class instead of an instance, or an unknown reduction.
+        ArgumentError: an option of the loss out of range.
+    """
+    if isinstance(loss, Loss):
+        return loss if reduction is None else loss.with_reduction(check_reduction(reduction, loss.name, who))
+    if isinstance(loss, type) and issubclass(loss, nn.Module):
+        raise UnsupportedLossError(f"{who}: expected an instance of a loss, got the class {loss.__name__}; write {loss.__name__}().")
+    found = _find(loss)
+    if found is not None:
+        name, options = found
+        entry, label = NATIVE[name], type(loss).__name__ if isinstance(loss, nn.Module) else name
+        chosen = check_reduction(reduction or options.pop("reduction", "mean"), label, who)
+        return entry.make(name, chosen, {**entry.options, **options})
+    if isinstance(loss, str) or not callable(loss):
+        raise UnsupportedLossError(
+            f"{who}: expected a loss as nn module, functional, name ({', '.join(NATIVE)}) or callable loss(output, target), got {loss!r}; "
+            "use one of these."
+        )
+    name = getattr(loss, "__name__", type(loss).__name__)
+    stated = reduction or _attribute(loss, "reduction")
+    return CallableLoss(loss, name, None if stated is None else check_reduction(stated, name, who))
+
+
+def _find(loss: Any) -> tuple[str, dict[str, Any]] | None:
+    """The entry that is this loss, and the options it states."""
+    function, keywords = (loss.func, dict(loss.keywords)) if isinstance(loss, partial) and not loss.args else (loss, {})
+    for name, entry in NATIVE.items():
+        known = {*entry.options, "reduction"}
+        if isinstance(loss, nn.Module):
+            if isinstance(loss, entry.module) and type(loss).forward is entry.module.forward:
+                return name, {option: getattr(loss, option) for option in known if hasattr(loss, option)}
+        elif isinstance(loss, str):
+            if _SHORT_NAMES.get(loss, loss) == name:
+                return name, {}
+        elif function is entry.functional and keywords.keys() <= known:
+            return name, keywords
+    return None
+
+
+def _attribute(loss: Any, name: str) -> str | None:
+    """What the callable says of itself, or the keyword a ``partial`` fixes."""
+    stated = getattr(loss, name, None)
+    if stated is None and isinstance(loss, partial):
+        stated = loss.keywords.get(name)
+    return stated if isinstance(stated, str) else None
+
+
+def _number(value: Any, option: str, name: str, accepts: Callable[[float], bool], expected: str) -> float:
+    if not accepts(float(value)):
+        raise ArgumentError(f"{name}: expected {option} {expected}, got {value}; correct it.")
+    return float(value)
+
+
+def _nonnegative(weight: Tensor | None, option: str, name: str) -> Tensor | None:
+    if weight is None:
+        return None
+    if not isinstance(weight, Tensor) or not bool((torch.isfinite(weight) & (weight >= 0)).all()):
+        shown = f"minimum {float(weight.min()):g}" if isinstance(weight, Tensor) else type(weight).__name__
+        raise ArgumentError(f"{name}: expected {option} as a tensor, finite and none negative, got {shown}; correct it.")
+    return weight.detach()

@@ -34,7 +34,18 @@ from influence_ext.bregman import (
     train,
 )
 from influence_ext.influence import Influence, Scores, load_scores
-from influence_ext.operators import GGN, grad_gram, jvp, per_example_dots, per_example_grads, per_example_norms, vjp
+from influence_ext.operators import (
+    GGN,
+    EmpiricalFisher,
+    Hessian,
+    MonteCarloFisher,
+    grad_gram,
+    jvp,
+    per_example_dots,
+    per_example_grads,
+    per_example_norms,
+    vjp,
+)
 
 try:
     __version__ = version("influence-ext")
@@ -44,7 +55,10 @@ except PackageNotFoundError:  # a source tree that was built in place and not in
 __all__ = [
     "GGN",
     "Decomposition",
+    "EmpiricalFisher",
+    "Hessian",
     "Influence",
+    "MonteCarloFisher",
     "Recipe",
     "Response",
     "Run",

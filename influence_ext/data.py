@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -49,6 +49,28 @@ class Examples:
         """N."""
         return int(self.targets.shape[0])
 
+    @property
+    def resident(self) -> bool:
+        """Whether the inputs are in memory."""
+        return True
+
+    def blocks(self, size: int) -> Iterator[tuple[int, ModelInput]]:
+        """``(first example, X)`` of consecutive blocks of at most ``size`` examples."""
+        for start in range(0, self.num_examples, size):
+            yield start, self._rows(start, start + size)
+
+    @classmethod
+    def of_inputs(cls, X: ModelInput) -> Examples:
+        """Inputs alone; the first of them stands in for the targets."""
+        if isinstance(X, Tensor):
+            return cls((X,), X, "tensor")
+        if isinstance(X, Mapping):
+            return cls(tuple(X.values()), next(iter(X.values())), "dict", tuple(X))
+        return cls(tuple(X), X[0], "tuple")
+
+    def _rows(self, start: int, stop: int) -> ModelInput:
+        return Examples(tuple(x[start:stop] for x in self.inputs), self.targets[start:stop], self.convention, self.keys).X
+
     def subset(self, indices: Iterable[int] | Tensor, who: str = "Examples.subset") -> Examples:
         """The examples at ``indices``, in that order, copied; an index may occur more than once.
 
@@ -65,11 +87,66 @@ class Examples:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class StreamedExamples(Examples):
+    """A data set that is read again in every pass: targets in memory, inputs batch by batch.
+
+    ``inputs`` are those of the first batch, for their shapes.
+
+    Attributes:
+        batches: the user's re-iterable of ``(X, y)``.
+        memory_budget: bytes.
+    """
+
+    batches: Iterable[Any] = ()
+    memory_budget: int = 0
+
+    @property
+    def resident(self) -> bool:
+        """Whether the inputs are in memory."""
+        return False
+
+    def blocks(self, size: int) -> Iterator[tuple[int, ModelInput]]:
+        """``(first example, X)`` of consecutive blocks of at most ``size`` examples, none across two batches."""
+        start = 0
+        with _random_state_kept():
+            for k, batch in enumerate(self.batches):
+                parsed = _parse(batch, f"batch {k}", "StreamedExamples")
+                examples = Examples(parsed.inputs, parsed.targets, parsed.convention, parsed.keys)
+                for first, X in examples.blocks(size):
+                    yield start + first, X
+                start += examples.num_examples
+        if start != self.num_examples:
+            raise DataError(
+                f"StreamedExamples: expected the same {self.num_examples} examples in every pass over the data, got {start}; give data in "
+                "a fixed order and number."
+            )
+
+    def subset(self, indices: Iterable[int] | Tensor, who: str = "Examples.subset") -> Examples:
+        """The examples at ``indices`` in memory. Cost: one pass over the data."""
+        checked = _to_indices(indices, self.num_examples, who)
+        places = {index: place for place, index in enumerate(dict.fromkeys(checked))}
+        rows: dict[int, tuple[Tensor, ...]] = {}
+        for start, X in self.blocks(256):
+            block = Examples.of_inputs(X)
+            for offset in range(block.num_examples):
+                if start + offset in places:
+                    rows[start + offset] = tuple(x[offset].clone() for x in block.inputs)
+        inputs = tuple(torch.stack([rows[index][k] for index in checked]) for k in range(len(self.inputs)))
+        return Examples(inputs, self.targets[torch.tensor(checked, dtype=torch.long)], self.convention, self.keys)
+
+
 def call_model(model: nn.Module, X: ModelInput) -> Any:
     """``model(X)``, ``model(*X)`` or ``model(**X)`` for a tensor, a tuple or a dict."""
-    if isinstance(X, Tensor):
-        return model(X)
-    return model(**X) if isinstance(X, Mapping) else model(*X)
+    args, kwargs = call_arguments(X)
+    return model(*args, **kwargs)
+
+
+def call_arguments(X: ModelInput) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """Positional and named arguments for a tensor, a tuple or a dict."""
+    if isinstance(X, Mapping):
+        return (), dict(X)
+    return ((X,) if isinstance(X, Tensor) else tuple(X)), {}
 
 
 def load_inputs(X: Any, who: str = "load_inputs") -> ModelInput:
@@ -88,7 +165,7 @@ def load_inputs(X: Any, who: str = "load_inputs") -> ModelInput:
     return examples.X
 
 
-def load(data: Any, who: str = "load") -> Examples:
+def load(data: Any, who: str = "load", memory_budget: int | None = None) -> Examples:
     """Read a data set once and keep it in memory.
 
     Args:
@@ -96,9 +173,11 @@ def load(data: Any, who: str = "load") -> Examples:
             unequal size. ``X`` is a tensor, a tuple or list of tensors, or a dict of tensors; the first axis counts
             examples. A list ``[X, y]`` whose second element is a tensor is one batch.
         who: the caller's name for messages.
+        memory_budget: bytes; batches that take more than half of it together are not kept but read again when they are needed.
 
     Returns:
-        ``Examples`` with the batches concatenated. A single batch is not copied. The random state is left as found.
+        ``Examples`` with the batches concatenated, or ``StreamedExamples``. A single batch is not copied. The random state is
+        left as found.
 
     Raises:
         DataError: no examples, an iterator that can be read only once, a shuffling loader, an element that is not ``(X,
@@ -115,11 +194,35 @@ def load(data: Any, who: str = "load") -> Examples:
         batches = [_parse(data, "data", who)]
     else:
         _check_iterable(data, who)
+        if memory_budget is not None:
+            return _load_within(data, who, memory_budget)
         with _random_state_kept():
             batches = [_parse(batch, f"batch {k}", who) for k, batch in enumerate(data)]
     examples = _concatenate(batches, who)
     _check_finite(examples, who)
     return examples
+
+
+def _load_within(data: Iterable[Any], who: str, memory_budget: int) -> Examples:
+    """All batches, or where they exceed the budget their targets and the first batch."""
+    batches: list[_Batch] = []
+    total, streaming = 0, False
+    with _random_state_kept():
+        for k, batch in enumerate(data):
+            parsed = _parse(batch, f"batch {k}", who)
+            _check_finite(Examples(parsed.inputs, parsed.targets, parsed.convention, parsed.keys), who)
+            total += sum(x.nbytes for x in parsed.inputs)
+            streaming = streaming or total > memory_budget // 2
+            if streaming:
+                batches = [replace(b, inputs=tuple(x[:0].clone() for x in b.inputs)) if i else b for i, b in enumerate(batches)]
+                parsed = replace(parsed, inputs=tuple(x[:0].clone() for x in parsed.inputs)) if k else parsed
+            batches.append(parsed)
+    if not streaming:
+        return _concatenate(batches, who)
+    targets = torch.cat([b.targets for b in batches])
+    first = batches[0]
+    _concatenate([replace(b, inputs=tuple(x[:0] for x in b.inputs)) for b in batches], who)  # raises if they differ in structure
+    return StreamedExamples(first.inputs, targets, first.convention, first.keys, data, memory_budget)
 
 
 def check_indices(indices: Iterable[int] | Tensor, num_examples: int, who: str) -> list[int]:

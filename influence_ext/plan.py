@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 import influence_ext._C as _C
-from influence_ext.capture import CapturedGraph, capture, format_table, named_tensors
+from influence_ext.capture import CapturedGraph, capture, differentiable, format_table, named_tensors, only_tensor
+from influence_ext.chunks import ChunkedTape
+from influence_ext.data import Examples, StreamedExamples, call_arguments
 from influence_ext.derived import DerivedFactors, DerivedParameters
 from influence_ext.errors import ArgumentError, DataError, DeviceError, DTypeError, ShapeError, UnsupportedModelError
 from influence_ext.losses import OutputHessian
@@ -81,22 +84,72 @@ class Plan:
         graph = capture(model, X, trainable=space.names, who=who)
         return cls(model, graph, space)
 
-    def linearize(self, X: Any, theta: Tensor | None = None) -> Tape:
+    def linearize(self, X: Any, theta: Tensor | None = None, *, memory_budget: int | None = None) -> Tape:
         """The forward pass at ``theta`` and all that products need.
 
         Args:
-            X: inputs of N examples, the structure the plan was captured with.
+            X: inputs of N examples, the structure the plan was captured with, or ``Examples``.
             theta: ``[P]``; by default the model's own parameters at this moment. Frozen parameters and buffers are read now.
+            memory_budget: bytes that the forward state and one product's workspace may take. What does not fit is recomputed
+                in every product, a chunk of examples at a time.
 
         Raises:
             ShapeError, DTypeError, DeviceError: inputs or theta do not fit.
             DataError: outputs are not finite.
+            ArgumentError: not even one example fits the budget.
 
         Cost: one forward pass; memory ``Tape.cached_bytes``.
         """
         if theta is None:
             theta = self.space.values(self._model)
-        return Tape(self, self._inputs(X), theta)
+        examples = X if isinstance(X, Examples) else None
+        if memory_budget is None and isinstance(examples, StreamedExamples):
+            memory_budget = examples.memory_budget
+        if memory_budget is None:
+            return Tape(self, self._tape_on(X if examples is None else examples.X), theta)
+        if examples is None:
+            examples = Examples.of_inputs(X)
+        chunk = self._chunk(examples, memory_budget)
+        if chunk >= examples.num_examples and examples.resident:
+            return Tape(self, self._tape_on(examples.X), theta)
+        return Tape(self, ChunkedTape(self._tape_on, examples.blocks, examples.num_examples, chunk), theta)
+
+    def _tape_on(self, X: Any) -> Any:
+        """A tape of the extension on inputs as the user gives them."""
+        kind = _C.Tape32 if self.space.dtype == torch.float32 else _C.Tape64
+        return kind(self._native, self._inputs(X))
+
+    def _chunk(self, examples: Examples, budget: int) -> int:
+        """Examples whose forward state and workspace, for one vector, take at most ``budget`` bytes."""
+        _, first = next(examples.blocks(2))
+        one = self._tape_on(_rows(first, 1))
+        two = self._tape_on(_rows(first, 1, repeat=2))
+        each = two.cached_bytes - one.cached_bytes + self._native.sweep_width * self.space.dtype.itemsize
+        fixed = 2 * one.cached_bytes - two.cached_bytes
+        if fixed + each > budget:
+            raise ArgumentError(
+                f"{self.graph.model_name}: expected memory_budget to hold at least one example, got {budget} bytes where the weights take "
+                f"{fixed} and an example {each}; raise it to {fixed + 64 * each} for chunks of 64 examples."
+            )
+        return int(min(examples.num_examples, (budget - fixed) // each))
+
+    def network(self) -> Callable[[Any], Callable[[Tensor], Tensor]]:
+        """The network as torch differentiates it: ``network(X)(theta [P]) -> [N, *out]``, for what no rule computes.
+
+        Frozen parameters and buffers are those of this moment. Cost: a copy of the model.
+        """
+        model = copy.deepcopy(self._model).eval().requires_grad_(False)
+        space = self.space
+
+        def at(X: Any) -> Callable[[Tensor], Tensor]:
+            def function(theta: Tensor) -> Tensor:
+                with differentiable():
+                    args, kwargs = call_arguments(X)
+                    return only_tensor(torch.func.functional_call(model, space.unflatten(theta), args, kwargs))
+
+            return function
+
+        return at
 
     def report(self) -> str:
         """A table of the nodes and the rule that runs each."""
@@ -166,12 +219,11 @@ class Tape:
         theta: ``[P]``, the parameters it stands at.
     """
 
-    def __init__(self, plan: Plan, inputs: Sequence[Tensor], theta: Tensor):
+    def __init__(self, plan: Plan, native: Any, theta: Tensor):
         self.plan = plan
         self._constants = plan._slot_tensors()
-        kind = _C.Tape32 if plan.space.dtype == torch.float32 else _C.Tape64
-        self._native = kind(plan._native, list(inputs))
-        self.num_examples: int = self._native.num_examples
+        self._native = native
+        self.num_examples: int = native.num_examples
         self.relinearize(theta)
 
     def relinearize(self, theta: Tensor) -> None:
@@ -213,6 +265,11 @@ class Tape:
         """Memory the tape holds for products."""
         return int(self._native.cached_bytes)
 
+    @property
+    def chunk(self) -> int | None:
+        """Examples at a time, if a memory budget has it recompute the forward state; None if that is resident."""
+        return self._native.chunk if isinstance(self._native, ChunkedTape) else None
+
     def workspace_bytes(self, num_vectors: int) -> int:
         """Memory one product onto V vectors takes beyond operand and result."""
         return int(self._native.workspace_bytes(num_vectors))
@@ -231,6 +288,8 @@ class Tape:
         """How a product onto V vectors runs, in words."""
         by_example, tile, threads = self._native.tiling(num_vectors)
         name = "by example" if by_example else "by operator"
+        if self.chunk is not None:
+            name = f"recomputed in chunks of {self.chunk} examples, {name}"
         return f"{name}, tiles of {tile} examples, {threads} thread{'s' if threads > 1 else ''}"
 
     def jvp(self, V: Tensor) -> Tensor:
@@ -243,6 +302,10 @@ class Tape:
         return self._pull(self._native.vjp(G.contiguous()))
 
     def ggn(self, V: Tensor, hessian: OutputHessian) -> Tensor:
+        """``Σ_n J_nᵀ (w_n H_n) J_n v``: ``[V, P] -> [V, P]``. Cost: one tangent and one cotangent sweep for all V.
+
+        A Hessian that is not native takes ``V·N·C`` more memory, twice.
+        """
         if not hessian.native:
             return self.vjp(hessian.matmat(self.jvp(V)))
         return self._pull(self._native.ggn(self._push(V), hessian.shape, hessian.scale, hessian.state, hessian.weights))
@@ -275,3 +338,12 @@ class Tape:
                 f"{who}: expected finite outputs of {self.plan.graph.model_name}, got NaN or infinity for example {first} "
                 f"({int((~finite).sum())} of {self.num_examples}); check the inputs' scale and the parameters."
             )
+
+
+def _rows(X: Any, count: int, repeat: int = 1) -> Any:
+    """The first ``count`` examples of X, repeated."""
+    if isinstance(X, Tensor):
+        return torch.cat([X[:count]] * repeat)
+    if isinstance(X, Mapping):
+        return {key: _rows(x, count, repeat) for key, x in X.items()}
+    return tuple(_rows(x, count, repeat) for x in X)

@@ -21,8 +21,8 @@ from tests.cases.losses import LINEAR_ROWS, LossCase
 from tests.cases.losses import ROWS as CURVED_ROWS
 from tests.cases.solvers import SOLVERS, SolverCase
 
-
 LOSS_ROWS = CURVED_ROWS + LINEAR_ROWS
+
 
 def registered_rules() -> set[str]:
     """Names in the C++ registry."""

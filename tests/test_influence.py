@@ -108,9 +108,7 @@ def test_parameter_change_of_groups(id: str) -> None:
     singles = torch.stack([inf.parameter_change([i]) for i in range(network.N)])
     for group in ([0], [network.N - 1, 0][: network.N], list(range(network.N))):
         change = inf.parameter_change(group)
-        expected = reference.parameter_change(
-            network.model, network.loss_case.oracle(), network.data, group, DAMPING, network.factor
-        )
+        expected = reference.parameter_change(network.model, network.loss_case.oracle(), network.data, group, DAMPING, network.factor)
         assert_close(change, expected, factor=1e2, because=SOLVE)
         scale = float(singles[group].norm(dim=1).sum())
         assert_close(change, singles[group].sum(dim=0), scale=scale, factor=1e2, because=SOLVE)

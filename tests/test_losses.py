@@ -232,7 +232,9 @@ def test_other_reduction(row: LossCase) -> None:
     assert loss.reduction == other
     if row.loss in CALLABLES:
         return
-    assert_close(loss.factor(t) * loss.value(z, t).sum(), row.reduced(other)(z, t), scope="layer", scale=float(loss.value(z, t).abs().sum()))
+    assert_close(
+        loss.factor(t) * loss.value(z, t).sum(), row.reduced(other)(z, t), scope="layer", scale=float(loss.value(z, t).abs().sum())
+    )
     assert torch.equal(resolve(resolve(row.make()), other).value(z, t), loss.value(z, t))
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from torch.export.graph_signature import InputKind
 
 from influence_ext.capture.constants import SlotTable
+from influence_ext.capture.cost import operations
 from influence_ext.capture.export import Exported, contributing, output_nodes, parameter_dependence
 from influence_ext.capture.generic import Operator
 from influence_ext.capture.graph import Node, Problem
@@ -150,7 +151,8 @@ class Context:
                 floats=dict(floats or {}),
                 lists={key: list(items) for key, items in (lists or {}).items()},
                 width=value.width,
-                shape=value.shape,
+                layout=layout,
+                operations=0.0 if rule == "view" or suffix else operations(node, value.width),
                 module=module_of(node),
                 operator=operator,
             )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from influence_ext.capture.generic import Operator
+from influence_ext.capture.layout import Layout
 from influence_ext.capture.prologue import Prologue
 
 SlotKind = Literal["parameter", "buffer", "constant", "derived"]
@@ -92,7 +93,7 @@ class Slot:
 class Node:
     """One application of a rule: ``output = rule(inputs, slots)`` for every example on its own.
 
-    ``operator`` computes the nodes of rule ``"generic"``.
+    ``layout`` is the output's, ``operations`` its arithmetic for one example; ``operator`` computes the nodes of rule ``"generic"``.
     """
 
     rule: str
@@ -105,7 +106,8 @@ class Node:
     floats: dict[str, float]
     lists: dict[str, list[int]]
     width: int
-    shape: tuple[int, ...]
+    layout: Layout
+    operations: float
     module: str = ""
     operator: Operator | None = None
 
@@ -164,6 +166,12 @@ class CapturedGraph:
     def num_values(self) -> int:
         """Number of values, the sources included."""
         return self.num_sources + len(self.nodes)
+
+    @property
+    def generic_share(self) -> float:
+        """Part of the forward pass's arithmetic that runs in generic rules, between 0 and 1."""
+        total = sum(node.operations for node in self.nodes)
+        return sum(node.operations for node in self.nodes if node.rule == "generic") / total if total else 0.0
 
     @property
     def parameter_names(self) -> tuple[str, ...]:

@@ -34,7 +34,12 @@ class Prologue:
 
     @classmethod
     def of(
-        cls, program: ExportedProgram, names: Mapping[str, str], inputs: Sequence[fx.Node], wanted: Sequence[tuple[fx.Node, Layout]]
+        cls,
+        program: ExportedProgram,
+        names: Mapping[str, str],
+        inputs: Sequence[fx.Node],
+        wanted: Sequence[tuple[fx.Node, Layout]],
+        labels: Sequence[str],
     ) -> Prologue:
         """The nodes ``wanted`` of an exported program.
 
@@ -43,6 +48,7 @@ class Prologue:
             names: name of a parameter or buffer in the program -> its name in the model.
             inputs: the program's inputs, in the user's order.
             wanted: nodes and how the examples lie in them.
+            labels: their names for people.
         """
         run = subgraph(program, names, inputs, [node for node, _ in wanted])
         layouts = [layout for _, layout in wanted]
@@ -51,7 +57,7 @@ class Prologue:
             with torch.no_grad():
                 return [layout.gather(result) for layout, result in zip(layouts, run(tensors, state), strict=True)]
 
-        return cls(tuple(node.name for node, _ in wanted), tuple(layout.shape for layout in layouts), compute)
+        return cls(tuple(labels), tuple(layout.shape for layout in layouts), compute)
 
 
 def subgraph(

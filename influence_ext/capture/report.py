@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from influence_ext.capture.graph import CapturedGraph, Node
+from influence_ext.capture.layout import Layout
 from influence_ext.capture.lowering import ACTIVATION_KINDS
 
 _HEADER = ("node", "operator", "rule", "output", "reads", "note")
@@ -18,18 +19,34 @@ def format_table(graph: CapturedGraph, notes: Mapping[str, str] | None = None) -
         notes: node name -> a remark that takes the place of the rule's attributes in the last column.
 
     Returns:
-        Text of ``3 + number of nodes`` lines, without a newline at the end.
+        Text without a newline at the end: three lines of heading, a line a node, then what runs in torch and why.
     """
-    names = graph.input_names + tuple(node.name for node in graph.nodes)
+    names = graph.prologue.names + tuple(node.name for node in graph.nodes)
     rows = [_HEADER]
     for node in graph.nodes:
         note = (notes or {}).get(node.name) or _attributes(graph, node, names)
-        rows.append((node.name, node.target, node.rule, _shape_text(node.shape), _slots_text(graph, node), note))
+        rows.append((node.name, node.target, node.rule, _layout_text(node.layout), _slots_text(graph, node), note))
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     inputs = ", ".join(f"{n} {_shape_text(s)}" for n, s in zip(graph.input_names, graph.input_shapes, strict=True))
     title = f"{graph.model_name}: {inputs} -> {names[graph.output]} {_shape_text(graph.output_shape)}, {graph.dtype}"
-    return "\n".join([title, lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+    lines = [title, lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
+    if graph.fallback is not None:
+        lines.append(f"generic: the whole model, in torch, since {graph.fallback}")
+    elif generic := [node for node in graph.nodes if node.rule == "generic"]:
+        names_of = ", ".join(dict.fromkeys(node.target for node in generic))
+        lines.append(
+            f"generic: {len(generic)} nodes, {graph.generic_share:.1%} of the arithmetic, in torch for want of a native rule: {names_of}"
+        )
+    if computed := [name for name in graph.prologue.names if name not in graph.input_names]:
+        lines.append(f"computed once in torch, since no parameter enters: {', '.join(computed)}")
+    return "\n".join(lines)
+
+
+def _layout_text(layout: Layout) -> str:
+    sizes = [str(size) for size in layout.shape]
+    sizes[layout.axis] = "·".join([*([str(layout.pre)] * (layout.pre > 1)), "N", *([str(layout.post)] * (layout.post > 1))])
+    return f"[{', '.join(sizes)}]"
 
 
 def _shape_text(shape: tuple[int, ...]) -> str:
@@ -57,4 +74,6 @@ def _attributes(graph: CapturedGraph, node: Node, names: tuple[str, ...]) -> str
         }.get(kind, kind)
     if node.rule == "add":
         return f"{a:g} {names[node.inputs[0]]} + {b:g} {names[node.inputs[1]]}"
-    return f"a {a:g}, b {b:g}" if node.rule == "affine" else f"of {names[node.inputs[0]]}"
+    if node.rule == "affine":
+        return f"a {a:g}, b {b:g}"
+    return f"of {', '.join(names[i] for i in node.inputs)}" if node.inputs else ""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from influence_ext.capture.generic import ModelOperator
 from influence_ext.capture.graph import CapturedGraph, Node, Problem, Slot
+from influence_ext.capture.layout import Layout
 from influence_ext.capture.probe import mixes
 from influence_ext.capture.prologue import Prologue
 
@@ -24,12 +25,12 @@ def whole_model(
     Cost: a copy of the model; passes over three examples and over one.
     """
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    operator = ModelOperator(model, [tuple(x.shape[1:]) for x in inputs], [x.dtype for x in inputs], keys, list(state), _only_tensor)
+    operator = ModelOperator(model, [tuple(x.shape[1:]) for x in inputs], [x.dtype for x in inputs], keys, list(state), only_tensor)
     probe = copy.deepcopy(model).eval()
 
     def run(batch: tuple[Tensor, ...]) -> Tensor:
         with torch.no_grad():
-            return _only_tensor(probe(*batch) if keys is None else probe(**dict(zip(keys, batch, strict=True))))
+            return only_tensor(probe(*batch) if keys is None else probe(**dict(zip(keys, batch, strict=True))))
 
     output = run(tuple(x[:1] for x in inputs))
     problem = _problem(output, dtype)
@@ -50,7 +51,8 @@ def whole_model(
         floats={},
         lists={},
         width=math.prod(shape),
-        shape=(1, *shape),
+        layout=Layout((1, *shape), 0),
+        operations=float(math.prod(shape)),
         operator=operator,
     )
     shapes = tuple(tuple(x.shape[1:]) for x in inputs)
@@ -80,7 +82,7 @@ def _problem(output: Any, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _only_tensor(result: Any) -> Any:
+def only_tensor(result: Any) -> Any:
     """The one tensor among what a model returns."""
     leaves: Sequence[Any] = [leaf for leaf in torch.utils._pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
     return leaves[0] if len(leaves) == 1 else None

@@ -187,7 +187,9 @@ class CallableLoss(Loss):
 
     def _tensor(self, value: Any) -> Tensor:
         if not isinstance(value, Tensor):
-            raise UnsupportedLossError(f"{self.name}: expected a loss that returns a tensor, got {type(value).__name__}; do not call .item().")
+            raise UnsupportedLossError(
+                f"{self.name}: expected a loss that returns a tensor, got {type(value).__name__}; do not call .item()."
+            )
         return value
 
     def _scalars(self, values: Any, N: int) -> Tensor:

@@ -124,9 +124,7 @@ NATIVE: dict[str, Native] = {
     "l1_loss": Native(nn.L1Loss, F.l1_loss, _absolute_error, {}, ("absolute_error",)),
     "smooth_l1_loss": Native(nn.SmoothL1Loss, F.smooth_l1_loss, _smooth_l1, {"beta": 1.0}, ("huber",)),
     "huber_loss": Native(nn.HuberLoss, F.huber_loss, _huber, {"delta": 1.0}, ("huber",)),
-    "cross_entropy": Native(
-        nn.CrossEntropyLoss, F.cross_entropy, _cross_entropy, {**_CLASSES, "label_smoothing": 0.0}, ("cross_entropy",)
-    ),
+    "cross_entropy": Native(nn.CrossEntropyLoss, F.cross_entropy, _cross_entropy, {**_CLASSES, "label_smoothing": 0.0}, ("cross_entropy",)),
     "nll_loss": Native(nn.NLLLoss, F.nll_loss, _nll, _CLASSES, ()),
     "binary_cross_entropy_with_logits": Native(
         nn.BCEWithLogitsLoss,

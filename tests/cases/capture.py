@@ -56,7 +56,7 @@ def interpret(graph: CapturedGraph, model: nn.Module, inputs: list[Tensor]) -> T
     nodes = [vars(node) for node in graph.nodes if node.rule != "view"]
     aliases = [-1] * graph.num_values
     for node in graph.nodes:
-        assert node.width == math.prod(node.shape)
+        assert node.width == math.prod(node.layout.shape)
         if node.rule == "view":
             aliases[node.output] = node.inputs[0]
     plan = _C.Plan64(

@@ -137,7 +137,11 @@ def token_cross_entropy(z: Tensor, t: Tensor) -> Tensor:
 def branching(z: Tensor, t: Tensor) -> Tensor:
     """Control flow that reads a value, which vmap cannot do; averaged."""
     scale = 2.0 if float(t.sum()) > 0 else 1.0
-    return scale * (z - t).square().mean() if len(z) == 1 else torch.stack([branching(a[None], b[None]) for a, b in zip(z, t, strict=True)]).mean()
+    return (
+        scale * (z - t).square().mean()
+        if len(z) == 1
+        else torch.stack([branching(a[None], b[None]) for a, b in zip(z, t, strict=True)]).mean()
+    )
 
 
 MODULES: dict[str, Callable[..., nn.Module]] = {

@@ -88,7 +88,7 @@ def lower(
         input_names=input_names,
         input_shapes=tuple(tuple(int(d) for d in node.meta["val"].shape[1:]) for node in context.inputs),
         input_dtypes=tuple(node.meta["val"].dtype for node in context.inputs),
-        prologue=Prologue.of(exported.program, exported.names, context.inputs, wanted),
+        prologue=Prologue.of(exported.program, exported.names, context.inputs, wanted, [context.name_of(n) for n in context.sources]),
         nodes=tuple(context.nodes),
         slots=tuple(context.table.slots),
         output=output.id,

@@ -1,0 +1,171 @@
+"""A tape that does not fit its memory: one chunk of examples at a time, recomputed in every product.
+
+``ChunkedTape`` and ``ChunkedFactors`` have the methods of the extension's ``Tape`` and ``Factors``: nothing above knows the difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class ChunkedTape:
+    """The forward state of at most ``chunk`` examples, made anew for each chunk in each product.
+
+    Args:
+        make: inputs of some examples -> a tape of the extension, not yet linearised.
+        blocks: ``blocks(size)`` yields ``(first example, inputs)`` of consecutive chunks.
+        num_examples: N.
+        chunk: examples at a time.
+
+    Cost: a product costs one forward pass more than on a resident tape.
+    """
+
+    def __init__(
+        self, make: Callable[[Sequence[Tensor]], Any], blocks: Callable[[int], Iterator[tuple[int, Any]]], num_examples: int, chunk: int
+    ):
+        self._make, self._blocks = make, blocks
+        self.num_examples, self.chunk = num_examples, chunk
+        self._values: list[Tensor] = []
+        self._schedule = 0
+        self._outputs: Tensor | None = None
+        self._sample: Any = None
+
+    def linearize(self, theta: Sequence[Tensor]) -> None:
+        """Move to other parameters; one forward pass over the data, which keeps the outputs alone."""
+        self._values = [t.clone() for t in theta]
+        outputs: Tensor | None = None
+        for start, tape in self.tapes():
+            part = tape.outputs()
+            outputs = part.new_empty(self.num_examples, part.shape[1]) if outputs is None else outputs
+            outputs[start : start + len(part)] = part
+            self._sample = tape if start == 0 else self._sample
+        self._outputs = outputs
+        self._sizes = (int(self._sample.cached_bytes), {V: int(self._sample.workspace_bytes(V)) for V in (1, 8)})
+        self._tilings = {V: self._sample.tiling(V) for V in (1, 8)}
+        self._sample = None
+
+    def tapes(self) -> Iterator[tuple[int, Any]]:
+        """``(first example, linearised tape)`` of each chunk."""
+        for start, inputs in self._blocks(self.chunk):
+            tape = self._make(inputs)
+            tape.set_schedule(self._schedule)
+            tape.linearize(self._values)
+            yield start, tape
+
+    def outputs(self) -> Tensor:
+        """``[N, C]``."""
+        assert self._outputs is not None
+        return self._outputs.clone()
+
+    @property
+    def cached_bytes(self) -> int:
+        """Of one chunk."""
+        return self._sizes[0]
+
+    def workspace_bytes(self, V: int) -> int:
+        """Of one product on one chunk."""
+        return self._sizes[1].get(V) or self._sizes[1][1] * V
+
+    def tiling(self, V: int) -> tuple[bool, int, int]:
+        """Of one chunk."""
+        found: tuple[bool, int, int] = self._tilings.get(V) or self._tilings[1]
+        return found
+
+    def set_schedule(self, choice: int) -> None:
+        """For every chunk."""
+        self._schedule = choice
+
+    def jvp(self, v: Tensor) -> Tensor:
+        """``[V, P] -> [V, N, C]``."""
+        out: Tensor | None = None
+        for start, tape in self.tapes():
+            part = tape.jvp(v)
+            out = part.new_empty(part.shape[0], self.num_examples, part.shape[2]) if out is None else out
+            out[:, start : start + part.shape[1]] = part
+        assert out is not None
+        return out
+
+    def vjp(self, g: Tensor) -> Tensor:
+        """``[V, N, *out] -> [V, P]``."""
+        return self._sum(lambda tape, start, stop: tape.vjp(g[:, start:stop].contiguous()))
+
+    def ggn(self, v: Tensor, shape: int, scale: float, state: Tensor | None, weights: Tensor | None) -> Tensor:
+        """``[V, P] -> [V, P]``."""
+
+        def part(tape: Any, start: int, stop: int) -> Tensor:
+            rows = (None if t is None else t[start:stop].contiguous() for t in (state, weights))
+            product: Tensor = tape.ggn(v, shape, scale, *rows)
+            return product
+
+        return self._sum(part)
+
+    def factors(self, g: Tensor) -> ChunkedFactors:
+        """Per-example factors, chunk by chunk when they are asked for."""
+        return ChunkedFactors(self, g)
+
+    def _sum(self, part: Callable[[Any, int, int], Tensor]) -> Tensor:
+        total: Tensor | None = None
+        for start, tape in self.tapes():
+            found = part(tape, start, start + tape.num_examples)
+            total = found if total is None else total.add_(found)
+        assert total is not None
+        return total
+
+
+@dataclass(frozen=True, eq=False)
+class ChunkedFactors:
+    """Factors of a chunked tape for cotangents ``g [V, N, *out]``."""
+
+    tape: ChunkedTape
+    g: Tensor
+
+    def materialise(self, out: Tensor | None = None) -> Tensor:
+        """``[V, N, P]``."""
+        for start, stop, factors in self._parts():
+            part = factors.materialise(None)
+            if out is None:
+                out = part.new_empty(part.shape[0], self.tape.num_examples, part.shape[2])
+            out.view(part.shape[0], self.tape.num_examples, part.shape[2])[:, start:stop] = part
+        assert out is not None
+        return out
+
+    def square_norms(self) -> Tensor:
+        """``[V, N]``."""
+        return torch.cat([factors.square_norms() for _, _, factors in self._parts()], dim=1)
+
+    def square_sum(self) -> Tensor:
+        """``[P]``."""
+        total: Tensor | None = None
+        for _, _, factors in self._parts():
+            found = factors.square_sum()
+            total = found if total is None else total.add_(found)
+        assert total is not None
+        return total
+
+    def gram(self, other: Any) -> Tensor:
+        """``[V·N, V'·N']``, a pair of chunks at a time."""
+        V, N = self.g.shape[:2]
+        W, M = other.g.shape[:2] if isinstance(other, ChunkedFactors) else (None, None)
+        out: Tensor | None = None
+        for start, stop, mine in self._parts():
+            if not isinstance(other, ChunkedFactors):
+                block = mine.gram(other)
+                out = block.new_empty(V, N, block.shape[1]) if out is None else out
+                out[:, start:stop] = block.view(V, stop - start, -1)
+                continue
+            for first, last, theirs in other._parts():
+                block = mine.gram(theirs)
+                out = block.new_empty(V, N, W, M) if out is None else out
+                out[:, start:stop, :, first:last] = block.view(V, stop - start, W, last - first)
+        assert out is not None
+        return out.view(V * N, -1)
+
+    def _parts(self) -> Iterator[tuple[int, int, Any]]:
+        for start, tape in self.tape.tapes():
+            stop = start + tape.num_examples
+            yield start, stop, tape.factors(self.g[:, start:stop].contiguous())

@@ -1,0 +1,181 @@
+"""What the curvature operators of a training cost share: a network linearised at the model's parameters on a data set."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from influence_ext.data import Examples, load
+from influence_ext.errors import ArgumentError
+from influence_ext.losses import Loss, LossLike, resolve
+from influence_ext.operators.base import LinearOperator
+from influence_ext.params import ParameterSpace, Selection
+from influence_ext.plan import Plan, Schedule, Tape
+
+
+class LinearisedOperator(LinearOperator):
+    r"""A symmetric matrix ``A + damping·I`` made of a network's derivatives on N examples.
+
+    Subclasses compute what their products need of the loss in ``_prepare``, which is called for a tape, and multiply in ``_undamped``.
+
+    Args:
+        model: any network (see ``report()`` for what runs natively); used in evaluation mode, never modified. The operator keeps the values
+            the parameters have now.
+        loss: ``nn`` loss module, functional or its name, or a callable; see :func:`influence_ext.losses.resolve`.
+        data: one ``(X, y)`` or a re-iterable of such batches.
+        damping: λ ≥ 0.
+        params: names, patterns or tensors that select a sub-space; default: all parameters with ``requires_grad``.
+        memory_budget: bytes that the cached forward state and one product's workspace may take; what does not fit is recomputed chunk by
+            chunk in every product, and batches that do not fit are read again. None: no limit.
+        reduction: overrides the loss's own.
+        schedule: "auto", or "by_example" / "by_operator" to force how products run (see docs/design.md).
+
+    Raises:
+        UnsupportedModelError, UnsupportedLossError: see :meth:`Plan.of`, :func:`resolve`.
+        DataError, ShapeError, DTypeError, DeviceError: data or targets do not fit.
+        ArgumentError: negative damping, or a ``memory_budget`` that holds not even one example.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: LossLike | Loss,
+        data: Any,
+        damping: float = 0.0,
+        *,
+        params: Selection | None = None,
+        memory_budget: int | None = None,
+        reduction: str | None = None,
+        schedule: Schedule = "auto",
+    ):
+        who = type(self).__name__
+        self.loss = resolve(loss, reduction, who)
+        self.examples: Examples = load(data, who, memory_budget)
+        plan = Plan.of(model, self.examples.X, params, who)
+        self.damping = check_damping(damping, who)
+        self._tape: Tape = plan.linearize(self.examples, memory_budget=memory_budget)
+        self._tape.set_schedule(schedule)
+        self.loss.check(self._tape.outputs, self.examples.targets, who)
+        self._tape.check_outputs(who)
+        self._factor = self.loss.factor(self.examples.targets)
+        self.num_parameters = plan.space.num_parameters
+        self.dtype, self.device = plan.space.dtype, plan.space.device
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Compute what products need of the loss at the tape's outputs; ``self._factor`` is the c of ``J = c Σ ℓ_n``."""
+        raise NotImplementedError
+
+    def _undamped(self, V: Tensor) -> Tensor:
+        """``A v``: ``[V, P] -> [V, P]``, a new tensor."""
+        raise NotImplementedError
+
+    @property
+    def space(self) -> ParameterSpace:
+        """Layout of the flat vectors."""
+        return self._tape.plan.space
+
+    @property
+    def tape(self) -> Tape:
+        """The cached forward state, for per-example quantities at the same point."""
+        return self._tape
+
+    @property
+    def param_names(self) -> tuple[str, ...]:
+        """Names of the parameters in the order of the flat vector."""
+        return self.space.names
+
+    @property
+    def num_examples(self) -> int:
+        """N."""
+        return self.examples.num_examples
+
+    @property
+    def cached_bytes(self) -> int:
+        """Memory held for products."""
+        return self._tape.cached_bytes
+
+    def damped(self, damping: float) -> Self:
+        """The same matrix with another λ; the cached state is shared.
+
+        Raises:
+            ArgumentError: negative damping.
+        """
+        other = self._copy()
+        other.damping = check_damping(damping, type(self).__name__)
+        return other
+
+    def sample(self, generator: torch.Generator, batch_size: int) -> Self:
+        """``A_B + λI`` on ``batch_size`` examples drawn without replacement; its expectation is this operator.
+
+        Args:
+            generator: The only source of randomness.
+            batch_size: |B|, at most N.
+
+        Raises:
+            ArgumentError: ``batch_size`` is not in [1, N].
+
+        Cost: a forward pass over the batch.
+        """
+        who, N = type(self).__name__, self.num_examples
+        if not 1 <= batch_size <= N:
+            raise ArgumentError(f"{who}.sample: expected batch_size in [1, {N}], got {batch_size}; draw no more than there are examples.")
+        index = torch.randperm(N, generator=generator)[:batch_size]
+        batch = self._copy()
+        batch.examples = self.examples.subset(index)
+        batch._tape = self._tape.plan.linearize(batch.examples.X, self._tape.theta)
+        # c/|B| instead of c/N for a mean loss, N/|B| instead of 1 for a sum: the same factor N/|B| on c.
+        batch._factor = self._factor * N / batch_size
+        batch._prepare()
+        return batch
+
+    def _copy(self) -> Self:
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        return other
+
+    def _matmat(self, V: Tensor) -> Tensor:
+        product = self._undamped(V)
+        return product.add_(V, alpha=self.damping) if self.damping else product
+
+    def __matmul__(self, v: Any) -> Any:
+        """``[P] -> [P]``, ``[P, V] -> [P, V]``, or a list or dict of tensors shaped like the parameters -> the same."""
+        if isinstance(v, Tensor):
+            return super().__matmul__(v)
+        named = self.space.unflatten(self.matvec(self.space.flatten(v)))
+        if isinstance(v, dict):
+            return {name: named[self.space.aliases.get(name, name)] for name in map(str, v)}
+        return [named[name] for name in self.space.names]
+
+    def report(self) -> str:
+        """What runs how: the nodes and their rules, schedule, and memory."""
+        lines = [
+            self._tape.plan.report(),
+            "",
+            f"{self.num_examples} examples, {self.num_parameters} parameters, {self.loss.name} ({self.loss.reduction}), {self.dtype}",
+            f"cached state: {self.cached_bytes / 2**20:.1f} MiB",
+        ]
+        for V in (1, 8):
+            workspace = self._tape.workspace_bytes(V) / 2**20
+            lines.append(f"V = {V}: {self._tape.schedule(V)}, workspace {workspace:.1f} MiB")
+        return "\n".join(lines)
+
+    def _hint(self) -> str:
+        return f"; parameters: {self.space.describe()}"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(P={self.num_parameters}, N={self.num_examples}, loss={self.loss.name}, damping={self.damping:g})"
+
+
+def check_damping(damping: float, who: str) -> float:
+    """λ as a float.
+
+    Raises:
+        ArgumentError: it is negative, infinite or not a number.
+    """
+    damping = float(damping)
+    if not damping >= 0 or damping == float("inf"):
+        raise ArgumentError(f"{who}: expected damping >= 0 and finite, got {damping}; for instance damping=1e-3.")
+    return damping

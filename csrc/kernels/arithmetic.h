@@ -39,4 +39,8 @@ inline KernelStub<void(const Context&, int64_t V, int64_t rows, int64_t width, c
                        T number2, T* out, bool accumulate)>
     where_stub{"where"};
 
+// y = x for x > 0, else weight[j] x; derivative likewise; below = min(x, 0), may be absent. Arrays [rows, width], weight [width].
+template <class T>
+inline KernelStub<void(const Context&, int64_t rows, int64_t width, const T* weight, const T* x, T* y, T* derivative, T* below)> prelu_stub{"prelu"};
+
 }  // namespace infl

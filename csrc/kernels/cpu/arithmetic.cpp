@@ -147,12 +147,29 @@ void where(const Context& ctx, int64_t V, int64_t rows, int64_t width, const T* 
   }
 }
 
+template <class T>
+void prelu(const Context& ctx, int64_t rows, int64_t width, const T* weight, const T* x, T* y, T* derivative, T* below) {
+  const int threads = threads_for(ctx, rows * width);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t at = r * width;
+#pragma omp simd
+    for (int64_t j = 0; j < width; ++j) {
+      const T value = x[at + j], slope = value > T(0) ? T(1) : weight[j];
+      y[at + j] = slope * value;
+      derivative[at + j] = slope;
+      if (below) below[at + j] = value > T(0) ? T(0) : value;
+    }
+  }
+}
+
 INFL_REGISTER_CPU(affine_tangent_stub, affine_tangent)
 INFL_REGISTER_CPU(column_dot_stub, column_dot)
 INFL_REGISTER_CPU(product_tangent_stub, product_tangent)
 INFL_REGISTER_CPU(extremum_stub, extremum)
 INFL_REGISTER_CPU(blend_stub, blend)
 INFL_REGISTER_CPU(where_stub, where)
+INFL_REGISTER_CPU(prelu_stub, prelu)
 
 }  // namespace
 }  // namespace INFL_ISA

@@ -22,8 +22,9 @@ struct Node {
   std::map<std::string, std::vector<int64_t>> lists;  // shapes, strides, index maps: of one example
   int64_t width = 0;                                  // elements per example of the output
   std::vector<int64_t> input_widths;
-  std::vector<int64_t> slot_sizes;  // per entry of `slots`
+  std::vector<bool> needs_tangent;  // per input: does a differentiated parameter influence it?
   std::vector<bool> trainable;      // per entry of `slots`: is it differentiated?
+  std::vector<int64_t> slot_sizes;  // per entry of `slots`: its elements, 0 where absent
 
   int64_t attribute(const std::string& key) const {
     const auto it = ints.find(key);

@@ -7,9 +7,21 @@
 
 namespace infl {
 
-enum class Activation : int { relu = 0, tanh = 1, gelu = 2, gelu_tanh = 3, silu = 4, sigmoid = 5, elu = 6, softplus = 7, leaky_relu = 8 };
+// Every kind once, in the order of their numbers (capture/lowering/pointwise.py has the same list).
+#define INFL_FOR_EACH_ACTIVATION(F)                                                                                                             \
+  F(relu)                                                                                                                                       \
+  F(tanh) F(gelu) F(gelu_tanh) F(silu) F(sigmoid) F(elu) F(softplus) F(leaky_relu) F(hardswish) F(hardsigmoid) F(clamp) F(hardtanh) F(mish)     \
+      F(softshrink) F(hardshrink) F(threshold) F(log_sigmoid) F(celu) F(exp) F(exp2) F(expm1) F(log) F(log2) F(log10) F(log1p) F(sqrt) F(rsqrt) \
+          F(reciprocal) F(square) F(pow) F(abs) F(sign) F(floor) F(ceil) F(round) F(trunc) F(sin) F(cos) F(tan) F(asin) F(acos) F(atan) F(sinh) \
+              F(cosh) F(asinh) F(acosh) F(atanh) F(erf) F(erfc)
 
-inline constexpr int kNumActivations = 9;
+#define INFL_ENUMERATOR(kind) kind,
+enum class Activation : int { INFL_FOR_EACH_ACTIVATION(INFL_ENUMERATOR) };
+#undef INFL_ENUMERATOR
+
+#define INFL_COUNT(kind) +1
+inline constexpr int kNumActivations = 0 INFL_FOR_EACH_ACTIVATION(INFL_COUNT);
+#undef INFL_COUNT
 
 template <class T>
 struct ValueAndDerivative {
@@ -29,11 +41,12 @@ INFL_HD T log1p_exp(T x) {
   return (x > T(0) ? x : T(0)) + std::log1p(std::exp(x > T(0) ? -x : x));
 }
 
-// a, b: elu: alpha, scale; softplus: beta, threshold; leaky_relu: negative slope.
+// a, b: elu: alpha, scale; softplus: beta, threshold; leaky_relu: negative slope; clamp, hardtanh: lower and upper bound (they differ in their
+// derivative at the bounds); softshrink, hardshrink: half width; threshold: threshold, value below; celu: alpha; pow: exponent.
 template <Activation kind, class T>
 INFL_HD ValueAndDerivative<T> activation(T x, T a, T b) {
   if constexpr (kind == Activation::relu) {
-    return {x > T(0) ? x : T(0), x > T(0) ? T(1) : T(0)};
+    return {x <= T(0) ? T(0) : x, x > T(0) ? T(1) : T(0)};  // so that NaN stays
   } else if constexpr (kind == Activation::tanh) {
     const T y = std::tanh(x);
     return {y, T(1) - y * y};
@@ -57,9 +70,103 @@ INFL_HD ValueAndDerivative<T> activation(T x, T a, T b) {
   } else if constexpr (kind == Activation::softplus) {
     const T s = a * x;
     return {s > b ? x : log1p_exp(s) / a, s > b ? T(1) : sigmoid(s)};
-  } else {
-    static_assert(kind == Activation::leaky_relu);
+  } else if constexpr (kind == Activation::leaky_relu) {
     return {x > T(0) ? x : a * x, x > T(0) ? T(1) : a};
+  } else if constexpr (kind == Activation::hardswish) {
+    const T slope = x / T(3) + T(0.5);
+    return {x <= T(-3) ? T(0) : x >= T(3) ? x : x * (x + T(3)) / T(6), x <= T(-3) ? T(0) : x >= T(3) ? T(1) : slope};
+  } else if constexpr (kind == Activation::hardsigmoid) {
+    const T y = (x + T(3)) / T(6);
+    return {x <= T(-3) ? T(0) : x >= T(3) ? T(1) : y, x > T(-3) && x < T(3) ? T(1) / T(6) : T(0)};
+  } else if constexpr (kind == Activation::clamp) {
+    const T low = x < a ? a : x;  // the upper bound wins where they cross
+    return {low > b ? b : low, x >= a && x <= b ? T(1) : T(0)};
+  } else if constexpr (kind == Activation::hardtanh) {
+    const T low = x < a ? a : x;
+    return {low > b ? b : low, x <= a || x >= b ? T(0) : T(1)};
+  } else if constexpr (kind == Activation::mish) {
+    const T t = std::tanh(log1p_exp(x));
+    return {x * t, t + x * sigmoid(x) * (T(1) - t * t)};
+  } else if constexpr (kind == Activation::softshrink) {
+    return {x > a ? x - a : x < -a ? x + a : x * T(0), x >= -a && x <= a ? T(0) : T(1)};
+  } else if constexpr (kind == Activation::hardshrink) {
+    return {x >= -a && x <= a ? T(0) : x, x >= -a && x <= a ? T(0) : T(1)};
+  } else if constexpr (kind == Activation::threshold) {
+    return {x <= a ? b : x, x <= a ? T(0) : T(1)};
+  } else if constexpr (kind == Activation::log_sigmoid) {
+    return {-log1p_exp(-x), sigmoid(-x)};
+  } else if constexpr (kind == Activation::celu) {
+    return {x > T(0) ? x : a * std::expm1(x / a), x > T(0) ? T(1) : std::exp(x / a)};
+  } else if constexpr (kind == Activation::exp) {
+    const T y = std::exp(x);
+    return {y, y};
+  } else if constexpr (kind == Activation::exp2) {
+    const T y = std::exp2(x);
+    return {y, y * T(0.69314718055994530942)};
+  } else if constexpr (kind == Activation::expm1) {
+    return {std::expm1(x), std::exp(x)};
+  } else if constexpr (kind == Activation::log) {
+    return {std::log(x), T(1) / x};
+  } else if constexpr (kind == Activation::log2) {
+    return {std::log2(x), T(1.4426950408889634074) / x};
+  } else if constexpr (kind == Activation::log10) {
+    return {std::log10(x), T(0.43429448190325182765) / x};
+  } else if constexpr (kind == Activation::log1p) {
+    return {std::log1p(x), T(1) / (x + T(1))};
+  } else if constexpr (kind == Activation::sqrt) {
+    const T y = std::sqrt(x);
+    return {y, T(0.5) / y};
+  } else if constexpr (kind == Activation::rsqrt) {
+    const T y = T(1) / std::sqrt(x);
+    return {y, T(-0.5) * y * y * y};
+  } else if constexpr (kind == Activation::reciprocal) {
+    const T y = T(1) / x;
+    return {y, -y * y};
+  } else if constexpr (kind == Activation::square) {
+    return {x * x, T(2) * x};
+  } else if constexpr (kind == Activation::pow) {
+    // The derivative of x^0 is 0 at 0 too, where a x^(a−1) would be 0 · ∞.
+    return {std::pow(x, a), a == T(0) ? T(0) : a * std::pow(x, a - T(1))};
+  } else if constexpr (kind == Activation::abs) {
+    return {std::abs(x), x > T(0) ? T(1) : x < T(0) ? T(-1) : T(0)};
+  } else if constexpr (kind == Activation::sign) {
+    return {x > T(0) ? T(1) : x < T(0) ? T(-1) : x, T(0)};
+  } else if constexpr (kind == Activation::floor) {
+    return {std::floor(x), T(0)};
+  } else if constexpr (kind == Activation::ceil) {
+    return {std::ceil(x), T(0)};
+  } else if constexpr (kind == Activation::round) {
+    return {std::nearbyint(x), T(0)};  // halves to even
+  } else if constexpr (kind == Activation::trunc) {
+    return {std::trunc(x), T(0)};
+  } else if constexpr (kind == Activation::sin) {
+    return {std::sin(x), std::cos(x)};
+  } else if constexpr (kind == Activation::cos) {
+    return {std::cos(x), -std::sin(x)};
+  } else if constexpr (kind == Activation::tan) {
+    const T y = std::tan(x);
+    return {y, T(1) + y * y};
+  } else if constexpr (kind == Activation::asin) {
+    return {std::asin(x), T(1) / std::sqrt((T(1) - x) * (T(1) + x))};
+  } else if constexpr (kind == Activation::acos) {
+    return {std::acos(x), T(-1) / std::sqrt((T(1) - x) * (T(1) + x))};
+  } else if constexpr (kind == Activation::atan) {
+    return {std::atan(x), T(1) / (T(1) + x * x)};
+  } else if constexpr (kind == Activation::sinh) {
+    return {std::sinh(x), std::cosh(x)};
+  } else if constexpr (kind == Activation::cosh) {
+    return {std::cosh(x), std::sinh(x)};
+  } else if constexpr (kind == Activation::asinh) {
+    return {std::asinh(x), T(1) / std::sqrt(x * x + T(1))};
+  } else if constexpr (kind == Activation::acosh) {
+    return {std::acosh(x), T(1) / std::sqrt((x - T(1)) * (x + T(1)))};
+  } else if constexpr (kind == Activation::atanh) {
+    return {std::atanh(x), T(1) / ((T(1) - x) * (T(1) + x))};
+  } else if constexpr (kind == Activation::erf) {
+    return {std::erf(x), T(1.1283791670955125739) * std::exp(-x * x)};
+  } else {
+    static_assert(kind == Activation::erfc);
+    return {std::erfc(x), T(-1.1283791670955125739) * std::exp(-x * x)};
   }
 }
 

@@ -2,6 +2,7 @@
 //
 //   outer   G[v, n] = Σ_t row[v, n, t] col[v, n, t]ᵀ,   a [rows, cols] matrix, row-major in the parameter
 //   dense   G[v, n] = Σ_t row[v, n, t],                 a vector of `rows` (biases); cols = 1, col absent
+//   scatter G[v, n] = Σ_t e(index[n, t]) col[v, n, t]ᵀ, a [rows, cols] matrix of which few rows are not zero (embeddings); row absent
 //
 // `row` or `col` carries the V axis (the cotangent side), the other is shared by all right-hand sides (the activation side).
 #pragma once
@@ -19,12 +20,15 @@ struct Factor {
   int slot = -1;
   int64_t positions = 1;  // t runs over these
   int64_t rows = 0, cols = 1;
-  const T* row = nullptr;  // [V or 1, N, positions, rows]
-  const T* col = nullptr;  // [V or 1, N, positions, cols], null for dense
+  const T* row = nullptr;    // [V or 1, N, positions, rows]
+  const T* col = nullptr;    // [V or 1, N, positions, cols], null for dense
+  const T* index = nullptr;  // scatter: [N, positions], whole numbers below rows
+  int64_t skip = -1;         // the index that adds nothing
   bool row_has_v = true;
   bool col_has_v = false;
 
   bool is_dense() const { return col == nullptr; }
+  bool is_scatter() const { return index != nullptr; }
 };
 
 // Where rules put their factors, and get memory for those that are not lying about already.

@@ -4,8 +4,11 @@
 #include <cstring>
 
 #include "kernels/elementwise.h"
+#include "kernels/embedding.h"
 #include "kernels/gemm.h"
+#include "kernels/movement.h"
 #include "kernels/per_example.h"
+#include "per_example/row_scatter.h"
 
 namespace infl {
 
@@ -43,6 +46,13 @@ template <class T>
 void FactorSet<T>::form(const Context& ctx, const Group& group, int64_t v, int64_t n0, int64_t n, T* out, int64_t stride) const {
   bool accumulate = false;
   for (const Factor<T>& f : group) {
+    if (f.is_scatter()) {
+      if (!accumulate) copy_rows_stub<T>(ctx, n, f.rows * f.cols, nullptr, 0, out, stride, false);
+      row_scatter_stub<T>(ctx, n, f.positions, f.cols, f.index + n0 * f.positions, f.positions, f.skip, f.col + (v * N_ + n0) * f.positions * f.cols,
+                          out, stride);
+      accumulate = true;
+      continue;
+    }
     const T* row = f.row + ((f.row_has_v ? v * N_ : 0) + n0) * f.positions * f.rows;
     const T* col = f.is_dense() ? nullptr : f.col + ((f.col_has_v ? v * N_ : 0) + n0) * f.positions * f.cols;
     outer_product_stub<T>(ctx, n, f.positions, f.rows, f.cols, row, col, out, stride, accumulate);
@@ -89,6 +99,10 @@ void FactorSet<T>::square_norms(const Context& ctx, T* out) const {
       }
       continue;
     }
+    if (is_scatter(group)) {
+      RowScatter<T>(ctx, V_, N_, group[0]).add_square_norms(ctx, out);
+      continue;
+    }
     const int64_t size = slots_[slot].size;
     const int64_t block = std::clamp<int64_t>(kBlockBytes / (size * static_cast<int64_t>(sizeof(T))), 1, N_);
     Buffer<T> formed(block * size);
@@ -109,6 +123,10 @@ void FactorSet<T>::square_sum(const Context& ctx, T* out) const {
     const int64_t size = slots_[slot].size;
     T* to = out + slots_[slot].offset;
     const Factor<T>& f = group[0];
+    if (is_scatter(group)) {
+      RowScatter<T>(ctx, V_, N_, f).add_square_sum(ctx, to);
+      continue;
+    }
     if (is_simple(group) && f.is_dense()) {
       square_accumulate_stub<T>(ctx, V_ * N_, f.rows, f.row, to, true);
       continue;
@@ -183,6 +201,10 @@ void FactorSet<T>::add_gram(const Context& ctx, const Group& mine, const FactorS
         }
       }
     }
+    return;
+  }
+  if (is_scatter(mine) && is_scatter(theirs)) {
+    RowScatter<T>(ctx, V_, N_, mine[0]).add_gram(ctx, RowScatter<T>(ctx, other.V_, other.N_, theirs[0]), out);
     return;
   }
   // Blocks of formed gradients against each other.

@@ -1,8 +1,8 @@
 // What is computed from the factors of per-example gradients. Each quantity is written once, for every rule.
 //
 // Factors are grouped by parameter first: a parameter used more than once owns several, and its gradient is their sum, cross terms included.
-// A parameter with one factor at one position (a linear layer on vectors) takes the short way, without forming its gradients; any other is
-// formed for a block of examples at a time.
+// A parameter with one factor at one position (a linear layer on vectors) takes the short way, without forming its gradients; so does a table
+// whose rows are picked by index (row_scatter.h); any other is formed for a block of examples at a time.
 #pragma once
 
 #include <cstdint>
@@ -33,7 +33,8 @@ class FactorSet {
 
  private:
   using Group = std::vector<Factor<T>>;
-  static bool is_simple(const Group& group) { return group.size() == 1 && group[0].positions == 1; }
+  static bool is_simple(const Group& group) { return group.size() == 1 && group[0].positions == 1 && !group[0].is_scatter(); }
+  static bool is_scatter(const Group& group) { return group.size() == 1 && group[0].is_scatter(); }
   // Gradients of examples [n0, n0 + n) for right-hand side v, with respect to one parameter: out [n, size], examples `stride` apart.
   void form(const Context& ctx, const Group& group, int64_t v, int64_t n0, int64_t n, T* out, int64_t stride) const;
   void add_gram(const Context& ctx, const Group& mine, const FactorSet& other, const Group& theirs, int64_t size, T* out) const;

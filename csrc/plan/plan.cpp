@@ -55,6 +55,7 @@ Plan<T>::Plan(std::vector<Node> nodes, std::vector<Slot> slots, std::vector<int6
     canonical_[value] = root;
   }
   widths_.assign(num_values, 0);
+  needs_tangent_.assign(num_values, false);
   producer_.assign(num_values, -1);
   for (size_t i = 0; i < input_widths_.size(); ++i) widths_[i] = input_widths_[i];
   std::string unknown;
@@ -65,9 +66,17 @@ Plan<T>::Plan(std::vector<Node> nodes, std::vector<Slot> slots, std::vector<int6
       unknown += (unknown.empty() ? "" : ", ") + node.name + " (" + node.rule + ")";
       continue;
     }
-    for (int input : node.inputs) node.input_widths.push_back(widths_[canonical_[input]]);
-    for (int slot : node.slots) node.slot_sizes.push_back(slot >= 0 ? slots_[slot].size : 0);
-    for (int slot : node.slots) node.trainable.push_back(slot >= 0 && slots_[slot].offset >= 0);
+    // What a rule's storage may depend on.
+    for (int input : node.inputs) {
+      node.input_widths.push_back(widths_[canonical_[input]]);
+      node.needs_tangent.push_back(needs_tangent_[canonical_[input]]);
+    }
+    for (int slot : node.slots) {
+      node.trainable.push_back(slot >= 0 && slots_[slot].offset >= 0);
+      node.slot_sizes.push_back(slot >= 0 ? slots_[slot].size : 0);
+    }
+    const auto any = [](const std::vector<bool>& flags) { return std::find(flags.begin(), flags.end(), true) != flags.end(); };
+    needs_tangent_[node.output] = any(node.trainable) || any(node.needs_tangent);
     widths_[node.output] = node.width;
     producer_[node.output] = static_cast<int>(i);
     rules_.push_back(rule);
@@ -101,16 +110,12 @@ int64_t Plan<T>::widest_activation() const {
 template <class T>
 void Plan<T>::analyse() {
   kept_.assign(widths_.size(), false);
-  needs_tangent_.assign(widths_.size(), false);
   for (size_t i = 0; i < nodes_.size(); ++i) {
     const Node& node = nodes_[i];
-    bool needs = std::find(node.trainable.begin(), node.trainable.end(), true) != node.trainable.end();
     for (size_t k = 0; k < node.inputs.size(); ++k) {
       const int value = canonical_[node.inputs[k]];
-      needs = needs || needs_tangent_[value];
       if (storages_[i].keeps_input[k] && producer_[value] >= 0) kept_[value] = true;
     }
-    needs_tangent_[node.output] = needs;
   }
   if (producer_[output()] >= 0) kept_[output()] = true;
 }

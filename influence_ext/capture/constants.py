@@ -16,6 +16,11 @@ from influence_ext.capture.graph import Expression, Slot, SlotKind
 ORDER_KEEPING = frozenset(
     f"aten.{name}.default" for name in ("_reshape_alias", "_unsafe_view", "alias", "clone", "squeeze", "unsqueeze", "view", "reshape")
 ) | {"aten.squeeze.dim", "aten.squeeze.dims"}
+# Operators whose output is the input's memory under other strides.
+STRIDED = ORDER_KEEPING - {"aten.clone.default"} | frozenset(
+    f"aten.{name}"
+    for name in ("permute.default", "transpose.int", "t.default", "expand.default", "slice.Tensor", "select.int", "narrow.default")
+)
 SWAPS = frozenset(("aten.transpose.int", "aten.swapaxes.default", "aten.swapdims.default"))
 _KINDS: dict[InputKind, SlotKind] = {
     InputKind.PARAMETER: "parameter",
@@ -90,6 +95,35 @@ class SlotTable:
         with torch.no_grad():
             constant = expression.evaluate({}).detach().contiguous()
         return self._add(key, Slot(tensor.name, final, "constant", value=constant))
+
+    def strided(self, tensor: fx.Node, steps: Sequence[Step] = ()) -> tuple[int, int, tuple[int, ...]] | None:
+        """A batch-free tensor after ``steps`` as elements of a slot: ``(slot, offset, strides)``, one stride an axis of the tensor.
+
+        A slice, a permutation or an expansion of a parameter is read from the parameter itself. None as for ``slot``.
+        """
+        chain: list[fx.Node] = []
+        node = tensor
+        while node.op == "call_function" and str(node.target) in STRIDED and node.all_input_nodes == [node.args[0]]:
+            chain.append(node)
+            node = node.args[0]  # type: ignore[assignment]
+        if not steps and self._kind(node) is not None and tensor.meta["val"].dtype == self._dtype:
+            root = view = torch.empty(tuple(int(s) for s in node.meta["val"].shape), device="meta")
+            for link in reversed(chain):
+                view = link.target(view, *link.args[1:], **link.kwargs)  # type: ignore[operator]
+            if view is root or view._base is root:
+                return self._plain(node), int(view.storage_offset()), view.stride()
+        slot = self.slot(tensor, None, steps)
+        shape = tuple(int(s) for s in tensor.meta["val"].shape)
+        return None if slot is None else (slot, 0, torch.empty(shape, device="meta").stride())
+
+    def literal(self, tensor: fx.Node) -> Tensor | None:
+        """The value of a tensor that reads neither parameters nor buffers, so that it is part of the graph; None for any other."""
+        expression = self._expression(tensor)
+        if expression is None or expression.names():
+            return None
+        with torch.no_grad():
+            value: Tensor = expression.evaluate({})
+            return value
 
     def is_plain(self, constant: fx.Node) -> bool:
         """Whether a tensor is a parameter, a buffer or a lifted tensor, up to a reshape."""

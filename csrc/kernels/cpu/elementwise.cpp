@@ -40,26 +40,11 @@ void activation_loop(const Context& ctx, T a, T b, int64_t size, const T* x, T* 
 
 template <class T>
 void activation(const Context& ctx, Activation kind, T a, T b, int64_t size, const T* x, T* y, T* derivative) {
-  switch (kind) {
-    case Activation::relu:
-      return activation_loop<Activation::relu>(ctx, a, b, size, x, y, derivative);
-    case Activation::tanh:
-      return activation_loop<Activation::tanh>(ctx, a, b, size, x, y, derivative);
-    case Activation::gelu:
-      return activation_loop<Activation::gelu>(ctx, a, b, size, x, y, derivative);
-    case Activation::gelu_tanh:
-      return activation_loop<Activation::gelu_tanh>(ctx, a, b, size, x, y, derivative);
-    case Activation::silu:
-      return activation_loop<Activation::silu>(ctx, a, b, size, x, y, derivative);
-    case Activation::sigmoid:
-      return activation_loop<Activation::sigmoid>(ctx, a, b, size, x, y, derivative);
-    case Activation::elu:
-      return activation_loop<Activation::elu>(ctx, a, b, size, x, y, derivative);
-    case Activation::softplus:
-      return activation_loop<Activation::softplus>(ctx, a, b, size, x, y, derivative);
-    case Activation::leaky_relu:
-      return activation_loop<Activation::leaky_relu>(ctx, a, b, size, x, y, derivative);
-  }
+#define INFL_CASE(name)  \
+  case Activation::name: \
+    return activation_loop<Activation::name>(ctx, a, b, size, x, y, derivative);
+  switch (kind) { INFL_FOR_EACH_ACTIVATION(INFL_CASE) }
+#undef INFL_CASE
   throw std::invalid_argument("activation: unknown kind " + std::to_string(static_cast<int>(kind)) + ".");
 }
 

@@ -12,20 +12,29 @@ from torch import fx
 
 from influence_ext.capture.constants import Step
 from influence_ext.capture.context import Context, Value
+from influence_ext.capture.layout import Layout
 from influence_ext.capture.lowering.linear import bias_of
+from influence_ext.capture.lowering.movement import emit_broadcast, emit_strided, expanded, row_major, slot_strides
 from influence_ext.capture.lowering.table import Lowering, argument, named
 
+# In the order of their numbers (csrc/math/activations.h has the same list).
 ACTIVATION_KINDS = {
-    "relu": 0,
-    "tanh": 1,
-    "gelu": 2,
-    "gelu_tanh": 3,
-    "silu": 4,
-    "sigmoid": 5,
-    "elu": 6,
-    "softplus": 7,
-    "leaky_relu": 8,
+    kind: number
+    for number, kind in enumerate(
+        (
+            "relu tanh gelu gelu_tanh silu sigmoid elu softplus leaky_relu hardswish hardsigmoid clamp hardtanh mish softshrink hardshrink "
+            "threshold log_sigmoid celu exp exp2 expm1 log log2 log10 log1p sqrt rsqrt reciprocal square pow abs sign floor ceil round trunc "
+            "sin cos tan asin acos atan sinh cosh asinh acosh atanh erf erfc"
+        ).split()
+    )
 }
+
+
+# Functions of one argument under their own names.
+_PLAIN = (
+    "hardswish hardsigmoid mish exp exp2 expm1 log log2 log10 log1p sqrt rsqrt reciprocal square abs floor ceil trunc sin cos tan asin acos atan "
+    "sinh cosh asinh acosh atanh erf erfc"
+).split()
 
 
 def _activation(kind: str, *defaults: tuple[str, float]) -> Lowering:
@@ -41,12 +50,17 @@ def _activation(kind: str, *defaults: tuple[str, float]) -> Lowering:
 
 
 def _emit_activation(context: Context, node: fx.Node, kind: str, numbers: Sequence[float | None]) -> Value | None:
-    given = [number for number in numbers if number is not None]
-    if len(given) < len(numbers) or not context.is_batched(node.args[0]):
+    if None in numbers or not context.is_batched(node.args[0]):
         return None
-    a, b = [*given, 0.0, 0.0][:2]
-    ints = {"kind": ACTIVATION_KINDS[kind]}
-    return context.emit(node, "activation", [context.value(node.args[0])], ints=ints, floats={"a": a, "b": b})
+    return _activated(context, node, context.value(node.args[0]), kind, [float(number) for number in numbers if number is not None])
+
+
+def _activated(
+    context: Context, node: fx.Node, value: Value, kind: str, numbers: Sequence[float] = (), suffix: str = "", layout: Layout | None = None
+) -> Value | None:
+    a, b = [*numbers, 0.0, 0.0][:2]
+    floats = {"a": a, "b": b}
+    return context.emit(node, "activation", [value], ints={"kind": ACTIVATION_KINDS[kind]}, floats=floats, suffix=suffix, layout=layout)
 
 
 def _gelu(context: Context, node: fx.Node) -> Value | None:
@@ -59,12 +73,6 @@ def _elu(context: Context, node: fx.Node) -> Value | None:
     names = ("alpha", "scale", "input_scale")
     numbers = [context.number(node, argument(node, i, name, 1.0)) for i, name in enumerate(names, start=1)]
     return _emit_activation(context, node, "elu", numbers[:2]) if numbers[2] == 1.0 else None
-
-
-def _celu(context: Context, node: fx.Node) -> Value | None:
-    """``celu(x, alpha)`` is ELU for alpha = 1; other values scale the input."""
-    alpha = context.number(node, argument(node, 1, "alpha", 1.0))
-    return _emit_activation(context, node, "elu", [alpha, 1.0]) if alpha == 1.0 else None
 
 
 def _selu(context: Context, node: fx.Node) -> Value | None:
@@ -99,33 +107,121 @@ def _alpha(node: fx.Node) -> float:
     return float(argument(node, 2, "alpha", 1))
 
 
+def _clamp(context: Context, node: fx.Node) -> Value | None:
+    """``clamp(x, min, max)``, either absent; also with bounds that are tensors of one number each."""
+    return _clamped(context, node, argument(node, 1, "min", None), argument(node, 2, "max", None))
+
+
+def _clamp_min(context: Context, node: fx.Node) -> Value | None:
+    return _clamped(context, node, argument(node, 1, "min", None), None)
+
+
+def _clamp_max(context: Context, node: fx.Node) -> Value | None:
+    return _clamped(context, node, None, argument(node, 1, "max", None))
+
+
+def _clamped(context: Context, node: fx.Node, low: Any, high: Any) -> Value | None:
+    bounds = [-math.inf if low is None else context.number(node, low), math.inf if high is None else context.number(node, high)]
+    return _emit_activation(context, node, "clamp", bounds)
+
+
+def _round(context: Context, node: fx.Node) -> Value | None:
+    return _emit_activation(context, node, "round", []) if argument(node, 1, "decimals", 0) == 0 else None
+
+
+def _pow(context: Context, node: fx.Node) -> Value | None:
+    """``x ** a`` with a number a."""
+    exponent = context.number(node, node.args[1])
+    kinds = {2.0: "square", 0.5: "sqrt", -1.0: "reciprocal", -0.5: "rsqrt"}
+    if exponent in kinds:
+        return _emit_activation(context, node, kinds[exponent], [])
+    return _emit_activation(context, node, "pow", [exponent])
+
+
+def _glu(context: Context, node: fx.Node) -> Value | None:
+    """``glu(x, dim)``: the first half times the sigmoid of the second."""
+    source: Any = node.args[0]
+    layout = context.layout(node)
+    if layout is None or not context.is_batched(source):
+        return None
+    value = context.value(source)
+    axis = context.dim(value, int(argument(node, 1, "dim", -1)))
+    if axis is None:
+        return None
+    strides = row_major(value.shape)
+    first = emit_strided(context, node, value, 0, strides, "_value", layout)
+    second = emit_strided(context, node, value, layout.shape[axis] * strides[axis], strides, "_gate", layout)
+    if first is None or second is None:
+        return None
+    gate = _activated(context, node, second, "sigmoid", suffix="_sigmoid", layout=layout)
+    return None if gate is None else context.emit(node, "multiply", [first, gate])
+
+
+def _prelu(context: Context, node: fx.Node) -> Value | None:
+    """``prelu(x, weight)``, one weight or one for each entry of axis 1."""
+    source: Any = node.args[0]
+    weight: Any = node.args[1]
+    if not context.is_batched(source) or not context.is_batch_free(weight):
+        return None
+    value, channels = context.value(source), math.prod(weight.meta["val"].shape)
+    if channels != 1 and (value.axis != 0 or value.layout.fold != 1 or len(value.shape) < 2 or value.shape[1] != channels):
+        return None
+    slot = context.slot(weight)
+    return None if slot is None else context.emit(node, "prelu", [value], (slot,), {"channels": channels})
+
+
 def _sum(context: Context, node: fx.Node, left: Any, right: Any, a: float, b: float) -> Value | None:
     """``a left + b right``, either of them batched, the other batched, batch-free or a number."""
     if not context.is_batched(left):
         left, right, a, b = right, left, b, a
-    value = context.value(left)
-    if context.layout(node) != value.layout:
+    layout = context.layout(node)
+    if layout is None:
         return None
     if context.is_batched(right):
-        if context.layout(right) != value.layout:
-            return None
-        return context.emit(node, "add", [value, context.value(right)], floats={"a": a, "b": b})
+        pair = _pair(context, node, left, right)
+        return None if pair is None else context.emit(node, "add", pair, floats={"a": a, "b": b})
     if context.is_batch_free(right):
         if a == b == 1.0 and (fused := _fuse_bias(context, node, left, right)) is not None:
             return fused
-        shift = _constant(context, right, value, [] if b == 1.0 else [(torch.mul, (b,))])
-        return None if shift is None else context.emit(node, "affine", [value], (-1, shift), floats={"a": a, "b": 0.0})
+        return _affine(context, node, left, "shift", right, a, [] if b == 1.0 else [(torch.mul, (b,))])
     number = context.number(node, right)
-    return None if number is None else context.emit(node, "affine", [value], (-1, -1), floats={"a": a, "b": b * number})
-
-
-def _constant(context: Context, tensor: fx.Node, value: Value, steps: Sequence[Step]) -> int | None:
-    """The slot of a constant that meets ``value`` elementwise; None where it depends on parameters or varies along the batch axis."""
-    size = tuple(tensor.meta["val"].shape)
-    aligned = (1,) * (len(value.shape) - len(size)) + size
-    if context.depends[tensor] or len(aligned) > len(value.shape) or aligned[value.axis] != 1:
+    if number is None or not context.is_batched(left):
         return None
-    return context.table.slot(tensor, value.shape, steps)
+    return context.emit(node, "affine", [context.value(left)], (-1, -1), floats={"a": a, "b": b * number})
+
+
+def _pair(context: Context, node: fx.Node, *tensors: Any) -> list[Value] | None:
+    """Operands as values of the output's shape, repeated where they broadcast; None where the examples lie on different axes."""
+    layout = context.layout(node)
+    if layout is None:
+        return None
+    values: list[Value] = []
+    for position, tensor in enumerate(tensors):
+        if tensor.meta["val"].dtype != context.dtype and context.depends[tensor]:
+            return None
+        if context.is_batched(tensor):
+            value = expanded(context, node, context.value(tensor), layout, f"_operand_{position}")
+        else:
+            value = emit_broadcast(context, node, tensor, layout, f"_operand_{position}")
+        if value is None:
+            return None
+        values.append(value)
+    return values
+
+
+def _affine(context: Context, node: fx.Node, x: Any, role: str, tensor: fx.Node, a: float, steps: Sequence[Step]) -> Value | None:
+    """``a x ∘ tensor`` (role "scale") or ``a x + tensor`` (role "shift"), the tensor batch-free, after ``steps``."""
+    layout = context.layout(node)
+    value = None if layout is None else expanded(context, node, context.value(x), layout, "_operand")
+    if layout is None or value is None:
+        return None
+    found = slot_strides(context, tensor, layout, steps)
+    if found is None:
+        return None
+    slot, offset, strides = found
+    lists = {f"{role}_shape": layout.shape, f"{role}_strides": strides}
+    slots = (slot, -1) if role == "scale" else (-1, slot)
+    return context.emit(node, "affine", [value], slots, ints={f"{role}_offset": offset}, floats={"a": a, "b": 0.0}, lists=lists)
 
 
 def _fuse_bias(context: Context, node: fx.Node, left: fx.Node, right: fx.Node) -> Value | None:
@@ -155,8 +251,35 @@ def _mul(context: Context, node: fx.Node) -> Value | None:
 
 
 def _div(context: Context, node: fx.Node) -> Value | None:
-    left, right = node.args
-    return _product(context, node, left, right, reciprocal=True) if context.is_batched(left) else None
+    """``x / y``: a product with the reciprocal."""
+    left, right = node.args[:2]
+    if node.kwargs.get("rounding_mode") is not None or len(node.args) > 2:
+        return None
+    if context.is_batched(right):
+        divisor = context.value(right)
+        inverse = _activated(context, node, divisor, "reciprocal", suffix="_reciprocal", layout=divisor.layout)
+        return None if inverse is None else _product_with(context, node, left, inverse)
+    return _product(context, node, left, right, reciprocal=True)
+
+
+def _product_with(context: Context, node: fx.Node, left: Any, factor: Value) -> Value | None:
+    """``left * factor`` for a value that is no node of the graph."""
+    layout = context.layout(node)
+    whole = None if layout is None else expanded(context, node, factor, layout, "_operand")
+    if layout is None or whole is None:
+        return None
+    if context.is_batched(left):
+        value = expanded(context, node, context.value(left), layout, "_operand_0")
+        return None if value is None else context.emit(node, "multiply", [value, whole])
+    if context.is_batch_free(left):
+        found = slot_strides(context, left, layout)
+        if found is None:
+            return None
+        slot, offset, strides = found
+        lists = {"scale_shape": layout.shape, "scale_strides": strides}
+        return context.emit(node, "affine", [whole], (slot, -1), ints={"scale_offset": offset}, floats={"a": 1.0, "b": 0.0}, lists=lists)
+    number = context.number(node, left)
+    return None if number is None else context.emit(node, "affine", [whole], (-1, -1), floats={"a": number, "b": 0.0})
 
 
 def _neg(context: Context, node: fx.Node) -> Value | None:
@@ -164,17 +287,72 @@ def _neg(context: Context, node: fx.Node) -> Value | None:
 
 
 def _product(context: Context, node: fx.Node, x: Any, factor: Any, *, reciprocal: bool = False) -> Value | None:
-    """``x * factor`` or ``x / factor``."""
-    value = context.value(x)
-    if context.is_batched(factor) or context.layout(node) != value.layout:
-        return None
+    """``x * factor`` or, if the factor is no activation, ``x / factor``."""
+    if context.is_batched(factor):
+        pair = _pair(context, node, x, factor)
+        return None if pair is None else context.emit(node, "multiply", pair)
     if context.is_batch_free(factor):
-        scale = _constant(context, factor, value, [(torch.reciprocal, ())] if reciprocal else [])
-        return None if scale is None else context.emit(node, "affine", [value], (scale, -1), floats={"a": 1.0, "b": 0.0})
+        return _affine(context, node, x, "scale", factor, 1.0, [(torch.reciprocal, ())] if reciprocal else [])
     number = context.number(node, factor)
     if number is None or (reciprocal and number == 0.0):
         return None
+    value = context.value(x)
     return context.emit(node, "affine", [value], (-1, -1), floats={"a": 1.0 / number if reciprocal else number, "b": 0.0})
+
+
+def _maximum(context: Context, node: fx.Node) -> Value | None:
+    pair = _pair(context, node, *node.args[:2])
+    return None if pair is None else context.emit(node, "extremum", pair, ints={"minimum": 0})
+
+
+def _minimum(context: Context, node: fx.Node) -> Value | None:
+    pair = _pair(context, node, *node.args[:2])
+    return None if pair is None else context.emit(node, "extremum", pair, ints={"minimum": 1})
+
+
+def _where(context: Context, node: fx.Node) -> Value | None:
+    """``where(mask, first, second)``."""
+    return _choice(context, node, node.args[0], node.args[1], node.args[2])
+
+
+def _masked_fill(context: Context, node: fx.Node) -> Value | None:
+    """``masked_fill(x, mask, number)``."""
+    return _choice(context, node, node.args[1], node.args[2], node.args[0])
+
+
+def _choice(context: Context, node: fx.Node, mask: Any, first: Any, second: Any) -> Value | None:
+    layout = context.layout(node)
+    if layout is None or context.depends[mask]:
+        return None
+    values: list[Value] = []
+    slots: tuple[int, ...] = ()
+    if context.is_batched(mask):
+        value = expanded(context, node, context.value(mask), layout, "_mask")
+        if value is None:
+            return None
+        values.append(value)
+    else:
+        slot = context.slot(mask, layout.shape) if mask.meta["val"].dim() <= len(layout.shape) else None
+        if slot is None:
+            return None
+        slots = (slot,)
+    numbers = [_constant_number(context, node, branch) for branch in (first, second)]
+    for number, branch in zip(numbers, (first, second), strict=True):
+        if number is None:
+            pair = _pair(context, node, branch) if isinstance(branch, fx.Node) else None
+            if pair is None:
+                return None
+            values += pair
+    ints = {"has_mask": int(not slots), "has_first": int(numbers[0] is None), "has_second": int(numbers[1] is None)}
+    return context.emit(node, "where", values, slots, ints=ints, floats={"a": numbers[0] or 0.0, "b": numbers[1] or 0.0})
+
+
+def _constant_number(context: Context, node: fx.Node, branch: Any) -> float | None:
+    """A branch that is one number, also as a tensor without axes that is part of the graph."""
+    if context.is_batch_free(branch) and branch.meta["val"].dim() == 0 and not context.depends[branch]:
+        literal = context.table.literal(branch)
+        return None if literal is None else float(literal)
+    return context.number(node, branch)
 
 
 LOWERINGS: dict[str, Lowering] = {
@@ -186,9 +364,27 @@ LOWERINGS: dict[str, Lowering] = {
     **named(_activation("leaky_relu", ("negative_slope", 0.01)), "leaky_relu.default"),
     **named(_gelu, "gelu.default"),
     **named(_elu, "elu.default"),
-    **named(_celu, "celu.default"),
+    **named(_activation("celu", ("alpha", 1.0)), "celu.default"),
     **named(_selu, "selu.default"),
     **named(_rrelu, "rrelu.default"),
+    **named(_activation("hardtanh", ("min_val", -1.0), ("max_val", 1.0)), "hardtanh.default"),
+    **named(_activation("softshrink", ("lambd", 0.5)), "softshrink.default"),
+    **named(_activation("hardshrink", ("lambd", 0.5)), "hardshrink.default"),
+    **named(_activation("threshold", ("threshold", 0.0), ("value", 0.0)), "threshold.default"),
+    **named(_activation("log_sigmoid"), "log_sigmoid.default log_sigmoid_forward.default"),
+    **named(_activation("sign"), "sign.default sgn.default"),
+    **{f"aten.{kind}.default": _activation(kind) for kind in _PLAIN},
+    **named(_clamp, "clamp.default clip.default"),
+    **named(_clamp_min, "clamp_min.default"),
+    **named(_clamp_max, "clamp_max.default"),
+    **named(_round, "round.default round.decimals"),
+    **named(_pow, "pow.Tensor_Scalar"),
+    **named(_glu, "glu.default"),
+    **named(_prelu, "prelu.default _prelu_kernel.default"),
+    **named(_maximum, "maximum.default"),
+    **named(_minimum, "minimum.default"),
+    **named(_where, "where.self where.ScalarOther where.ScalarSelf where.Scalar"),
+    **named(_masked_fill, "masked_fill.Scalar masked_fill.Tensor"),
     **named(_add, "add.Tensor add.Scalar"),
     **named(_sub, "sub.Tensor sub.Scalar subtract.Tensor"),
     **named(_rsub, "rsub.Tensor rsub.Scalar"),

@@ -1,0 +1,91 @@
+// prelu: y = x for x > 0, else w x; w (slot 0) one number or one for each channel: x is [channels, inner] of one example, `channels` = 1 for one.
+//
+//   jvp         t_y = d ∘ t_x + t_w ∘ m              d = y'(x), m = min(x, 0)
+//   vjp_input   g_x = d ∘ g_y
+//   vjp_params  g_w += Σ_n Σ_inner g_y ∘ m
+//   per_example dense: the same without the sum over n
+//   tape        d; m if w is trainable
+#include "kernels/arithmetic.h"
+#include "kernels/elementwise.h"
+#include "kernels/movement.h"
+#include "layers/rule.h"
+
+namespace infl {
+namespace {
+
+template <class T>
+class Prelu final : public Rule<T> {
+ public:
+  Storage storage(const Node& node) const override {
+    const int64_t channels = node.attribute("channels");
+    if (channels <= 0 || node.width % channels != 0 || !node.has_slot(0) || node.slot_sizes[0] != channels) {
+      throw std::invalid_argument("prelu (" + node.name + "): expected a width that is a multiple of channels = " + std::to_string(channels) +
+                                  " and as many weights, got " + std::to_string(node.width) + ".");
+    }
+    Storage storage{.keeps_input = {false}, .state_widths = {node.width}, .packed_size = node.width};
+    if (node.is_trainable(0)) {
+      storage.state_widths.push_back(node.width);
+      storage.tangent_packed_size = node.width;
+    } else {
+      storage.derivative = 0;
+    }
+    return storage;
+  }
+
+  void pack(const Tile<T>& tile) const override { strided_gather_stub<T>(tile.ctx, 1, weight_map(tile.node), tile.theta[0], 0, tile.packed, 0); }
+
+  void pack_tangents(const Tile<T>& tile, const ParameterTangents<T>& t_theta, T* packed) const override {
+    strided_gather_stub<T>(tile.ctx, tile.V, weight_map(tile.node), t_theta.theta[0], t_theta.stride, packed, tile.node.width);
+  }
+
+  void forward(const Tile<T>& tile, T* y) const override {
+    prelu_stub<T>(tile.ctx, tile.n, tile.node.width, tile.packed, tile.x[0], y, tile.state[0], tile.node.is_trainable(0) ? tile.state[1] : nullptr);
+  }
+
+  void jvp(const Tile<T>& tile, const T* const* t_x, const ParameterTangents<T>& t_theta, const T* /*scale*/, T* t_y) const override {
+    const int64_t width = tile.node.width;
+    if (t_theta.theta[0] == nullptr) {
+      scale_stub<T>(tile.ctx, tile.V, tile.n * width, tile.state[0], t_x[0], t_y, false);
+      return;
+    }
+    affine_tangent_stub<T>(tile.ctx, tile.V, tile.n, width, T(1), nullptr, nullptr, t_theta.packed, width, tile.state[1], nullptr, 0, t_y);
+    if (t_x[0]) scale_stub<T>(tile.ctx, tile.V, tile.n * width, tile.state[0], t_x[0], t_y, true);
+  }
+
+  void vjp_input(const Tile<T>& tile, int /*i*/, const T* g_y, const T* /*scale*/, T* g_x, bool accumulate) const override {
+    scale_stub<T>(tile.ctx, tile.V, tile.n * tile.node.width, tile.state[0], g_y, g_x, accumulate);
+  }
+
+  void vjp_params(const Tile<T>& tile, const T* g_y, T* const* g_theta, int64_t stride) const override {
+    if (g_theta[0] == nullptr) return;
+    const int64_t width = tile.node.width;
+    static thread_local Buffer<T> whole;  // [V, width], before the sum over a channel
+    whole.resize(tile.V * width);
+    copy_rows_stub<T>(tile.ctx, 1, tile.V * width, nullptr, 0, whole.data(), 0, false);
+    column_dot_stub<T>(tile.ctx, tile.V, tile.n, width, T(1), g_y, tile.state[1], whole.data(), width);
+    strided_scatter_stub<T>(tile.ctx, tile.V, weight_map(tile.node), whole.data(), width, g_theta[0], stride, tile.node.slot_sizes[0], true);
+  }
+
+  void per_example(const Tile<T>& tile, const T* g_y, FactorSink<T>& factors) const override {
+    const Node& node = tile.node;
+    if (!node.is_trainable(0)) return;
+    const int64_t rows = tile.V * tile.n, size = node.slot_sizes[0];
+    T* product = factors.allocate(rows * node.width);
+    scale_stub<T>(tile.ctx, tile.V, tile.n * node.width, tile.state[1], g_y, product, false);
+    T* summed = factors.allocate(rows * size);
+    strided_scatter_stub<T>(tile.ctx, rows, weight_map(node), product, node.width, summed, size, size, false);
+    factors.add({.slot = node.slots[0], .positions = 1, .rows = size, .cols = 1, .row = summed});
+  }
+
+ private:
+  // An example's elements -> their weights.
+  static StridedMap weight_map(const Node& node) {
+    const int64_t channels = node.attribute("channels");
+    return {0, {channels, node.width / channels}, {1, 0}};
+  }
+};
+
+INFL_REGISTER_RULE("prelu", Prelu)
+
+}  // namespace
+}  // namespace infl

@@ -19,7 +19,7 @@ from influence_ext.capture.export import Exported
 from influence_ext.capture.generic import NodeOperator, Reference
 from influence_ext.capture.graph import CapturedGraph, Problem
 from influence_ext.capture.layout import Layout, is_free
-from influence_ext.capture.lowering import embedding, linear, movement, pointwise
+from influence_ext.capture.lowering import convolution, embedding, linear, movement, pointwise
 from influence_ext.capture.lowering.pointwise import ACTIVATION_KINDS
 from influence_ext.capture.lowering.table import Lowering
 from influence_ext.capture.prologue import Prologue
@@ -31,6 +31,7 @@ LOWERINGS: dict[str, Lowering] = {
     **pointwise.LOWERINGS,
     **movement.LOWERINGS,
     **embedding.LOWERINGS,
+    **convolution.LOWERINGS,
 }
 
 # Called with the getitem node of an operator that returns a list of tensors.

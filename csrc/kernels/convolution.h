@@ -1,0 +1,92 @@
+// convolution: the bilinear map between images x [CX, SX] and y [CY, SY] (three spatial axes; leading ones are 1 for fewer) and a kernel
+// w [CY, CX / groups, taps], in each of its three directions:
+//
+//   down     y[o, q]  = Σ_{c, k} w[o, c, k] x[c, q stride + k dilation − padding]       a convolution; x is zero outside
+//   up       x[c, ·]  = the transpose of `down` applied to y                            a transposed convolution
+//   weights  w[o, c, k] = Σ_q y[o, q] x[c, q stride + k dilation − padding]             the gradient by the kernel
+//
+// `padding` is that of the low side; the sizes imply the high side.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dispatch.h"
+
+namespace infl {
+
+struct Convolution {
+  int64_t groups = 1, x_channels = 0, y_channels = 0;
+  int64_t x_size[3] = {1, 1, 1}, y_size[3] = {1, 1, 1};
+  int64_t kernel[3] = {1, 1, 1}, stride[3] = {1, 1, 1}, dilation[3] = {1, 1, 1}, padding[3] = {0, 0, 0};
+
+  int64_t taps() const { return kernel[0] * kernel[1] * kernel[2]; }
+  int64_t x_plane() const { return x_size[0] * x_size[1] * x_size[2]; }
+  int64_t y_plane() const { return y_size[0] * y_size[1] * y_size[2]; }
+  int64_t weight_size() const { return y_channels * (x_channels / groups) * taps(); }
+};
+
+// Rows of a packed block of weights: at most as many as the register tile has, blocks of nearly equal height.
+struct RowBlocks {
+  int64_t count, height;
+};
+
+inline RowBlocks convolution_row_blocks(int64_t rows) {
+  const int64_t most = vector_bytes(active_isa()) == 64 ? 12 : 6;
+  const int64_t count = (rows + most - 1) / most;
+  return {count, (rows + count - 1) / count};
+}
+
+// Number of elements convolution_pack writes for one kernel.
+inline int64_t convolution_packed_size(const Convolution& c, bool up) {
+  const int64_t rows = (up ? c.x_channels : c.y_channels) / c.groups, inner = (up ? c.y_channels : c.x_channels) / c.groups;
+  const RowBlocks blocks = convolution_row_blocks(rows);
+  return c.groups * blocks.count * blocks.height * inner * c.taps();
+}
+
+template <class T>
+struct ConvolutionTerm {
+  const T* in = nullptr;  // [V or 1, n, channels, plane]; null: the term is absent
+  int64_t in_batch = 0;   // 0: shared by all right-hand sides
+  const T* packed = nullptr;
+  int64_t packed_batch = 0;
+};
+
+// out[v] = (beta out[v] + terms[0] + terms[1] + bias[v] per channel) ∘ scale
+template <class T>
+struct ConvolutionProduct {
+  bool up = false;
+  int64_t V = 1, n = 0;
+  ConvolutionTerm<T> terms[2];
+  const T* bias = nullptr;  // [V, channels of out], bias_batch apart, or absent
+  int64_t bias_batch = 0;
+  const T* scale = nullptr;  // [n, channels, plane] of out, or absent
+  T* out = nullptr;          // [V, n, channels, plane]
+  bool accumulate = false;   // beta = 1
+};
+
+// Pack num kernels, w_batch apart, for the direction `up` or down; convolution_packed_size apart.
+template <class T>
+inline KernelStub<void(const Context&, const Convolution&, bool up, int64_t num, const T* w, int64_t w_batch, T* packed)> convolution_pack_stub{
+    "convolution_pack"};
+
+template <class T>
+inline KernelStub<void(const Context&, const Convolution&, const ConvolutionProduct<T>&)> convolution_product_stub{"convolution_product"};
+
+// out[v, i / images] += the kernel's gradient from x[v, i] and y[v, i], i < n; x and y [V or 1, n, ...] (batch stride 0: shared); out[v] rows
+// out_batch apart, blocks of `images` examples out_example apart (n a multiple of images).
+template <class T>
+inline KernelStub<void(const Context&, const Convolution&, int64_t V, int64_t n, const T* x, int64_t x_batch, const T* y, int64_t y_batch,
+                       int64_t images, T* out, int64_t out_batch, int64_t out_example)>
+    convolution_weights_stub{"convolution_weights"};
+
+// out[v, i / images, c] += Σ_l y[v, i, c, l]; strides as above.
+template <class T>
+inline KernelStub<void(const Context&, int64_t V, int64_t n, int64_t channels, int64_t plane, const T* y, int64_t images, T* out, int64_t out_batch,
+                       int64_t out_example)>
+    channel_sum_stub{"channel_sum"};
+
+// columns [n, positions, CX · taps] of x, positions = y_plane; groups must be 1. The factor of per-example gradients with few positions.
+template <class T>
+inline KernelStub<void(const Context&, const Convolution&, int64_t n, const T* x, T* columns)> convolution_columns_stub{"convolution_columns"};
+
+}  // namespace infl

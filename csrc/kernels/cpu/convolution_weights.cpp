@@ -1,0 +1,259 @@
+// The gradient by the kernel is a table of dot products along positions, tiles of 4 channels of y by 6 pairs (channel, tap) of x: neither operand is
+// transposed. x is read from its padded copy (convolution_geometry.h), y in lines that are filled up with zeros to whole vectors.
+#include "kernels/convolution.h"
+
+#include "kernels/cpu/convolution_geometry.h"
+#include "kernels/cpu/simd.h"
+
+namespace infl {
+namespace INFL_ISA {
+namespace {
+
+constexpr int kDotRows = INFL_VECTOR_BYTES == 64 ? 4 : 2;  // channels of y in a tile of dot products
+constexpr int kDotCols = INFL_VECTOR_BYTES == 64 ? 6 : 4;  // pairs (channel, tap) of x
+constexpr int64_t kChunkBytes = 256 << 10;                 // copies of the examples whose dot products are taken together
+constexpr int64_t kChunkPositions = 2048;
+
+template <class T>
+struct DotJob {
+  int64_t examples, planes, lines, vectors;
+  const T* x;
+  int64_t x_example, x_plane, x_line;
+  const int64_t* offsets;  // per column
+  const T* y;
+  int64_t y_channel, y_example, y_plane, y_line;
+  T* out;
+  int64_t out_row;
+};
+
+template <class T>
+T lane_sum(Vec<T> v) {
+  T lanes[kLanes<T>];
+  store(lanes, v);
+#pragma GCC unroll 4
+  for (int half = kLanes<T> / 2; half >= 1; half /= 2) {
+#pragma omp simd
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
+}
+
+template <class T, int R, int C>
+__attribute__((noinline)) void dot_fn(const DotJob<T>& job) {
+  Vec<T> acc[R][C];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) acc[r][c] = Vec<T>{};
+  const int64_t y_channel = job.y_channel, length = job.vectors * kLanes<T>;
+  for (int64_t n = 0; n < job.examples; ++n) {
+    for (int64_t d = 0; d < job.planes; ++d) {
+      for (int64_t h = 0; h < job.lines; ++h) {
+        const T* y = job.y + n * job.y_example + d * job.y_plane + h * job.y_line;
+        const T* base = job.x + n * job.x_example + d * job.x_plane + h * job.x_line;
+        const T* x[C];
+#pragma GCC unroll 8
+        for (int c = 0; c < C; ++c) x[c] = base + job.offsets[c];
+        for (int64_t i = 0; i < length; i += kLanes<T>) {
+          Vec<T> rows[R];
+#pragma GCC unroll 8
+          for (int r = 0; r < R; ++r) rows[r] = load(y + r * y_channel + i);
+#pragma GCC unroll 8
+          for (int c = 0; c < C; ++c) {
+            const Vec<T> value = load(x[c] + i);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r) acc[r][c] += rows[r] * value;
+          }
+        }
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) job.out[r * job.out_row + c] += lane_sum<T>(acc[r][c]);
+}
+
+template <class T>
+using DotFn = void (*)(const DotJob<T>&);
+
+template <class T, int R>
+DotFn<T> dot_for(int64_t cols) {
+  static constexpr DotFn<T> table[] = {
+      nullptr,         dot_fn<T, R, 1>, dot_fn<T, R, 2>, dot_fn<T, R, 3>, dot_fn<T, R, 4>,
+#if INFL_VECTOR_BYTES == 64
+      dot_fn<T, R, 5>, dot_fn<T, R, 6>,
+#endif
+  };
+  return table[cols];
+}
+
+template <class T>
+DotFn<T> dot_for(int64_t rows, int64_t cols) {
+#if INFL_VECTOR_BYTES == 64
+  if (rows == 4) return dot_for<T, 4>(cols);
+  if (rows == 3) return dot_for<T, 3>(cols);
+#endif
+  return rows == 2 ? dot_for<T, 2>(cols) : dot_for<T, 1>(cols);
+}
+
+// Where lane-padded lines of y lie; in place if y's own lines are whole vectors.
+template <class T>
+struct Lines {
+  Lines(const Geometry<T>& geometry, const int64_t* count) {
+    flat = geometry.flat(count);
+    in_place = !flat && count[2] % kLanes<T> == 0;
+    lines = flat ? 1 : count[1];
+    const int64_t length = flat ? (count[1] - 1) * geometry.line + count[2] : count[2];
+    vectors = ceil_div(length, kLanes<T>);
+    pitch = vectors * kLanes<T>;
+    plane = lines * pitch;
+    channel = count[0] * plane;
+    if (!in_place) channel = (channel * static_cast<int64_t>(sizeof(T)) / 64 | 1) * 64 / static_cast<int64_t>(sizeof(T));
+  }
+
+  void fill(const Geometry<T>& geometry, const int64_t* count, int64_t channels, const T* y, T* out) const {
+    const int64_t line_step = flat ? geometry.line : pitch;
+    for (int64_t c = 0; c < channels; ++c) {
+      for (int64_t d = 0; d < count[0]; ++d) {
+        T* to = out + c * channel + d * plane;
+        for (int64_t h = 0; h < count[1]; ++h) {
+          T* line = to + h * line_step;
+          T* next = h + 1 < count[1] ? line + line_step : to + plane;
+          for (int64_t w = 0; w < count[2]; ++w) line[w] = y[w];
+          for (T* rest = line + count[2]; rest < next; ++rest) *rest = T(0);
+          y += count[2];
+        }
+      }
+    }
+  }
+
+  bool flat, in_place;
+  int64_t lines, vectors, pitch, plane, channel;
+};
+
+template <class T>
+void convolution_weights(const Context& ctx, const Convolution& conv, int64_t V, int64_t n, const T* x, int64_t x_batch, const T* y, int64_t y_batch,
+                         int64_t images, T* out, int64_t out_batch, int64_t out_example) {
+  const Geometry<T> geometry(conv, false);
+  const Phase& phase = geometry.phases[0];
+  const Lines<T> lines(geometry, phase.count);
+  const int64_t rows = conv.y_channels / conv.groups, inner = conv.x_channels / conv.groups, taps = conv.taps(), cols = inner * taps;
+  const int64_t x_width = conv.x_channels * conv.x_plane(), y_width = conv.y_channels * conv.y_plane();
+  const int64_t row_tiles = ceil_div(rows, kDotRows), row_tile = ceil_div(rows, row_tiles);
+  const int64_t col_tiles = ceil_div(cols, kDotCols), col_tile = ceil_div(cols, col_tiles);
+  std::vector<int64_t> offsets(cols);
+  for (int64_t c = 0; c < inner; ++c) {
+    for (int64_t t = 0; t < taps; ++t) offsets[c * taps + geometry.indices[t]] = c * geometry.channel + geometry.offsets[t];
+  }
+  // Examples whose sums are taken together: enough positions to make the sums over lanes cheap, few enough to stay in the cache.
+  const int64_t example_bytes = (geometry.padded + conv.y_channels * lines.channel) * static_cast<int64_t>(sizeof(T));
+  int64_t chunk = std::min(kChunkBytes / example_bytes, ceil_div(kChunkPositions, phase.count[0] * lines.plane));
+  const double flops = 2.0 * V * n * conv.weight_size() * conv.y_plane();
+  const int threads = flops < 5e5 ? 1 : ctx.num_threads;
+  if (threads > 1) chunk = std::max<int64_t>(chunk, threads);
+  chunk = std::clamp<int64_t>(chunk, 1, images);
+  T* padded = scratch<T>(chunk * geometry.padded + kLanes<T>, 0);
+  T* copies = lines.in_place ? nullptr : scratch<T>(chunk * conv.y_channels * lines.channel, 1);
+  const int64_t y_example = lines.in_place ? y_width : conv.y_channels * lines.channel;
+  geometry.fill_end(padded + chunk * geometry.padded);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  for (int64_t block = 0; block < n; block += images) {
+    for (int64_t i0 = block; i0 < block + images; i0 += chunk) {
+      const int64_t count = std::min(chunk, block + images - i0);
+      for (int64_t v = 0; v < V; ++v) {
+        if (v == 0 || x_batch != 0) {
+#pragma omp for schedule(static)
+          for (int64_t i = 0; i < count; ++i) geometry.fill(x + v * x_batch + (i0 + i) * x_width, padded + i * geometry.padded);
+        }
+        if (!lines.in_place && (v == 0 || y_batch != 0)) {
+#pragma omp for schedule(static)
+          for (int64_t i = 0; i < count; ++i) {
+            lines.fill(geometry, phase.count, conv.y_channels, y + v * y_batch + (i0 + i) * y_width, copies + i * y_example);
+          }
+        }
+        const T* y_begin = lines.in_place ? y + v * y_batch + i0 * y_width : copies;
+        T* target = out + v * out_batch + block / images * out_example;
+#pragma omp for schedule(static)
+        for (int64_t item = 0; item < conv.groups * row_tiles; ++item) {
+          const int64_t g = item / row_tiles, r = item % row_tiles * row_tile, height = std::min(row_tile, rows - r);
+          if (height <= 0) continue;
+          DotJob<T> job{};
+          job.examples = count;
+          job.planes = phase.count[0];
+          job.lines = lines.lines;
+          job.vectors = lines.vectors;
+          job.x = padded + g * inner * geometry.channel;
+          job.x_example = geometry.padded;
+          job.x_plane = geometry.plane;
+          job.x_line = geometry.line;
+          job.y = y_begin + (g * rows + r) * lines.channel;
+          job.y_channel = lines.channel;
+          job.y_example = y_example;
+          job.y_plane = lines.plane;
+          job.y_line = lines.pitch;
+          job.out_row = cols;
+          for (int64_t c = 0; c < cols; c += col_tile) {
+            job.offsets = offsets.data() + c;
+            job.out = target + (g * rows + r) * cols + c;
+            dot_for<T>(height, std::min(col_tile, cols - c))(job);
+          }
+        }
+      }
+    }
+  }
+}
+
+template <class T>
+void channel_sum(const Context& ctx, int64_t V, int64_t n, int64_t channels, int64_t plane, const T* y, int64_t images, T* out, int64_t out_batch,
+                 int64_t out_example) {
+  const int threads = V * n * channels * plane < 16384 ? 1 : ctx.num_threads;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int64_t item = 0; item < V * channels; ++item) {
+    const int64_t v = item / channels, c = item % channels;
+    for (int64_t block = 0; block < n; block += images) {
+      T total = 0;
+      for (int64_t i = block; i < block + images; ++i) {
+        const T* from = y + ((v * n + i) * channels + c) * plane;
+        T sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t l = 0; l < plane; ++l) sum += from[l];
+        total += sum;
+      }
+      out[v * out_batch + block / images * out_example + c] += total;
+    }
+  }
+}
+
+template <class T>
+void convolution_columns(const Context& ctx, const Convolution& conv, int64_t n, const T* x, T* columns) {
+  const Geometry<T> geometry(conv, false);
+  const int64_t taps = conv.taps(), cols = conv.x_channels * taps, plane = conv.y_plane();
+  const int64_t* count = geometry.phases[0].count;
+  const int threads = n * plane * cols < 16384 ? 1 : ctx.num_threads;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int64_t i = 0; i < n; ++i) {
+    T* padded = scratch<T>(geometry.padded + kLanes<T>, 0);
+    geometry.fill(x + i * conv.x_channels * conv.x_plane(), padded);
+    T* to = columns + i * plane * cols;
+    for (int64_t d = 0; d < count[0]; ++d) {
+      for (int64_t h = 0; h < count[1]; ++h) {
+        for (int64_t w = 0; w < count[2]; ++w) {
+          const T* from = padded + d * geometry.plane + h * geometry.line + w;
+          for (int64_t c = 0; c < conv.x_channels; ++c) {
+            for (int64_t t = 0; t < taps; ++t) to[c * taps + geometry.indices[t]] = from[c * geometry.channel + geometry.offsets[t]];
+          }
+          to += cols;
+        }
+      }
+    }
+  }
+}
+
+INFL_REGISTER_CPU(convolution_weights_stub, convolution_weights)
+INFL_REGISTER_CPU(channel_sum_stub, channel_sum)
+INFL_REGISTER_CPU(convolution_columns_stub, convolution_columns)
+
+}  // namespace
+}  // namespace INFL_ISA
+}  // namespace infl

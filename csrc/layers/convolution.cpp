@@ -1,0 +1,196 @@
+// convolution: y[o, q] = Σ_{c, k} W[o, c, k] x[c, q stride + k dilation − padding] + b[o], in up to three spatial axes and with groups;
+// `transposed`: the transpose of that map, applied to x. W and b as torch stores them.
+//
+// Attributes: in_channels, out_channels, groups, transposed; lists of three: input, output (sizes), kernel, stride, dilation, padding (low side; the
+// high side, and a transposed convolution's output padding, follow from the sizes). A width that is several images is several images.
+//
+//   jvp          t_y = conv(t_x, W) + conv(x, T_W) + t_b    one product with two terms
+//   vjp_input    g_x = convᵀ(g_y, W)
+//   vjp_params   g_W += Σ_n Σ_q g_y[o, q] x[c, ...],  g_b += Σ_n Σ_q g_y
+//   per_example  W: outer products of g_y and the columns of x if there are few positions, else dense;  b: dense
+//   tape         x if W is differentiated; W packed both ways, shared by all tiles
+#include <cstring>
+
+#include "kernels/convolution.h"
+#include "layers/rule.h"
+
+namespace infl {
+namespace {
+
+template <class T>
+class ConvolutionRule final : public Rule<T> {
+ public:
+  Storage storage(const Node& node) const override {
+    check(node);
+    const Shape s(node);
+    return {.keeps_input = {node.is_trainable(0)},
+            .state_widths = {},
+            .packed_size = convolution_packed_size(s.conv, false) + convolution_packed_size(s.conv, true),
+            .tangent_packed_size = node.is_trainable(0) ? convolution_packed_size(s.conv, s.transposed) : 0};
+  }
+
+  bool fuses_scale() const override { return true; }
+
+  void pack(const Tile<T>& tile) const override {
+    const Shape s(tile.node);
+    convolution_pack_stub<T>(tile.ctx, s.conv, false, 1, tile.theta[0], 0, tile.packed);
+    convolution_pack_stub<T>(tile.ctx, s.conv, true, 1, tile.theta[0], 0, tile.packed + convolution_packed_size(s.conv, false));
+  }
+
+  void pack_tangents(const Tile<T>& tile, const ParameterTangents<T>& t_theta, T* packed) const override {
+    const Shape s(tile.node);
+    convolution_pack_stub<T>(tile.ctx, s.conv, s.transposed, tile.V, t_theta.theta[0], t_theta.stride, packed);
+  }
+
+  void forward(const Tile<T>& tile, T* y) const override {
+    const Shape s(tile.node);
+    ConvolutionProduct<T> p = product(s, tile, s.transposed, 1, y);
+    p.terms[0] = {tile.x[0], 0, packed(s, tile, s.transposed), 0};
+    p.bias = tile.theta[1];
+    convolution_product_stub<T>(tile.ctx, s.conv, p);
+  }
+
+  void jvp(const Tile<T>& tile, const T* const* t_x, const ParameterTangents<T>& t_theta, const T* scale, T* t_y) const override {
+    const Shape s(tile.node);
+    ConvolutionProduct<T> p = product(s, tile, s.transposed, tile.V, t_y);
+    if (t_x[0]) p.terms[0] = {t_x[0], tile.n * tile.node.input_widths[0], packed(s, tile, s.transposed), 0};
+    if (t_theta.theta[0]) p.terms[1] = {tile.x[0], 0, t_theta.packed, convolution_packed_size(s.conv, s.transposed)};
+    p.bias = t_theta.theta[1];
+    p.bias_batch = t_theta.stride;
+    p.scale = scale;
+    convolution_product_stub<T>(tile.ctx, s.conv, p);
+  }
+
+  void vjp_input(const Tile<T>& tile, int /*i*/, const T* g_y, const T* scale, T* g_x, bool accumulate) const override {
+    const Shape s(tile.node);
+    ConvolutionProduct<T> p = product(s, tile, !s.transposed, tile.V, g_x);
+    p.terms[0] = {g_y, tile.n * tile.node.width, packed(s, tile, !s.transposed), 0};
+    p.scale = scale;
+    p.accumulate = accumulate;
+    convolution_product_stub<T>(tile.ctx, s.conv, p);
+  }
+
+  void vjp_params(const Tile<T>& tile, const T* g_y, T* const* g_theta, int64_t stride) const override {
+    const Shape s(tile.node);
+    const int64_t n = tile.n * s.images;
+    if (g_theta[0]) weights(s, tile, g_y, n, g_theta[0], stride, 0);
+    if (g_theta[1]) channel_sum_stub<T>(tile.ctx, tile.V, n, s.out_channels, s.out_plane, g_y, n, g_theta[1], stride, 0);
+  }
+
+  void per_example(const Tile<T>& tile, const T* g_y, FactorSink<T>& factors) const override {
+    const Shape s(tile.node);
+    const int64_t n = tile.n, V = tile.V;
+    if (tile.node.is_trainable(0)) {
+      // A position's outer product takes the columns of x and the cotangent; all positions of an example must cost less than their sum does.
+      const int64_t size = s.conv.weight_size(), cols = s.conv.x_channels * s.conv.taps(), positions = s.images * s.conv.y_plane();
+      if (s.conv.groups == 1 && !s.transposed && positions <= kFewPositions && 2 * positions * (cols + V * s.out_channels) <= V * size) {
+        T* col = factors.allocate(n * positions * cols);
+        convolution_columns_stub<T>(tile.ctx, s.conv, n * s.images, tile.x[0], col);
+        const T* row = g_y;
+        if (s.out_plane > 1) {
+          T* turned = factors.allocate(V * n * positions * s.out_channels);
+          convolution_columns_stub<T>(tile.ctx, s.pixels(), V * n * s.images, g_y, turned);
+          row = turned;
+        }
+        factors.add({.slot = tile.node.slots[0], .positions = positions, .rows = s.out_channels, .cols = cols, .row = row, .col = col});
+      } else {
+        T* sums = factors.allocate(V * n * size);
+        std::memset(sums, 0, V * n * size * sizeof(T));
+        weights(s, tile, g_y, s.images, sums, n * size, size);
+        factors.add({.slot = tile.node.slots[0], .positions = 1, .rows = size, .cols = 1, .row = sums});
+      }
+    }
+    if (tile.node.is_trainable(1)) {
+      const T* row = g_y;
+      if (s.images * s.out_plane > 1) {
+        T* sums = factors.allocate(V * n * s.out_channels);
+        std::memset(sums, 0, V * n * s.out_channels * sizeof(T));
+        channel_sum_stub<T>(tile.ctx, V, n * s.images, s.out_channels, s.out_plane, g_y, s.images, sums, n * s.out_channels, s.out_channels);
+        row = sums;
+      }
+      factors.add({.slot = tile.node.slots[1], .positions = 1, .rows = s.out_channels, .cols = 1, .row = row});
+    }
+  }
+
+ private:
+  static constexpr int64_t kFewPositions = 4;
+
+  struct Shape {
+    explicit Shape(const Node& node) : transposed(node.attribute("transposed") != 0), out_channels(node.attribute("out_channels")) {
+      const int64_t in_channels = node.attribute("in_channels");
+      conv.groups = node.attribute("groups");
+      conv.x_channels = transposed ? out_channels : in_channels;
+      conv.y_channels = transposed ? in_channels : out_channels;
+      const auto &in = node.list("input"), &out = node.list("output");
+      for (int a = 0; a < 3; ++a) {
+        conv.x_size[a] = transposed ? out[a] : in[a];
+        conv.y_size[a] = transposed ? in[a] : out[a];
+        conv.kernel[a] = node.list("kernel")[a];
+        conv.stride[a] = node.list("stride")[a];
+        conv.dilation[a] = node.list("dilation")[a];
+        conv.padding[a] = node.list("padding")[a];
+      }
+      out_plane = transposed ? conv.x_plane() : conv.y_plane();
+      images = node.width / (out_channels * out_plane);
+    }
+    // The convolution of the output with a single tap, whose columns are the channels of each position.
+    Convolution pixels() const {
+      Convolution c;
+      c.x_channels = c.y_channels = out_channels;
+      for (int a = 0; a < 3; ++a) c.x_size[a] = c.y_size[a] = transposed ? conv.x_size[a] : conv.y_size[a];
+      return c;
+    }
+    Convolution conv;
+    bool transposed;
+    int64_t out_channels, out_plane;
+    int64_t images;  // of one example
+  };
+
+  static void check(const Node& node) {
+    const auto fail = [&node](const std::string& expected, const std::string& got) {
+      throw std::invalid_argument("convolution (" + node.name + "): expected " + expected + ", got " + got + ".");
+    };
+    for (const char* key : {"input", "output", "kernel", "stride", "dilation", "padding"}) {
+      if (node.list(key).size() != 3) fail("three numbers in '" + std::string(key) + "'", std::to_string(node.list(key).size()));
+      for (int64_t value : node.list(key)) {
+        if (value <= 0 && std::string(key) != "padding") fail("positive numbers in '" + std::string(key) + "'", std::to_string(value));
+      }
+    }
+    const int64_t in = node.attribute("in_channels"), out = node.attribute("out_channels"), groups = node.attribute("groups");
+    if (in <= 0 || out <= 0 || groups <= 0 || in % groups != 0 || out % groups != 0) {
+      fail("channels that are multiples of groups = " + std::to_string(groups), std::to_string(in) + " and " + std::to_string(out));
+    }
+    const Shape s(node);
+    const int64_t in_width = in * (s.transposed ? s.conv.y_plane() : s.conv.x_plane()), out_width = out * s.out_plane;
+    if (s.images <= 0 || node.width != s.images * out_width || node.input_widths[0] != s.images * in_width) {
+      fail("widths that are equal multiples of " + std::to_string(in_width) + " and " + std::to_string(out_width),
+           std::to_string(node.input_widths[0]) + " and " + std::to_string(node.width));
+    }
+  }
+
+  static ConvolutionProduct<T> product(const Shape& s, const Tile<T>& tile, bool up, int64_t V, T* out) {
+    ConvolutionProduct<T> p;
+    p.up = up;
+    p.V = V;
+    p.n = tile.n * s.images;
+    p.out = out;
+    return p;
+  }
+
+  static const T* packed(const Shape& s, const Tile<T>& tile, bool up) { return tile.packed + (up ? convolution_packed_size(s.conv, false) : 0); }
+
+  // The kernel's gradient, one for each `images` images.
+  static void weights(const Shape& s, const Tile<T>& tile, const T* g_y, int64_t images, T* out, int64_t batch, int64_t example) {
+    const int64_t n = tile.n * s.images, width = tile.n * tile.node.width;
+    if (s.transposed) {
+      convolution_weights_stub<T>(tile.ctx, s.conv, tile.V, n, g_y, width, tile.x[0], 0, images, out, batch, example);
+    } else {
+      convolution_weights_stub<T>(tile.ctx, s.conv, tile.V, n, tile.x[0], 0, g_y, width, images, out, batch, example);
+    }
+  }
+};
+
+INFL_REGISTER_RULE("convolution", ConvolutionRule)
+
+}  // namespace
+}  // namespace infl

@@ -99,129 +99,230 @@ void layer_norm(const Context& ctx, const ChannelMap& map, int64_t rows, bool ce
   }
 }
 
-// Of one row and right-hand side: out = (w rstd (t − mean − x̂ correlation) + x̂ t_w + t_b) ∘ scale for elements that share or have their own weights.
-template <class T>
-struct RowTangent {
-  int64_t size;
-  T rstd, mean, correlation;
-  const T *t, *x_hat, *scale;
-  T* out;
-
-  template <bool kParameters, bool kScale>
-  void by_element(const T* w, const T* t_w, const T* t_b) const {
-#pragma omp simd
-    for (int64_t j = 0; j < size; ++j) {
-      T value = w[j] * standardised_tangent(t[j], x_hat[j], rstd, mean, correlation);
-      if constexpr (kParameters) value += x_hat[j] * t_w[j] + t_b[j];
-      if constexpr (kScale) value *= scale[j];
-      out[j] = value;
-    }
+template <class E, class T>
+inline __attribute__((always_inline)) E get(const T* p) {
+  if constexpr (std::is_same_v<E, T>) {
+    return *p;
+  } else {
+    return load(p);
   }
-  template <bool kScale>
-  void by_run(int64_t begin, int64_t end, T w, T t_w, T t_b) const {
-#pragma omp simd
-    for (int64_t j = begin; j < end; ++j) {
-      T value = w * standardised_tangent(t[j], x_hat[j], rstd, mean, correlation) + x_hat[j] * t_w + t_b;
-      if constexpr (kScale) value *= scale[j];
-      out[j] = value;
-    }
-  }
-};
+}
 
 template <class T>
-void layer_norm_jvp(const Context& ctx, const ChannelMap& map, int64_t V, int64_t rows, bool centre, const T* x_hat, const T* rstd, const T* w,
-                    const T* t_x, const ChannelTangents<T>& t_theta, const T* scale, T* t_y) {
-  const int64_t size = map.size();
-  const int threads = threads_for(ctx, V * rows * size);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t first = r % map.groups * map.channels;
-    const T* hat = x_hat + r * size;
-    for (int64_t v = 0; v < V; ++v) {
-      const T* t = t_x + (v * rows + r) * size;
-      const Sums<T> sums = row_sums<false>(size, static_cast<const T*>(nullptr), t, hat);
-      const RowTangent<T> row{size, rstd[r], centre ? sums.plain / T(size) : T(0), sums.weighted / T(size),
-                              t,    hat,     scale ? scale + r * size : nullptr,   t_y + (v * rows + r) * size};
-      const T* t_w = t_theta.w ? t_theta.w + v * t_theta.stride + first : nullptr;
-      const T* t_b = t_theta.b ? t_theta.b + v * t_theta.stride + first : nullptr;
-      if (map.run == 1) {
-        const T* weight = w ? w + first : constant<1, T>(size);
-        if (t_w || t_b) {
-          if (!t_w) t_w = constant<0, T>(size);
-          if (!t_b) t_b = constant<0, T>(size);
-          scale ? row.template by_element<true, true>(weight, t_w, t_b) : row.template by_element<true, false>(weight, t_w, t_b);
-        } else {
-          scale ? row.template by_element<false, true>(weight, t_w, t_b) : row.template by_element<false, false>(weight, t_w, t_b);
-        }
-        continue;
-      }
-      for (int64_t c = 0; c < map.channels; ++c) {
-        const T weight = w ? w[first + c] : T(1), tangent = t_w ? t_w[c] : T(0), shift = t_b ? t_b[c] : T(0);
-        const int64_t begin = c * map.run, end = begin + map.run;
-        scale ? row.template by_run<true>(begin, end, weight, tangent, shift) : row.template by_run<false>(begin, end, weight, tangent, shift);
-      }
-    }
+inline __attribute__((always_inline)) void put(T* p, T value) {
+  *p = value;
+}
+
+template <class T>
+inline __attribute__((always_inline)) void put(T* p, Vec<T> value) {
+  store(p, value);
+}
+
+// The sum of a vector's elements, by halves.
+template <class T, class E, size_t... kHalf>
+inline __attribute__((always_inline)) T elements_sum(E v, std::index_sequence<kHalf...>) {
+  if constexpr (sizeof...(kHalf) == 1) {
+    return v[0] + v[1];
+  } else {
+    return elements_sum<T>(__builtin_shufflevector(v, v, kHalf...) + __builtin_shufflevector(v, v, (kHalf + sizeof...(kHalf))...),
+                           std::make_index_sequence<sizeof...(kHalf) / 2>());
   }
+}
+
+template <class T>
+inline __attribute__((always_inline)) T lanes_sum(Vec<T> v) {
+  return elements_sum<T>(v, std::make_index_sequence<kLanes<T> / 2>());
 }
 
 enum class Write { plain, scaled, added };
 
-template <Write kWrite, class T>
-inline void write(T value, const T* scale, int64_t j, T* out) {
-  if constexpr (kWrite == Write::plain) out[j] = value;
-  if constexpr (kWrite == Write::scaled) out[j] = value * scale[j];
-  if constexpr (kWrite == Write::added) out[j] += value;
+template <Write kWrite, class E, class T>
+inline __attribute__((always_inline)) void write(E value, const T* scale, int64_t j, T* out) {
+  if constexpr (kWrite == Write::scaled) value *= get<E>(scale + j);
+  if constexpr (kWrite == Write::added) value += get<E>(out + j);
+  put(out + j, value);
 }
 
-template <Write kWrite, class T>
-void layer_norm_vjp_rows(const Context& ctx, const ChannelMap& map, int64_t V, int64_t rows, bool centre, const T* x_hat, const T* rstd, const T* w,
-                         const T* g_y, const T* scale, T* g_x) {
-  const int64_t size = map.size(), run = map.run;
-  const int threads = threads_for(ctx, V * rows * size);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t first = r % map.groups * map.channels;
-    const T* hat = x_hat + r * size;
-    const T* factor = scale ? scale + r * size : nullptr;
-    const T inverse = rstd[r];
-    for (int64_t v = 0; v < V; ++v) {
-      const T* g = g_y + (v * rows + r) * size;
-      T* out = g_x + (v * rows + r) * size;
-      if (run == 1) {
-        const T* weight = w ? w + first : constant<1, T>(size);
-        const Sums<T> sums = row_sums<true>(size, weight, g, hat);
-        const T mean = centre ? sums.plain / T(size) : T(0), correlation = sums.weighted / T(size);
-#pragma omp simd
-        for (int64_t j = 0; j < size; ++j) {
-          write<kWrite>(standardised_tangent(weight[j] * g[j], hat[j], inverse, mean, correlation), factor, j, out);
-        }
-        continue;
+// An array for every right-hand side.
+template <class T>
+struct Rows {
+  const T* first = nullptr;
+  int64_t stride = 0;
+};
+
+// One row of B right-hand sides, `stride` apart, which share x̂ and the weights. kRun: a channel has many elements, its weight is a number.
+template <int B, bool kRun, class T>
+struct RowBlock {
+  int64_t channels, run, stride;
+  bool centre;
+  T rstd;
+  const T *w, *x_hat, *in, *scale;
+  T* out;
+  T mean[B], correlation[B];
+
+  // mean(z) and mean(x̂ z) of every right-hand side, z = w ∘ in, or `in` itself
+  template <bool kWeights>
+  void sum() {
+    const int64_t size = channels * run, segment = kRun && kWeights ? run : size;
+    T plain[B] = {}, weighted[B] = {};
+    for (int64_t c = 0; c * segment < size; ++c) {
+      const int64_t end = (c + 1) * segment;
+      for (int64_t begin = c * segment; begin < end; begin += kBlock) {
+        add_sums<kWeights>(begin, std::min(end, begin + kBlock), kWeights && kRun ? w[c] : T(1), plain, weighted);
       }
-      Sums<T> sums;
-      for (int64_t c = 0; c < map.channels; ++c) {
-        const Sums<T> part = row_sums<false>(run, static_cast<const T*>(nullptr), g + c * run, hat + c * run);
-        const T weight = w ? w[first + c] : T(1);
-        sums.plain += weight * part.plain;
-        sums.weighted += weight * part.weighted;
+    }
+    for (int b = 0; b < B; ++b) {
+      mean[b] = centre ? plain[b] / T(size) : T(0);
+      correlation[b] = weighted[b] / T(size);
+    }
+  }
+
+  template <bool kWeights>
+  void add_sums(int64_t begin, int64_t end, T weight, T* plain, T* weighted) const {
+    constexpr int64_t kStep = kLanes<T>;
+    // copies: stores through `T*` could otherwise change the members
+    const T *const weights = w, *const hats = x_hat, *const first = in;
+    const int64_t apart = stride;
+    Vec<T> p[B], q[B];
+#pragma GCC unroll 4
+    for (int b = 0; b < B; ++b) p[b] = q[b] = Vec<T>{};
+    int64_t j = begin;
+    for (; j + kStep <= end; j += kStep) {
+      const Vec<T> hat = load(hats + j);
+      const Vec<T> own = kWeights && !kRun ? load(weights + j) : Vec<T>{} + weight;
+#pragma GCC unroll 4
+      for (int b = 0; b < B; ++b) {
+        Vec<T> z = load(first + b * apart + j);
+        if constexpr (kWeights) z *= own;
+        p[b] += z;
+        q[b] += z * hat;
       }
-      const T mean = centre ? sums.plain / T(size) : T(0), correlation = sums.weighted / T(size);
-      for (int64_t c = 0; c < map.channels; ++c) {
-        const T weight = w ? w[first + c] : T(1);
-#pragma omp simd
-        for (int64_t j = c * run; j < (c + 1) * run; ++j) {
-          write<kWrite>(standardised_tangent(weight * g[j], hat[j], inverse, mean, correlation), factor, j, out);
-        }
+    }
+    for (int b = 0; b < B; ++b) {
+      T tail = 0, tail_weighted = 0;
+      for (int64_t i = j; i < end; ++i) {
+        const T z = (kWeights && !kRun ? weights[i] : weight) * first[b * apart + i];
+        tail += z;
+        tail_weighted += z * hats[i];
+      }
+      plain[b] += tail;
+      weighted[b] += tail_weighted;
+    }
+#pragma GCC unroll 4
+    for (int b = 0; b < B; ++b) {
+      plain[b] += lanes_sum<T>(p[b]);
+      weighted[b] += lanes_sum<T>(q[b]);
+    }
+  }
+
+  // out = (w ∂x̂ in + x̂ t_w + t_b) ∘ scale
+  template <bool kParameters, Write kWrite>
+  void write_tangents(Rows<T> t_w, Rows<T> t_b) const {
+    write_all<true, kParameters, kWrite>(t_w, t_b);
+  }
+
+  // out = ∂x̂ᵀ (w ∘ in)
+  template <Write kWrite>
+  void write_cotangents() const {
+    write_all<false, false, kWrite>({}, {});
+  }
+
+  // One right-hand side after another: rows of several of them often lie a multiple of 4096 bytes apart, where a load waits for the other's store.
+  template <bool kTangent, bool kParameters, Write kWrite>
+  void write_all(Rows<T> t_w, Rows<T> t_b) const {
+    for (int b = 0; b < B; ++b) {
+      const T* own_w = t_w.first + b * t_w.stride;
+      const T* own_b = t_b.first + b * t_b.stride;
+      for (int64_t c = 0; c < (kRun ? channels : 1); ++c) {
+        const int64_t begin = kRun ? c * run : 0, end = kRun ? begin + run : channels;
+        const int64_t rest = write_elements<kTangent, kParameters, kWrite, Vec<T>>(b, begin, end, c, own_w, own_b);
+        write_elements<kTangent, kParameters, kWrite, T>(b, rest, end, c, own_w, own_b);
       }
     }
   }
+
+  // In steps of E, a vector or a scalar; where it stopped.
+  template <bool kTangent, bool kParameters, Write kWrite, class E>
+  int64_t write_elements(int b, int64_t begin, int64_t end, int64_t c, const T* t_w, const T* t_b) const {
+    constexpr int64_t kStep = sizeof(E) / sizeof(T);
+    const T *const weights = w, *const hats = x_hat, *const from = in + b * stride, *const factor = scale;
+    T* const to = out + b * stride;
+    const E zero{}, inverse = zero + rstd, m = zero + mean[b], k = zero + correlation[b];
+    const E weight = zero + (kRun ? weights[c] : T(1)), tangent = zero + (kRun && kParameters ? t_w[c] : T(0)),
+            shift = zero + (kRun && kParameters ? t_b[c] : T(0));
+    int64_t j = begin;
+    for (; j + kStep <= end; j += kStep) {
+      const E hat = get<E>(hats + j), x = get<E>(from + j);
+      const E own = kRun ? weight : get<E>(weights + j);
+      E value = kTangent ? own * standardised_tangent<E>(x, hat, inverse, m, k) : standardised_tangent<E>(own * x, hat, inverse, m, k);
+      if constexpr (kParameters) value += hat * (kRun ? tangent : get<E>(t_w + j)) + (kRun ? shift : get<E>(t_b + j));
+      write<kWrite>(value, factor, j, to);
+    }
+    return j;
+  }
+};
+
+// body(row block, v) for every row and every block of 4 right-hand sides, then of 1.
+template <bool kRun, class T, class Body>
+void for_row_blocks(const Context& ctx, const ChannelMap& map, int64_t V, int64_t rows, bool centre, const T* x_hat, const T* rstd, const T* w,
+                    const T* in, const T* scale, T* out, const Body& body) {
+  const int64_t size = map.size(), stride = rows * size;
+  const int threads = threads_for(ctx, V * stride);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t first = r % map.groups * map.channels, at = r * size;
+    const T* weight = w ? w + first : constant<1, T>(map.channels);
+    const auto run = [&](auto block, int64_t v) {
+      block = {map.channels,          map.run, stride, centre, rstd[r], weight, x_hat + at, in + v * stride + at, scale ? scale + at : nullptr,
+               out + v * stride + at, {},      {}};
+      body(block, v, first);
+    };
+    int64_t v = 0;
+    for (; v + 4 <= V; v += 4) run(RowBlock<4, kRun, T>{}, v);
+    for (; v < V; ++v) run(RowBlock<1, kRun, T>{}, v);
+  }
+}
+
+template <bool kRun, class T>
+void layer_norm_jvp_rows(const Context& ctx, const ChannelMap& map, int64_t V, int64_t rows, bool centre, const T* x_hat, const T* rstd, const T* w,
+                         const T* t_x, const ChannelTangents<T>& t_theta, const T* scale, T* t_y) {
+  for_row_blocks<kRun>(ctx, map, V, rows, centre, x_hat, rstd, w, t_x, scale, t_y, [&](auto& block, int64_t v, int64_t first) {
+    block.template sum<false>();
+    if (!t_theta.w && !t_theta.b) {
+      if (scale) return block.template write_tangents<false, Write::scaled>({}, {});
+      return block.template write_tangents<false, Write::plain>({}, {});
+    }
+    const auto rows_of = [&](const T* t) {
+      return t ? Rows<T>{t + v * t_theta.stride + first, t_theta.stride} : Rows<T>{constant<0, T>(map.channels), 0};
+    };
+    if (scale) return block.template write_tangents<true, Write::scaled>(rows_of(t_theta.w), rows_of(t_theta.b));
+    block.template write_tangents<true, Write::plain>(rows_of(t_theta.w), rows_of(t_theta.b));
+  });
+}
+
+template <class T>
+void layer_norm_jvp(const Context& ctx, const ChannelMap& map, int64_t V, int64_t rows, bool centre, const T* x_hat, const T* rstd, const T* w,
+                    const T* t_x, const ChannelTangents<T>& t_theta, const T* scale, T* t_y) {
+  map.run == 1 ? layer_norm_jvp_rows<false>(ctx, map, V, rows, centre, x_hat, rstd, w, t_x, t_theta, scale, t_y)
+               : layer_norm_jvp_rows<true>(ctx, map, V, rows, centre, x_hat, rstd, w, t_x, t_theta, scale, t_y);
+}
+
+template <bool kRun, class T>
+void layer_norm_vjp_rows(const Context& ctx, const ChannelMap& map, int64_t V, int64_t rows, bool centre, const T* x_hat, const T* rstd, const T* w,
+                         const T* g_y, const T* scale, T* g_x, bool accumulate) {
+  for_row_blocks<kRun>(ctx, map, V, rows, centre, x_hat, rstd, w, g_y, scale, g_x, [&](auto& block, int64_t, int64_t) {
+    block.template sum<true>();
+    if (accumulate) return block.template write_cotangents<Write::added>();
+    if (scale) return block.template write_cotangents<Write::scaled>();
+    block.template write_cotangents<Write::plain>();
+  });
 }
 
 template <class T>
 void layer_norm_vjp(const Context& ctx, const ChannelMap& map, int64_t V, int64_t rows, bool centre, const T* x_hat, const T* rstd, const T* w,
                     const T* g_y, const T* scale, T* g_x, bool accumulate) {
-  if (accumulate) return layer_norm_vjp_rows<Write::added>(ctx, map, V, rows, centre, x_hat, rstd, w, g_y, scale, g_x);
-  if (scale) return layer_norm_vjp_rows<Write::scaled>(ctx, map, V, rows, centre, x_hat, rstd, w, g_y, scale, g_x);
-  layer_norm_vjp_rows<Write::plain>(ctx, map, V, rows, centre, x_hat, rstd, w, g_y, scale, g_x);
+  map.run == 1 ? layer_norm_vjp_rows<false>(ctx, map, V, rows, centre, x_hat, rstd, w, g_y, scale, g_x, accumulate)
+               : layer_norm_vjp_rows<true>(ctx, map, V, rows, centre, x_hat, rstd, w, g_y, scale, g_x, accumulate);
 }
 
 template <class T>

@@ -19,7 +19,7 @@ from influence_ext.capture.export import Exported
 from influence_ext.capture.generic import NodeOperator, Reference
 from influence_ext.capture.graph import CapturedGraph, Problem
 from influence_ext.capture.layout import Layout, is_free
-from influence_ext.capture.lowering import convolution, embedding, linear, movement, pointwise
+from influence_ext.capture.lowering import convolution, embedding, linear, movement, normalisation, pointwise, reduction
 from influence_ext.capture.lowering.pointwise import ACTIVATION_KINDS
 from influence_ext.capture.lowering.table import Lowering
 from influence_ext.capture.prologue import Prologue
@@ -32,6 +32,8 @@ LOWERINGS: dict[str, Lowering] = {
     **movement.LOWERINGS,
     **embedding.LOWERINGS,
     **convolution.LOWERINGS,
+    **normalisation.LOWERINGS,
+    **reduction.LOWERINGS,
 }
 
 # Called with the getitem node of an operator that returns a list of tensors.

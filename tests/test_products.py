@@ -233,13 +233,13 @@ def attention(
     trained: Sequence[bool] = (True, True, True),
     make_mask: Callable[[Tensor], Tensor] | None = None,
 ) -> HandMade:
-    """A row for the rule ``attention``: q ``[H, L, E]``; ``inside`` lays heads out as ``[L, H, E]``; ``mask`` of shape ``[H | 1, L | 1, S | 1]``."""
+    """A row for the rule ``attention``: q ``[H, L, E]``, or ``[L, H, E]`` if heads are ``inside``; mask ``[H | 1, L | 1, S | 1]``."""
     H, L, E = q
     Hk, Ev = key_heads or H, value_features or E
     sizes = [(H, L, E), (Hk, S, E), (Hk, S, Ev)]
     lists: dict[str, list[int]] = {}
-    for name, (heads, rows, features) in zip("qkvy", [*sizes, (H, L, Ev)], strict=True):
-        lists[name] = [features, heads * features] if inside else [rows * features, features]
+    for name, (heads, rows, width) in zip("qkvy", [*sizes, (H, L, Ev)], strict=True):
+        lists[name] = [width, heads * width] if inside else [rows * width, width]
     shapes: list[tuple[int, ...]] = [(s[1], s[0], s[2]) if inside else s for s in sizes]
     features: list[int | None] = [s[2] if t else None for s, t in zip(sizes, trained, strict=True)]
     makes: list[Callable[[Tensor], Tensor] | None] = [None, None, None]
@@ -268,7 +268,7 @@ def attention(
         return o.transpose(1, 2) if inside else o
 
     ints = {"heads": H, "key_heads": Hk, "queries": L, "keys": S, "features": E, "value_features": Ev}
-    ints |= {"causal": int(causal), "mask": mask_kind, "mask_size": math.prod(mask or ())}
+    ints |= {"causal": int(causal), "mask": mask_kind}
     return HandMade(
         "attention",
         shapes,

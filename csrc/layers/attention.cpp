@@ -9,7 +9,7 @@
 //
 // Inputs q, k, v and, if the mask depends on the examples, mask; a mask that does not is slot 0, which may be differentiated.
 // Attributes: heads, key_heads, queries L, keys S, features E, value_features F, causal, mask (0 none, 1 added to the scores, 2 zero hides);
-// mask_size if it is differentiated; number scale; lists q, k, v, y: strides of head and row within an example, features being contiguous; mask: one
+// number scale; lists q, k, v, y: strides of head and row within an example, features being contiguous; mask: one
 // offset a head, then the strides of row and column (0: broadcast).
 #include "kernels/attention.h"
 #include "common/buffer.h"
@@ -45,10 +45,6 @@ class AttentionRule final : public Rule<T> {
     if (kind != 0 && node.list("mask").size() != static_cast<size_t>(a.heads) + 2) {
       throw std::invalid_argument(who + "expected 'mask' to hold an offset for each of " + std::to_string(a.heads) + " heads and two strides, got " +
                                   std::to_string(node.list("mask").size()) + " numbers.");
-    }
-    if (node.is_trainable(0) && node.attribute("mask_size") <= 0) {
-      throw std::invalid_argument(who + "expected mask_size to be the number of elements of the mask, got " +
-                                  std::to_string(node.attribute("mask_size")) + ".");
     }
     const bool keep = keeps(a);
     Storage storage{.keeps_input = {true, true, true}, .state_widths = {}};
@@ -95,7 +91,7 @@ class AttentionRule final : public Rule<T> {
   void per_example(const Tile<T>& tile, const T* g_y, FactorSink<T>& factors) const override {
     if (!tile.node.is_trainable(0)) return;
     AttentionCotangents<T> g;
-    g.mask_size = g.mask_example = tile.node.attribute("mask_size");
+    g.mask_size = g.mask_example = tile.node.slot_sizes[0];
     g.mask_stride = tile.n * g.mask_size;
     g.mask = factors.allocate(tile.V * g.mask_stride);
     attention_vjp_stub<T>(tile.ctx, attention(tile, tile.V), g_y, g);

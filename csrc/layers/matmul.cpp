@@ -32,8 +32,8 @@ class Matmul final : public Rule<T> {
       throw std::invalid_argument("matmul (" + node.name + "): expected at most " + std::to_string(kMaxBatchAxes) + " batch axes, got " +
                                   std::to_string(batch.size()) + ".");
     }
-    check(node, "a", M, K, slot == 0 ? -1 : node.input_widths[0]);
-    check(node, "b", K, N, slot == 1 ? -1 : node.input_widths[slot == 0 ? 0 : 1]);
+    check(node, "a", M, K, slot == 0 ? node.slot_sizes[0] : node.input_widths[0]);
+    check(node, "b", K, N, slot == 1 ? node.slot_sizes[0] : node.input_widths[slot == 0 ? 0 : 1]);
     check(node, "c", M, N, node.width);
     if (slot < 0) return {.keeps_input = {true, true}, .state_widths = {}};
     return {.keeps_input = {node.is_trainable(0)}, .state_widths = {}};
@@ -77,8 +77,7 @@ class Matmul final : public Rule<T> {
   void per_example(const Tile<T>& tile, const T* g_y, FactorSink<T>& factors) const override {
     const int side = slot_operand(tile.node);
     if (side < 0 || !tile.node.is_trainable(0)) return;
-    const int64_t size =
-        operand_size(tile.node, side == 0 ? "a" : "b", tile.node.attribute(side == 0 ? "M" : "K"), tile.node.attribute(side == 0 ? "K" : "N"));
+    const int64_t size = tile.node.slot_sizes[0];
     T* g = factors.allocate(tile.V * tile.n * size);
     MatrixView<T> target = view(tile, side, g);
     target.n_stride = size;
@@ -116,12 +115,12 @@ class Matmul final : public Rule<T> {
         valid = valid && batch[axis] > 0 && strides[axis] >= 0;
         last += (batch[axis] - 1) * strides[axis];
       }
-      valid = valid && last + 1 == operand_size(node, key, rows, cols) && (width < 0 || last + 1 == width);
+      valid = valid && last + 1 == operand_size(node, key, rows, cols) && last + 1 == width;
     }
     if (!valid) {
       throw std::invalid_argument("matmul (" + node.name + "): expected '" + key + "' to hold the strides of " + std::to_string(rows) + " by " +
-                                  std::to_string(cols) + " matrices that cover " + (width < 0 ? "a slot" : std::to_string(width) + " elements") +
-                                  " with a row or column stride of 1, got others.");
+                                  std::to_string(cols) + " matrices that cover " + std::to_string(width) +
+                                  " elements with a row or column stride of 1, got others.");
     }
   }
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -177,6 +177,24 @@ class CapturedGraph:
     def parameter_names(self) -> tuple[str, ...]:
         """Parameters read as they are, in order of first use."""
         return tuple(slot.name for slot in self.slots if slot.kind == "parameter")
+
+
+def without_unread(nodes: Sequence[Node], output: int, num_sources: int) -> tuple[tuple[Node, ...], int]:
+    """The nodes that ``output`` is computed from, their values numbered anew, and the output's new number.
+
+    Lowerings leave nodes unread where a rule reads through them: a transpose that became the strides of an operand.
+    """
+    needed = {output}
+    for node in reversed(nodes):
+        if node.output in needed:
+            needed.update(node.inputs)
+    number = {source: source for source in range(num_sources)}
+    kept: list[Node] = []
+    for node in nodes:
+        if node.output in needed:
+            number[node.output] = num_sources + len(kept)
+            kept.append(replace(node, inputs=tuple(number[i] for i in node.inputs), output=number[node.output]))
+    return tuple(kept), number[output]
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -37,6 +37,33 @@ T* scratch(int64_t size, int which) {
   return buffer.data() + (((address + 63) & ~uintptr_t{63}) - address) / sizeof(T);
 }
 
+// out[j][i] = in[i][j] for a square of one vector's lanes: interleaving rows i and i + L / 2, log2(L) times.
+template <class T>
+inline __attribute__((always_inline)) void transpose_square(const T* in, int64_t in_stride, T* out, int64_t out_stride) {
+  constexpr int L = kLanes<T>;
+  using Mask = decltype(Vec<T>{} < Vec<T>{});  // integers of the lanes' size
+  Mask low, high;
+  for (int i = 0; i < L; ++i) {
+    low[i] = i / 2 + (i % 2) * L;
+    high[i] = low[i] + L / 2;
+  }
+  Vec<T> rows[L], mixed[L];
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) rows[i] = load(in + i * in_stride);
+#pragma GCC unroll 4
+  for (int stage = 1; stage < L; stage *= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < L / 2; ++i) {
+      mixed[2 * i] = __builtin_shuffle(rows[i], rows[i + L / 2], low);
+      mixed[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + L / 2], high);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) rows[i] = mixed[i];
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) store(out + i * out_stride, rows[i]);
+}
+
 template <class T>
 void pack_panel(int64_t K, int64_t n, const T* b, int64_t b_row, int64_t b_col, T* out) {
   constexpr int W = kPanel<T>;
@@ -54,8 +81,14 @@ void pack_panel(int64_t K, int64_t n, const T* b, int64_t b_row, int64_t b_col, 
     }
     return;
   }
-  // Transposed: blocks of 16 along k, so that every cache line read is used up while it is in L1.
-  for (int64_t k0 = 0; k0 < K; k0 += 16) {
+  // Transposed. Whole columns of the panel go through registers, square by square; what is left over in blocks of 16 along k, so that every cache
+  // line read is used up while it is in L1.
+  constexpr int L = kLanes<T>;
+  const int64_t squares = b_row == 1 && n == W ? K / L : 0;
+  for (int64_t k = 0; k < squares * L; k += L) {
+    for (int half = 0; half < 2; ++half) transpose_square(b + half * L * b_col + k, b_col, out + k * W + half * L, W);
+  }
+  for (int64_t k0 = squares * L; k0 < K; k0 += 16) {
     const int64_t k1 = std::min<int64_t>(K, k0 + 16);
     for (int64_t j = 0; j < n; ++j) {
       const T* column = b + j * b_col;
@@ -73,11 +106,16 @@ void gemm_pack(const Context& ctx, int64_t num, int64_t K, int64_t N, const T* b
   const int64_t panels = (N + W - 1) / W;
   const int64_t size = gemm_packed_size<T>(K, N);
   const int64_t work = num * panels;
-#pragma omp parallel for schedule(static) num_threads(ctx.num_threads) if (ctx.num_threads > 1 && num * K * N > 16384)
-  for (int64_t i = 0; i < work; ++i) {
+  const auto item = [&](int64_t i) {
     const int64_t v = i / panels, p = i % panels;
     pack_panel<T>(K, std::min<int64_t>(W, N - p * W), b + v * b_batch + p * W * b_col, b_row, b_col, packed + v * size + p * W * K);
+  };
+  if (ctx.num_threads <= 1 || num * K * N <= 16384) {  // entering a parallel region costs as much as packing a small matrix
+    for (int64_t i = 0; i < work; ++i) item(i);
+    return;
   }
+#pragma omp parallel for schedule(static) num_threads(ctx.num_threads)
+  for (int64_t i = 0; i < work; ++i) item(i);
 }
 
 // What a register tile does with its sums once they are complete.

@@ -17,9 +17,9 @@ from influence_ext.capture.constants import draws_random_numbers
 from influence_ext.capture.context import Context, Value, is_number, target_of
 from influence_ext.capture.export import Exported
 from influence_ext.capture.generic import NodeOperator, Reference
-from influence_ext.capture.graph import CapturedGraph, Problem
+from influence_ext.capture.graph import CapturedGraph, Problem, without_unread
 from influence_ext.capture.layout import Layout, is_free
-from influence_ext.capture.lowering import convolution, embedding, linear, movement, normalisation, pointwise, reduction
+from influence_ext.capture.lowering import convolution, embedding, linear, movement, normalisation, pointwise, products, reduction
 from influence_ext.capture.lowering.pointwise import ACTIVATION_KINDS
 from influence_ext.capture.lowering.table import Lowering
 from influence_ext.capture.prologue import Prologue
@@ -34,6 +34,7 @@ LOWERINGS: dict[str, Lowering] = {
     **convolution.LOWERINGS,
     **normalisation.LOWERINGS,
     **reduction.LOWERINGS,
+    **products.LOWERINGS,
 }
 
 # Called with the getitem node of an operator that returns a list of tensors.
@@ -85,6 +86,7 @@ def lower(
         return None, problems, context
     if output is None or reason is not None:
         raise Unlowered(reason or "the output is not computed from the inputs node by node")
+    nodes, result = without_unread(context.nodes, output.id, context.num_sources)
     wanted = [(node, context.values[node].layout) for node in context.sources]
     graph = CapturedGraph(
         model_name=model_name,
@@ -92,10 +94,15 @@ def lower(
         input_names=input_names,
         input_shapes=tuple(tuple(int(d) for d in node.meta["val"].shape[1:]) for node in context.inputs),
         input_dtypes=tuple(node.meta["val"].dtype for node in context.inputs),
+<<<<<<< HEAD
         prologue=Prologue.of(exported.program, exported.names, context.inputs, wanted, [context.name_of(n) for n in context.sources]),
         nodes=tuple(context.nodes),
+=======
+        prologue=Prologue.of(exported.program, exported.names, context.inputs, wanted),
+        nodes=nodes,
+>>>>>>> f3ccbdf407f19e7e5b4b3f942b724ac88d78d430
         slots=tuple(context.table.slots),
-        output=output.id,
+        output=result,
         output_shape=output.shape[1:],
         conditions=conditions,
     )

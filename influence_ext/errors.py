@@ -37,7 +37,7 @@ class UnsupportedModelError(InfluenceExtError, NotImplementedError):
 
 
 class UnsupportedLossError(InfluenceExtError, NotImplementedError):
-    """The loss has no native implementation or an unknown reduction."""
+    """The loss is none, mixes examples, has no curvature in the outputs where some is needed, or an unknown reduction."""
 
 
 class SolverFailure(InfluenceExtError, RuntimeError):

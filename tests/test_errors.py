@@ -23,6 +23,7 @@ from tests.cases.models import NETWORKS, mlp
 F64 = torch.float64
 BASE = build(NETWORKS["mlp-tanh"], F64)  # 3-6-5-2, P = 71, N = 5, mean squared error
 CLASSES = build(NETWORKS["mlp-ce"], F64)  # 3-6-4, cross-entropy
+TOKENS = build(NETWORKS["sequence-outputs"], F64)  # outputs [N, 4, 3]
 LABELS = build(NETWORKS["mlp-bce"], F64)  # 3-6-3, binary cross-entropy
 MSE, CE, BCE = nn.MSELoss(), nn.CrossEntropyLoss(), nn.BCEWithLogitsLoss()
 
@@ -31,6 +32,14 @@ def ggn(**changes: Any) -> Any:
     """``ie.GGN`` of the base network with some arguments changed."""
     arguments = {"model": BASE.model, "loss": MSE, "data": BASE.data, **changes}
     return ie.GGN(**arguments)
+
+
+def saturated(output: float = 1e4) -> nn.Module:
+    """A linear layer whose outputs are far beyond what a sigmoid resolves."""
+    layer = nn.Linear(3, 2).to(F64)
+    with torch.no_grad():
+        layer.bias.fill_(output)
+    return layer
 
 
 def influence(**changes: Any) -> Any:
@@ -177,11 +186,52 @@ ROWS = (
     Bad("reduction-none", lambda: ggn(loss=nn.MSELoss(reduction="none")), errors.UnsupportedLossError,
         r"reduction.*'mean' or 'sum', got 'none'"),
     Bad("unknown-loss-name", lambda: ggn(loss="hinge"), errors.UnsupportedLossError, r"mse_loss.*got 'hinge'"),
-    Bad("unknown-loss-module", lambda: ggn(loss=nn.L1Loss()), errors.UnsupportedLossError, r"L1Loss"),
-    Bad("label-smoothing", lambda: ie.GGN(CLASSES.model, nn.CrossEntropyLoss(label_smoothing=0.1), CLASSES.data),
-        errors.UnsupportedLossError, r"label_smoothing"),
-    Bad("class-weights", lambda: ie.GGN(CLASSES.model, nn.CrossEntropyLoss(weight=torch.ones(4)), CLASSES.data),
-        errors.UnsupportedLossError, r"weight"),
+    Bad("no-loss", lambda: ggn(loss=3), errors.UnsupportedLossError, r"callable loss\(output, target\), got 3"),
+    Bad("absolute-error", lambda: ggn(loss=nn.L1Loss()), errors.UnsupportedLossError, r"l1_loss.*linear.*SmoothL1Loss"),
+    Bad("log-likelihood", lambda: ie.GGN(CLASSES.model, nn.NLLLoss(), CLASSES.data), errors.UnsupportedLossError,
+        r"linear in log-probabilities.*take log_softmax off.*cross_entropy on the logits"),
+    Bad("linear-callable", lambda: ggn(loss=lambda z, t: (z * t).sum()), errors.UnsupportedLossError, r"linear in them"),
+    Bad("class-weights", lambda: ie.GGN(CLASSES.model, nn.CrossEntropyLoss(weight=torch.ones(3)), CLASSES.data),
+        errors.ShapeError, r"weight \[K\] = \[4\].*got \[3\]"),
+    Bad("negative-class-weights", lambda: ie.GGN(CLASSES.model, nn.CrossEntropyLoss(weight=-torch.ones(4)), CLASSES.data),
+        errors.ArgumentError, r"weight.*none negative, got minimum -1"),
+    Bad("all-ignored", lambda: ie.GGN(CLASSES.model, CE, (CLASSES.X, torch.full((5,), -100))), errors.DataError,
+        r"a target that counts, got none among 5"),
+    Bad("no-class-of-weight", lambda: ie.GGN(CLASSES.model, nn.CrossEntropyLoss(weight=torch.tensor([0.0, 1, 1, 1])),
+        (CLASSES.X, torch.zeros(5, dtype=torch.long))), errors.DataError, r"a target that counts, got none among 5"),
+    Bad("label-smoothing", lambda: ie.GGN(CLASSES.model, nn.CrossEntropyLoss(label_smoothing=1.5), CLASSES.data),
+        errors.ArgumentError, r"label_smoothing in \[0, 1\], got 1.5"),
+    Bad("probabilities-of-one-class", lambda: ie.GGN(CLASSES.model, CE, (CLASSES.X, torch.full((5, 4), -0.1, dtype=F64))),
+        errors.DataError, r"probabilities >= 0 as targets, got -0.1"),
+    Bad("probabilities-with-ignored", lambda: ie.GGN(CLASSES.model, nn.CrossEntropyLoss(ignore_index=0),
+        (CLASSES.X, torch.full((5, 4), 0.25, dtype=F64))), errors.ArgumentError, r"ignore_index = 0, got probabilities"),
+    Bad("classes-on-the-last-axis", lambda: ie.GGN(TOKENS.model, CE, (TOKENS.X, torch.zeros(5, 4, dtype=torch.long))),
+        errors.ShapeError, r"axis 1.*transpose\(1, 2\)"),
+    Bad("negative-variance", lambda: ggn(loss=nn.GaussianNLLLoss(), data=(BASE.X, -torch.ones(5, 2, 2, dtype=F64))),
+        errors.DataError, r"variances >= 0 in targets\[:, 1\], got -1"),
+    Bad("no-variance", lambda: ggn(loss=nn.GaussianNLLLoss()), errors.ShapeError, r"\[5, 2, 2\].*torch.stack\(\[y, variance\], dim=1\)"),
+    Bad("no-probabilities", lambda: ie.GGN(LABELS.model, nn.BCELoss(), LABELS.data), errors.DataError,
+        r"probabilities in \(0, 1\) as outputs.*BCEWithLogitsLoss"),
+    Bad("saturated-probabilities", lambda: ggn(model=nn.Sequential(saturated(), nn.Sigmoid()), loss=nn.BCELoss(), data=(BASE.X, 0 * BASE.y)),
+        errors.DataError, r"finite values of binary_cross_entropy.*exactly 0 or 1"),
+    Bad("negative-rates", lambda: ggn(model=saturated(-1e4), loss=nn.PoissonNLLLoss(log_input=False), data=(BASE.X, BASE.y.abs())), errors.DataError,
+        r"rates > 0 as outputs.*softplus"),
+    Bad("negative-counts", lambda: ggn(loss=nn.PoissonNLLLoss(), data=(BASE.X, -1 - BASE.y.abs())), errors.DataError, r"counts >= 0"),
+    Bad("weight-of-examples", lambda: ie.GGN(LABELS.model, nn.BCEWithLogitsLoss(weight=torch.ones(5, 1)), LABELS.data), errors.ShapeError,
+        r"weight that broadcasts to the outputs of one example \[3\], got \[5, 1\]"),
+    Bad("mixed-examples", lambda: ggn(loss=lambda z, t: (z - t - (z - t).mean(0)).square().mean()), errors.UnsupportedLossError,
+        r"mean or the sum of its values on each example alone.*mixes examples"),
+    Bad("first-example-only", lambda: ggn(loss=lambda z, t: (z[0] - t[0]).square().mean()), errors.UnsupportedLossError, r"mixes examples"),
+    Bad("callable-misstated", lambda: ggn(loss=lambda z, t: (z - t).square().mean(), reduction="sum"), errors.ArgumentError,
+        r"to be a sum over examples as stated, got a mean"),
+    Bad("callable-unreduced", lambda: ggn(loss=lambda z, t: (z - t).square()), errors.ShapeError, r"floating-point scalar.*\.mean\(\)"),
+    Bad("callable-number", lambda: ggn(loss=lambda z, t: float((z - t).square().mean())), errors.UnsupportedLossError, r"tensor, got float"),
+    Bad("callable-detached", lambda: ggn(loss=lambda z, t: (z.detach() - t).square().mean()), errors.UnsupportedLossError,
+        r"can differentiate"),
+    Bad("callable-infinite", lambda: ggn(loss=lambda z, t: (0 * (z - t)).log().mean()), errors.DataError, r"finite values"),
+    Bad("callable-raising", lambda: ggn(loss=lambda z, t: z @ t), errors.UnsupportedLossError, r"batch of one example, got RuntimeError"),
+    Bad("callable-not-convex", lambda: ggn(loss=lambda z, t: (z - t).cos().mean()).diagonal(), errors.UnsupportedLossError,
+        r"convex in the outputs, got a Hessian with eigenvalue"),
     Bad("unsupported-operators", lambda: ie.GGN(Strange().to(F64), MSE, BASE.data), errors.UnsupportedModelError,
         r"(?s)Strange.*bessel_j0.*logcumsumexp"),
     Bad("nothing-trainable", lambda: ggn(model=frozen()), errors.ArgumentError, r"6 parameters with requires_grad=False"),

@@ -25,12 +25,21 @@ from influence_ext.errors import ArgumentError, DataError, DivergenceError, Nume
 from influence_ext.losses import HalfMSE
 from influence_ext.testing import assert_close
 from tests.cases import generator
+from tests.cases.losses import log_cosh
 
 F64 = torch.float64
 
 
 def half_mse(z: Tensor, t: Tensor) -> Tensor:
     return 0.5 * F.mse_loss(z, t)
+
+
+CLASS_WEIGHTS = torch.tensor([0.5, 2.0, 1.0], dtype=F64)
+
+
+def weighted(z: Tensor, t: Tensor) -> Tensor:
+    """A term of the weighted mean, without its denominator."""
+    return F.cross_entropy(z, t, weight=CLASS_WEIGHTS.to(z.dtype), reduction="sum")
 
 
 def half_mse_sum(z: Tensor, t: Tensor) -> Tensor:
@@ -42,7 +51,7 @@ class Case:
     """A network at parameters that are no minimum, its loss, and the same loss literally."""
 
     make: Callable[[], nn.Module]
-    loss: nn.Module
+    loss: Any
     literal: Callable[[Tensor, Tensor], Tensor]
     targets: Callable[[Tensor, torch.Generator], Tensor]
     remove: tuple[int, ...]
@@ -71,6 +80,9 @@ CASES = {
     "half-mse-sum": Case(lambda: mlp(2), HalfMSE(reduction="sum"), half_mse_sum, noisy, (2,), damping=2.0),
     "cross-entropy": Case(lambda: mlp(3), nn.CrossEntropyLoss(), F.cross_entropy, labels, (7,)),
     "cross-entropy-group": Case(lambda: mlp(3), nn.CrossEntropyLoss(), F.cross_entropy, labels, (1, 2, 3, 4)),
+    "cross-entropy-weighted": Case(lambda: mlp(3), nn.CrossEntropyLoss(weight=CLASS_WEIGHTS), weighted, labels, (7, 8)),
+    "huber": Case(lambda: mlp(2), nn.HuberLoss(), F.huber_loss, noisy, (3,)),
+    "callable": Case(lambda: mlp(2), log_cosh, log_cosh, noisy, (3, 4)),
     "binary": Case(lambda: mlp(2), nn.BCEWithLogitsLoss(), F.binary_cross_entropy_with_logits, bits, (9, 10)),
 }
 N = 20
@@ -92,15 +104,17 @@ def flat(model: nn.Module) -> Tensor:
     return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
 
 
-def reduction(case: Case) -> str:
-    return "sum" if case.literal is half_mse_sum else "mean"
+def factor(case: Case, y: Tensor) -> float:
+    if case.literal is weighted:
+        return 1.0 / float(CLASS_WEIGHTS[y].sum())
+    return 1.0 if case.literal is half_mse_sum else 1.0 / N
 
 
 def literal_pbo(
     case: Case, model: nn.Module, X: Tensor, y: Tensor, theta: Tensor, epsilon: float | None = None, damping: float | None = None
 ) -> Tensor:
     """The objective as written in the paper, by autograd, differentiable in ``theta``."""
-    c = 1.0 / N if reduction(case) == "mean" else 1.0
+    c = factor(case, y)
     epsilon = c if epsilon is None else epsilon
 
     def outputs(at: Tensor) -> Tensor:
@@ -168,8 +182,7 @@ def test_curvature_and_hessian(row: str) -> None:
     assert float((found.curvature_product(v, start) - exact).norm() / exact.norm()) > 1e-4
     # Gauss-Newton by explicit Jacobians, the removed examples' weight being zero.
     kept = [i for i in range(N) if i not in case.remove]
-    scale = len(kept) / N if reduction(case) == "mean" else 1.0
-    G = reference.ggn(model, case.literal, X[kept], y[kept], reduction=reduction(case)) * scale + case.damping * torch.eye(
+    G = reference.ggn(model, case.literal, X[kept], y[kept], reduction=factor(case, y)) + case.damping * torch.eye(
         len(v), dtype=F64
     )
     assert_close(found.curvature_product(v, start), G @ v, what="curvature")
@@ -295,8 +308,8 @@ def test_the_trained_parameters_are_stationary_whatever_their_training(row: str)
 @rows
 def test_damped_influence_is_the_first_order_response(row: str) -> None:
     case, model, X, y = problem(row)
-    c = 1 / N if reduction(case) == "mean" else 1.0
-    linear = reference.parameter_change(model, case.literal, (X, y), case.remove, case.damping, reduction(case))
+    c = factor(case, y)
+    linear = reference.parameter_change(model, case.literal, (X, y), case.remove, case.damping, factor(case, y))
     errors = []
     for epsilon in (1e-3 * c, 1e-4 * c):
         response = ie.pbrf(model, case.loss, (X, y), case.remove, case.damping, epsilon=epsilon, rtol=1e-10)
@@ -308,7 +321,7 @@ def test_damped_influence_is_the_first_order_response(row: str) -> None:
 @rows
 def test_linearized_pbrf_is_a_dense_solve(row: str) -> None:
     case, model, X, y = problem(row)
-    change = reference.parameter_change(model, case.literal, (X, y), case.remove, case.damping, reduction(case))
+    change = reference.parameter_change(model, case.literal, (X, y), case.remove, case.damping, factor(case, y))
     response = ie.linearized_pbrf(model, case.loss, (X, y), case.remove, case.damping)
     assert response.status.success
     assert response.relative_residual is not None

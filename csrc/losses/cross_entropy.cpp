@@ -1,6 +1,6 @@
 // cross_entropy: softmax over the first axis of [K, positions], against class indices or probabilities, with class weights and label
-// smoothing; formulas in kernels/loss.h. D does not see which class is the target, only its mass.
-#include "kernels/loss.h"
+// smoothing; formulas in kernels/cross_entropy.h. D does not see which class is the target, only its mass.
+#include "kernels/cross_entropy.h"
 #include "losses/loss.h"
 
 namespace infl {

@@ -1,6 +1,6 @@
 // Losses that are a sum over elements, ℓ = s Σ_c w_c φ(z_c, t_c) with φ of math/losses.h: ∇ℓ = s w φ', H = diag(s w φ''), and
 // D(z, z_s) = s Σ_c w_c D_φ(z_c, z_s,c; t_c). Without element weights the squared error's Hessian is 2 s I and keeps no state.
-#include "kernels/loss.h"
+#include "kernels/elementwise_loss.h"
 #include "losses/loss.h"
 
 namespace infl {

@@ -162,8 +162,8 @@ class CrossEntropy(ClassLoss):
         check_outputs(z, who)
         if target.shape != z.shape or z.dim() < 2:
             raise ShapeError(
-                f"{who}: expected probabilities shaped like the outputs {list(z.shape)}, got {list(target.shape)} of {target.dtype}; pass "
-                "one probability a class, or class indices as y.long()."
+                f"{who}: expected class indices as integers, or probabilities shaped like the outputs {list(z.shape)}, got "
+                f"{list(target.shape)} of {target.dtype}; pass y.long(), or one probability a class."
             )
         if target.dtype != z.dtype:
             raise DTypeError(f"{who}: expected probabilities of dtype {z.dtype}, got {target.dtype}; convert them with y.to({z.dtype}).")

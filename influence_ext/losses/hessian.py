@@ -88,8 +88,8 @@ class BlockHessian(OutputHessian):
     @cached_property
     def _root(self) -> Tensor:
         assert self.state is not None
-        values, vectors = torch.linalg.eigh(self.state)
-        limit = 32 * values.shape[-1] * torch.finfo(values.dtype).eps * values.abs().amax(dim=-1, keepdim=True)
+        values, vectors = torch.linalg.eigh(self.state.double())
+        limit = 32 * values.shape[-1] * torch.finfo(self.state.dtype).eps * values.abs().amax(dim=-1, keepdim=True)
         negative = (values < -limit).any(dim=-1).nonzero()[:, 0]
         if len(negative):
             n = int(negative[0])
@@ -98,7 +98,7 @@ class BlockHessian(OutputHessian):
                 f"example {n} ({len(negative)} of {len(values)} examples), which has no real root; use an operation that needs products "
                 "only, or a convex loss."
             )
-        return vectors * values.clamp(min=0).sqrt()[:, None, :]
+        return (vectors * values.clamp(min=0).sqrt()[:, None, :]).to(self.state.dtype)
 
     def _weighted(self, U: Tensor, power: float) -> Tensor:
         if self.weights is None:
@@ -163,5 +163,5 @@ class GraphHessian(OutputHessian):
 
 def _multiply(blocks: Tensor, U: Tensor) -> Tensor:
     """``M_n u[v, n]``: ``[N, C, C], [V, N, *out] -> [V, N, *out]``."""
-    columns = U.detach().reshape(U.shape[0], U.shape[1], -1).permute(1, 2, 0)
+    columns = U.detach().reshape(*U.shape[:2], blocks.shape[-1]).permute(1, 2, 0)
     return torch.bmm(blocks, columns).permute(2, 0, 1).contiguous().view(U.shape)

@@ -190,7 +190,8 @@ def resolve(loss: LossLike | Loss, reduction: str | None = None, who: str = "los
             f"{who}: expected a loss as nn module, functional, name ({', '.join(NATIVE)}) or callable loss(output, target), got {loss!r}; "
             "use one of these."
         )
-    name = getattr(loss, "__name__", type(loss).__name__)
+    function = loss.func if isinstance(loss, partial) else loss
+    name = getattr(function, "__name__", type(function).__name__).replace("<lambda>", "callable")
     stated = reduction or _attribute(loss, "reduction")
     return CallableLoss(loss, name, None if stated is None else check_reduction(stated, name, who))
 

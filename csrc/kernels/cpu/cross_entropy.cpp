@@ -1,9 +1,10 @@
 // One block of positions at a time, every class of the block in turn, so that the innermost loop runs over contiguous positions; a single
 // position is a block whose innermost loop runs over the classes. Sums per position live on the stack: whatever K is, nothing is stored
 // beyond the results.
+#include "kernels/cross_entropy.h"
 #include "kernels/cpu/simd.h"
-#include "kernels/loss.h"
 #include "math/exp.h"
+#include "math/losses.h"
 
 namespace infl {
 namespace INFL_ISA {
@@ -190,7 +191,8 @@ void block_divergence(int64_t K, int64_t stride, int64_t B, const T* z, const T*
     }
   }
   for (int64_t b = 0; b < B; ++b) {
-    kl[b] = widest[b] < T(1) ? std::log1p(total[b] / sum[b]) : std::log(total[b] / sum[b]) + highest[b];
+    const T divergence = widest[b] < T(1) ? std::log1p(total[b] / sum[b]) : std::log(total[b] / sum[b]) + highest[b];
+    kl[b] = divergence < T(0) ? T(0) : divergence;  // by rounding
   }
 }
 

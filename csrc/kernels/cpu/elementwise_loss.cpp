@@ -1,6 +1,6 @@
 // One row of outputs at a time; rows are split between threads.
+#include "kernels/elementwise_loss.h"
 #include "kernels/cpu/simd.h"
-#include "kernels/loss.h"
 
 namespace infl {
 namespace INFL_ISA {

@@ -94,13 +94,8 @@ def lower(
         input_names=input_names,
         input_shapes=tuple(tuple(int(d) for d in node.meta["val"].shape[1:]) for node in context.inputs),
         input_dtypes=tuple(node.meta["val"].dtype for node in context.inputs),
-<<<<<<< HEAD
         prologue=Prologue.of(exported.program, exported.names, context.inputs, wanted, [context.name_of(n) for n in context.sources]),
-        nodes=tuple(context.nodes),
-=======
-        prologue=Prologue.of(exported.program, exported.names, context.inputs, wanted),
         nodes=nodes,
->>>>>>> f3ccbdf407f19e7e5b4b3f942b724ac88d78d430
         slots=tuple(context.table.slots),
         output=result,
         output_shape=output.shape[1:],

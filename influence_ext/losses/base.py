@@ -15,9 +15,9 @@ from influence_ext.losses.hessian import OutputHessian
 class Loss(ABC):
     """A resolved loss ``J = c Σ_n ℓ_n``. Outputs are ``z [N, *out]``; all methods work on any number of examples.
 
-    ``ℓ_n`` depends on example n alone. Where nothing weighs the targets it is the loss applied to the example as a batch of one. Where class
-    weights or an ``ignore_index`` make PyTorch's mean a weighted one, ``ℓ_n`` is the sum of the weighted terms over the number of positions,
-    and c carries the denominator of the whole data set.
+    ``ℓ_n`` depends on example n alone. Where nothing weighs the targets it is the loss applied to the example as a batch of one. Where
+    class weights or an ``ignore_index`` make PyTorch's mean a weighted one, ``ℓ_n`` is the sum of the weighted terms over the number of
+    positions, and c carries the denominator of the whole data set.
 
     Attributes:
         name: for messages.
@@ -47,8 +47,8 @@ class Loss(ABC):
         total = self.total_weight(targets)
         if total == 0 and targets.numel():
             raise DataError(
-                f"{self.name}: expected a target that counts, got none among {targets.numel()} (all are ignored, or of classes of weight zero); "
-                "drop these examples or correct the labels."
+                f"{self.name}: expected a target that counts, got none among {targets.numel()} (all are ignored, or of classes of weight "
+                "zero); drop these examples or correct the labels."
             )
         return 1.0 / total if self.reduction == "mean" else 1.0
 

@@ -59,8 +59,8 @@ class ClassLoss(Loss):
             return None
         if self.weight.shape != z.shape[1:2]:
             raise ShapeError(
-                f"{who}: expected weight [K] = [{z.shape[1]}], one for each class, got {list(self.weight.shape)}; the classes are on axis 1 "
-                f"of the outputs {list(z.shape)}."
+                f"{who}: expected weight [K] = [{z.shape[1]}], one for each class, got {list(self.weight.shape)}; the classes are on "
+                f"axis 1 of the outputs {list(z.shape)}."
             )
         return self.weight.detach().to(z.dtype).contiguous()
 
@@ -200,8 +200,8 @@ class NegativeLogLikelihood(ClassLoss):
     def hessian(self, z: Tensor, target: Tensor, weights: Tensor | None = None) -> OutputHessian:
         """There is none."""
         raise UnsupportedLossError(
-            f"{self.name}: expected a loss with curvature in the outputs, got one that is linear in log-probabilities (its Gauss-Newton matrix "
-            "is zero); take log_softmax off the end of the model and use cross_entropy on the logits, which is the same loss."
+            f"{self.name}: expected a loss with curvature in the outputs, got one that is linear in log-probabilities (its Gauss-Newton "
+            "matrix is zero); take log_softmax off the end of the model and use cross_entropy on the logits, which is the same loss."
         )
 
     def bregman(self, z: Tensor, z_s: Tensor, target: Tensor) -> Tensor:

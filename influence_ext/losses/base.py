@@ -52,6 +52,11 @@ class Loss(ABC):
             )
         return 1.0 / total if self.reduction == "mean" else 1.0
 
+    @property
+    def is_linear(self) -> bool:
+        """Whether the loss is linear in the outputs wherever it has a derivative: ``H_n`` is zero, and no Gauss-Newton matrix exists."""
+        return False
+
     @abstractmethod
     def value(self, z: Tensor, target: Tensor) -> Tensor:
         """``ℓ_n``: ``[N]``.
@@ -69,7 +74,7 @@ class Loss(ABC):
         """``H_n = ∇²_z ℓ_n``, times ``weights[n] ≥ 0`` if given.
 
         Raises:
-            UnsupportedLossError: the loss is linear in the outputs wherever it has a derivative, so that no Gauss-Newton matrix exists.
+            UnsupportedLossError: the loss is linear (:attr:`is_linear`).
             ArgumentError: weights that are not ``[N]`` or negative.
             ShapeError, DTypeError, DataError: see :meth:`value`.
         """

@@ -182,6 +182,11 @@ class CrossEntropy(ClassLoss):
 class NegativeLogLikelihood(ClassLoss):
     """``−w_t z_t`` of log-probabilities z: linear in z."""
 
+    @property
+    def is_linear(self) -> bool:
+        """It is."""
+        return True
+
     def value(self, z: Tensor, target: Tensor) -> Tensor:
         """See :meth:`Loss.value`."""
         slope = self.gradient(z, target)

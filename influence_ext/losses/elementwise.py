@@ -135,6 +135,11 @@ class ElementwiseLoss(Loss):
 class AbsoluteError(ElementwiseLoss):
     """``|z − t|``: its second derivative is zero wherever there is one."""
 
+    @property
+    def is_linear(self) -> bool:
+        """It is, on either side of the kink."""
+        return True
+
     def hessian(self, z: Tensor, target: Tensor, weights: Tensor | None = None) -> OutputHessian:
         """There is none."""
         raise UnsupportedLossError(

@@ -1,6 +1,6 @@
 // The only file that knows Python and torch: tensors in, pointers on, tensors out. No logic.
 //
-// Shapes and types are promised by the Python layer (influence_ext/plan.py, losses.py), which words the errors for users; the checks here keep
+// Shapes and types are promised by the Python layer (influence_ext/plan.py, losses/), which words the errors for users; the checks here keep
 // a wrong call from reading foreign memory.
 #include <ATen/Parallel.h>
 #include <torch/extension.h>

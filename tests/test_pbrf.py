@@ -182,9 +182,7 @@ def test_curvature_and_hessian(row: str) -> None:
     assert float((found.curvature_product(v, start) - exact).norm() / exact.norm()) > 1e-4
     # Gauss-Newton by explicit Jacobians, the removed examples' weight being zero.
     kept = [i for i in range(N) if i not in case.remove]
-    G = reference.ggn(model, case.literal, X[kept], y[kept], reduction=factor(case, y)) + case.damping * torch.eye(
-        len(v), dtype=F64
-    )
+    G = reference.ggn(model, case.literal, X[kept], y[kept], reduction=factor(case, y)) + case.damping * torch.eye(len(v), dtype=F64)
     assert_close(found.curvature_product(v, start), G @ v, what="curvature")
 
 

@@ -28,6 +28,37 @@ INFL_HD T exp_tail(T x) {
   return x * x * (T(1) + x * sum) / T(2);
 }
 
+// The same for |x| ≤ 1 without a branch, Σ_{k≥2} xᵏ/k!: arithmetic that a compiler vectorises.
+template <class T>
+__attribute__((always_inline)) INFL_HD T exp_tail_within_one(T x) {
+  constexpr int last = sizeof(T) == 4 ? 12 : 20;
+  constexpr T k_inverse_factorial[] = {
+      T(1.0 / 2.0),
+      T(1.0 / 6.0),
+      T(1.0 / 24.0),
+      T(1.0 / 120.0),
+      T(1.0 / 720.0),
+      T(1.0 / 5040.0),
+      T(1.0 / 40320.0),
+      T(1.0 / 362880.0),
+      T(1.0 / 3628800.0),
+      T(1.0 / 39916800.0),
+      T(1.0 / 479001600.0),
+      T(1.0 / 6227020800.0),
+      T(1.0 / 87178291200.0),
+      T(1.0 / 1307674368000.0),
+      T(1.0 / 20922789888000.0),
+      T(1.0 / 355687428096000.0),
+      T(1.0 / 6402373705728000.0),
+      T(1.0 / 121645100408832000.0),
+      T(1.0 / 2432902008176640000.0),
+  };
+  T sum = k_inverse_factorial[last - 2];
+#pragma GCC unroll 20
+  for (int k = last - 3; k >= 0; --k) sum = sum * x + k_inverse_factorial[k];
+  return x * x * sum;
+}
+
 // x − log(1 + x) for x > −1; for |x| < 1/2 through log(1 + x) = 2 artanh u, u = x/(2 + x): u x − 2 u³ (1/3 + u²/5 + u⁴/7 + ...).
 template <class T>
 INFL_HD T log1p_tail(T x) {

@@ -30,7 +30,9 @@ def add_model(parser: argparse.ArgumentParser, required: bool) -> None:
         help="training data: .npz with arrays X and y, or .pt with a dict or a pair of tensors",
     )
     group.add_argument(
-        "--loss", default="cross_entropy", help="functional name: cross_entropy (default), mse_loss, binary_cross_entropy_with_logits"
+        "--loss",
+        default="cross_entropy",
+        help="functional name: cross_entropy (default), mse_loss, huber_loss, binary_cross_entropy_with_logits, ...",
     )
     group.add_argument("--dtype", choices=DTYPES, default="float32", help="of parameters and inputs (default float32)")
 

@@ -15,9 +15,9 @@ from influence_ext.losses.hessian import OutputHessian
 class Loss(ABC):
     """A resolved loss ``J = c Σ_n ℓ_n``. Outputs are ``z [N, *out]``; all methods work on any number of examples.
 
-    ``ℓ_n`` depends on example n alone. Where nothing weighs the targets it is the loss applied to the example as a batch of one. Where class
-    weights or an ``ignore_index`` make PyTorch's mean a weighted one, ``ℓ_n`` is the sum of the weighted terms over the number of positions,
-    and c carries the denominator of the whole data set.
+    ``ℓ_n`` depends on example n alone. Where nothing weighs the targets it is the loss applied to the example as a batch of one. Where
+    class weights or an ``ignore_index`` make PyTorch's mean a weighted one, ``ℓ_n`` is the sum of the weighted terms over the number of
+    positions, and c carries the denominator of the whole data set.
 
     Attributes:
         name: for messages.
@@ -47,10 +47,15 @@ class Loss(ABC):
         total = self.total_weight(targets)
         if total == 0 and targets.numel():
             raise DataError(
-                f"{self.name}: expected a target that counts, got none among {targets.numel()} (all are ignored, or of classes of weight zero); "
-                "drop these examples or correct the labels."
+                f"{self.name}: expected a target that counts, got none among {targets.numel()} (all are ignored, or of classes of weight "
+                "zero); drop these examples or correct the labels."
             )
         return 1.0 / total if self.reduction == "mean" else 1.0
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the loss is linear in the outputs wherever it has a derivative: ``H_n`` is zero, and no Gauss-Newton matrix exists."""
+        return False
 
     @abstractmethod
     def value(self, z: Tensor, target: Tensor) -> Tensor:
@@ -69,7 +74,7 @@ class Loss(ABC):
         """``H_n = ∇²_z ℓ_n``, times ``weights[n] ≥ 0`` if given.
 
         Raises:
-            UnsupportedLossError: the loss is linear in the outputs wherever it has a derivative, so that no Gauss-Newton matrix exists.
+            UnsupportedLossError: the loss is linear (:attr:`is_linear`).
             ArgumentError: weights that are not ``[N]`` or negative.
             ShapeError, DTypeError, DataError: see :meth:`value`.
         """

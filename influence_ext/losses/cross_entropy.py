@@ -59,8 +59,8 @@ class ClassLoss(Loss):
             return None
         if self.weight.shape != z.shape[1:2]:
             raise ShapeError(
-                f"{who}: expected weight [K] = [{z.shape[1]}], one for each class, got {list(self.weight.shape)}; the classes are on axis 1 "
-                f"of the outputs {list(z.shape)}."
+                f"{who}: expected weight [K] = [{z.shape[1]}], one for each class, got {list(self.weight.shape)}; the classes are on "
+                f"axis 1 of the outputs {list(z.shape)}."
             )
         return self.weight.detach().to(z.dtype).contiguous()
 
@@ -182,6 +182,11 @@ class CrossEntropy(ClassLoss):
 class NegativeLogLikelihood(ClassLoss):
     """``−w_t z_t`` of log-probabilities z: linear in z."""
 
+    @property
+    def is_linear(self) -> bool:
+        """It is."""
+        return True
+
     def value(self, z: Tensor, target: Tensor) -> Tensor:
         """See :meth:`Loss.value`."""
         slope = self.gradient(z, target)
@@ -200,8 +205,8 @@ class NegativeLogLikelihood(ClassLoss):
     def hessian(self, z: Tensor, target: Tensor, weights: Tensor | None = None) -> OutputHessian:
         """There is none."""
         raise UnsupportedLossError(
-            f"{self.name}: expected a loss with curvature in the outputs, got one that is linear in log-probabilities (its Gauss-Newton matrix "
-            "is zero); take log_softmax off the end of the model and use cross_entropy on the logits, which is the same loss."
+            f"{self.name}: expected a loss with curvature in the outputs, got one that is linear in log-probabilities (its Gauss-Newton "
+            "matrix is zero); take log_softmax off the end of the model and use cross_entropy on the logits, which is the same loss."
         )
 
     def bregman(self, z: Tensor, z_s: Tensor, target: Tensor) -> Tensor:

@@ -135,17 +135,26 @@ class ElementwiseLoss(Loss):
 class AbsoluteError(ElementwiseLoss):
     """``|z − t|``: its second derivative is zero wherever there is one."""
 
+    @property
+    def is_linear(self) -> bool:
+        """It is, on either side of the kink."""
+        return True
+
     def hessian(self, z: Tensor, target: Tensor, weights: Tensor | None = None) -> OutputHessian:
         """There is none."""
         raise UnsupportedLossError(
-            f"{self.name}: expected a loss with curvature in the outputs, got one that is linear on either side of its kink (its Gauss-Newton "
-            "matrix is zero); use nn.SmoothL1Loss or nn.HuberLoss, which round the kink off."
+            f"{self.name}: expected a loss with curvature in the outputs, got one that is linear on either side of its kink (its "
+            "Gauss-Newton matrix is zero); use nn.SmoothL1Loss or nn.HuberLoss, which round the kink off."
         )
 
 
 @dataclass(frozen=True)
 class BinaryCrossEntropy(ElementwiseLoss):
-    """Binary cross-entropy of logits; ``pos_weight`` w₊ makes it ``k (log(1 + eᶻ) − t' z)`` with ``k = w₊ t + 1 − t``, ``t' = w₊ t/k``."""
+    """Binary cross-entropy of logits.
+
+    Attributes:
+        pos_weight: w₊, which makes it ``k (log(1 + eᶻ) − t' z)`` with ``k = w₊ t + 1 − t`` and ``t' = w₊ t/k``.
+    """
 
     pos_weight: Tensor | None = None
 

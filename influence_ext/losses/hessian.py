@@ -151,8 +151,8 @@ class GraphHessian(OutputHessian):
         size = N * C * C * self.leaf.dtype.itemsize
         if size > BLOCK_BYTES:
             raise ArgumentError(
-                f"{self.name}: expected blocks [N, C, C] = [{N}, {C}, {C}] of at most {BLOCK_BYTES} bytes for the root of the loss Hessian, "
-                f"got {size}; use an operation that needs products only (a solver such as CG), or fewer examples."
+                f"{self.name}: expected blocks [N, C, C] = [{N}, {C}, {C}] of at most {BLOCK_BYTES} bytes for the root of the loss "
+                f"Hessian, got {size}; use an operation that needs products only (a solver such as CG), or fewer examples."
             )
         return BlockHessian(GENERIC, self.scale, self.dense(), self.weights, self.name)
 

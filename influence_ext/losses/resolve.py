@@ -163,10 +163,10 @@ def resolve(loss: LossLike | Loss, reduction: str | None = None, who: str = "los
     """Turn what a user calls a loss into a :class:`Loss`.
 
     Args:
-        loss: an instance of an ``nn`` loss module or :class:`HalfMSE`, the name of its functional (``"mse_loss"``, ``"cross_entropy"``, ...),
-            the functional itself, also as a ``functools.partial`` that fixes options, any other callable ``loss(output, target)`` that
-            returns a mean or a sum over examples, or a ``Loss``. ``NATIVE`` lists the losses with formulas of their own; every other one
-            is differentiated by PyTorch. ``gaussian_nll_loss`` takes targets ``torch.stack([y, variance], dim=1)``.
+        loss: an instance of an ``nn`` loss module or :class:`HalfMSE`, the name of its functional (``"mse_loss"``, ``"cross_entropy"``,
+            ...), the functional itself, also as a ``functools.partial`` that fixes options, any other callable ``loss(output, target)``
+            that returns a mean or a sum over examples, or a ``Loss``. ``NATIVE`` lists the losses with formulas of their own; every other
+            one is differentiated by PyTorch. ``gaussian_nll_loss`` takes targets ``torch.stack([y, variance], dim=1)``.
         reduction: ``"mean"`` or ``"sum"`` over examples; by default the module's own, ``"mean"`` for names and functionals, and what a
             callable turns out to be when it is first checked with outputs.
         who: the caller's name for messages.
@@ -193,7 +193,8 @@ def resolve(loss: LossLike | Loss, reduction: str | None = None, who: str = "los
     function = loss.func if isinstance(loss, partial) else loss
     name = getattr(function, "__name__", type(function).__name__).replace("<lambda>", "callable")
     stated = reduction or _attribute(loss, "reduction")
-    return CallableLoss(loss, name, None if stated is None else check_reduction(stated, name, who))
+    called: Callable[..., Any] = loss
+    return CallableLoss(called, name, None if stated is None else check_reduction(stated, name, who))
 
 
 def _find(loss: Any) -> tuple[str, dict[str, Any]] | None:

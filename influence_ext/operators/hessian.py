@@ -32,13 +32,13 @@ class Hessian(LinearisedOperator):
 
     def _prepare(self) -> None:
         z, targets = self._tape.outputs, self.examples.targets
-        self._hessian: OutputHessian = self.loss.hessian(z, targets).scaled(self._factor)
+        self._hessian: OutputHessian | None = None if self.loss.is_linear else self.loss.hessian(z, targets).scaled(self._factor)
         if "_network" not in self.__dict__:
             self._network = self._tape.plan.network()
         self._gradients = self.loss.gradient(z, targets) * self._factor
 
     def _undamped(self, V: Tensor) -> Tensor:
-        product = self._tape.ggn(V, self._hessian)
+        product = torch.zeros_like(V) if self._hessian is None else self._tape.ggn(V, self._hessian)
         plan, theta = self._tape.plan, self._tape.theta
         width = sum(node.width for node in plan.graph.nodes) * 6 * self.dtype.itemsize
         vectors = max(1, min(V.shape[0], BLOCK_BYTES // (width * min(self.num_examples, 64))))

@@ -57,8 +57,8 @@ class LinearisedOperator(LinearOperator):
         self.damping = check_damping(damping, who)
         self._tape: Tape = plan.linearize(self.examples, memory_budget=memory_budget)
         self._tape.set_schedule(schedule)
-        self.loss.check(self._tape.outputs, self.examples.targets, who)
         self._tape.check_outputs(who)
+        self.loss.check(self._tape.outputs, self.examples.targets, who)
         self._factor = self.loss.factor(self.examples.targets)
         self.num_parameters = plan.space.num_parameters
         self.dtype, self.device = plan.space.dtype, plan.space.device

@@ -42,8 +42,8 @@ class ExampleGradients:
     @classmethod
     def on(cls, tape: Tape, loss: Loss, targets: Tensor, who: str) -> ExampleGradients:
         """The same for a tape that is already there."""
-        loss.check(tape.outputs, targets, who)
         tape.check_outputs(who)
+        loss.check(tape.outputs, targets, who)
         return cls(tape, loss.gradient(tape.outputs, targets))
 
     def materialise(self, out: Tensor | None = None) -> Tensor:

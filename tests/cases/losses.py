@@ -301,11 +301,11 @@ ROWS = (
     LossCase("ce-mean-ignore", CE, "mean", normal_outputs(4), ignored_targets(1), "an index that is a class too is ignored",
              options={"ignore_index": 1}, total_weight=weigh(ignore_index=1), convex=False, num_examples=9),
     LossCase("ce-mean-smooth", CE, "mean", normal_outputs(4), class_targets, "label smoothing", options=SMOOTHING),
-    LossCase("ce-mean-smooth-saturated", CE, "mean", saturated_outputs(4), class_targets, "smoothing at logits of ±100", 12, True, SMOOTHING),
+    LossCase("ce-mean-smooth-saturated", CE, "mean", saturated_outputs(4), class_targets, "smoothed, logits of ±100", 12, True, SMOOTHING),
     LossCase("ce-mean-smooth-weight-ignore", CE, "mean", normal_outputs(4), ignored_targets(-100), "all options at once",
              options={"weight": W4, **SMOOTHING}, total_weight=weigh(W4), convex=False, num_examples=9),
     LossCase("ce-mean-probabilities", CE, "mean", normal_outputs(4), distributions, "distributions as targets"),
-    LossCase("ce-mean-probabilities-saturated", CE, "mean", saturated_outputs(4), distributions, "distributions, logits of ±100", 12, True),
+    LossCase("ce-mean-probabilities-saturated", CE, "mean", saturated_outputs(4), distributions, "logits of ±100", 12, True),
     LossCase("ce-mean-probabilities-weight", CE, "mean", normal_outputs(4), distributions, "PyTorch divides by N here, not by Σ w",
              options={"weight": W4, **SMOOTHING}),
     LossCase("ce-sum-probabilities-seq", CE, "sum", normal_outputs(4, 3), distributions, "distributions at every position",
@@ -349,7 +349,7 @@ ROWS = (
     LossCase("callable-sum-coupled", "coupled", "sum", N3, normal_targets, "dense Hessian blocks"),
     LossCase("callable-sum-wide", "coupled", "sum", linked_outputs(lambda z: 0.1 * z, 70), normal_targets, "too wide for dense blocks",
              num_examples=2, link=lambda z: 0.1 * z),
-    LossCase("callable-mean-tokens", "token_cross_entropy", "mean", normal_outputs(3, 4), token_targets, "[N, T, K], flattened by the callable"),
+    LossCase("callable-mean-tokens", "token_cross_entropy", "mean", normal_outputs(3, 4), token_targets, "[N, T, K], flattened"),
     LossCase("callable-mean-branching", "branching", "mean", N3, normal_targets, "a loop over the examples where vmap fails"),
 )  # fmt: skip
 

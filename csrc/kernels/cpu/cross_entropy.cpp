@@ -97,6 +97,23 @@ void exponentials(int64_t K, int64_t stride, int64_t B, const T* z, T* e, T* top
   }
 }
 
+// e <- e/sum
+template <class T>
+void normalise(int64_t K, int64_t stride, int64_t B, const T* sum, T* e) {
+  if (stride == 1) {
+    const T inverse = T(1) / sum[0];
+#pragma omp simd
+    for (int64_t k = 0; k < K; ++k) e[k] *= inverse;
+    return;
+  }
+  T inverse[kBlock];
+  for (int64_t b = 0; b < B; ++b) inverse[b] = T(1) / sum[b];
+  for (int64_t k = 0; k < K; ++k) {
+#pragma omp simd
+    for (int64_t b = 0; b < B; ++b) e[k * stride + b] *= inverse[b];
+  }
+}
+
 // Σ_b (Q log sum + Σ_k q_k (top − z_k)): no term is negative.
 template <class T>
 T block_value(const CrossEntropy<T>& l, const Smoothing<T>& q, int64_t n, int64_t first, int64_t B, const T* z, const T* top, const T* sum,
@@ -159,15 +176,71 @@ void block_gradient(const CrossEntropy<T>& l, const Smoothing<T>& q, int64_t n, 
   }
 }
 
+// The same at a single position.
+template <class T>
+void row_gradient(const CrossEntropy<T>& l, const Smoothing<T>& q, int64_t n, const T* z, const T* e, T top, T sum, T Q, T* g) {
+  const int64_t K = l.K, y = l.index ? l.index[n] : -1;
+  const T scale = l.s * Q / sum, hit = l.s * q.hit, base = l.index && y < 0 ? T(0) : l.s * q.base;
+  int64_t highest = 0;
+  while (highest < K && z[highest] != top) ++highest;
+  if (l.index) {
+    const T* w = base == T(0) ? nullptr : l.class_weight;
+#pragma omp simd
+    for (int64_t k = 0; k < K; ++k) g[k] = scale * e[k] - (w ? w[k] * base : base);
+    if (y >= 0) g[y] -= weight_of(l, y) * hit;
+  } else {
+    const T* t = l.target + n * K;
+    const T* w = l.class_weight;
+#pragma omp simd
+    for (int64_t k = 0; k < K; ++k) g[k] = scale * e[k] - (w ? w[k] : T(1)) * (base + hit * t[k]);
+  }
+  if (highest == K) return;  // the logits are NaN
+  g[highest] = 0;
+  T rest = 0;
+#pragma omp simd reduction(+ : rest)
+  for (int64_t k = 0; k < K; ++k) rest += g[k];
+  g[highest] = -rest;
+}
+
 // KL(p_s ‖ p) = log Σ p_s exp(d), d = z − z_s less its mean under p_s. All |d| < 1: log1p of Σ p_s (exp(d) − 1 − d), which loses no digits;
 // else a logsumexp.
+template <class T>
+T divergence_of(T widest, T total, T sum, T highest) {
+  const T kl = widest < T(1) ? std::log1p(total / sum) : std::log(total / sum) + highest;
+  return kl < T(0) ? T(0) : kl;  // by rounding
+}
+
+template <class T>
+T row_divergence(int64_t K, const T* z, const T* z_s) {
+  T top = 0, sum = 0, mean = 0, widest = 0, highest = -std::numeric_limits<T>::infinity(), total = 0;  // highest: exponent of p_s exp(d)
+  exponentials<T>(K, 1, 1, z_s, nullptr, &top, &sum);
+#pragma omp simd reduction(+ : mean)
+  for (int64_t k = 0; k < K; ++k) mean += exp_nonpositive(z_s[k] - top) * (z[k] - z_s[k]);
+  mean /= sum;
+#pragma omp simd reduction(max : widest, highest)
+  for (int64_t k = 0; k < K; ++k) {
+    const T d = z[k] - z_s[k] - mean, size = d < T(0) ? -d : d, exponent = z_s[k] - top + d;
+    widest = size > widest ? size : widest;
+    highest = exponent > highest ? exponent : highest;
+  }
+  if (widest < T(1)) {
+#pragma omp simd reduction(+ : total)
+    for (int64_t k = 0; k < K; ++k) total += exp_nonpositive(z_s[k] - top) * exp_tail_within_one(z[k] - z_s[k] - mean);
+  } else {
+#pragma omp simd reduction(+ : total)
+    for (int64_t k = 0; k < K; ++k) total += exp_nonpositive(z_s[k] - top + (z[k] - z_s[k] - mean) - highest);
+  }
+  return divergence_of(widest, total, sum, highest);
+}
+
+// The same at B positions side by side.
 template <class T>
 void block_divergence(int64_t K, int64_t stride, int64_t B, const T* z, const T* z_s, T* kl) {
   T top[kBlock], sum[kBlock], mean[kBlock], widest[kBlock], highest[kBlock], total[kBlock];
   exponentials<T>(K, stride, B, z_s, nullptr, top, sum);
   for (int64_t b = 0; b < B; ++b) {
     mean[b] = widest[b] = total[b] = 0;
-    highest[b] = -std::numeric_limits<T>::infinity();  // the exponent of p_s exp(d)
+    highest[b] = -std::numeric_limits<T>::infinity();
   }
   for (int64_t k = 0; k < K; ++k) {
     const int64_t at = k * stride;
@@ -177,23 +250,37 @@ void block_divergence(int64_t K, int64_t stride, int64_t B, const T* z, const T*
   for (int64_t b = 0; b < B; ++b) mean[b] /= sum[b];
   for (int64_t k = 0; k < K; ++k) {
     const int64_t at = k * stride;
+#pragma omp simd
     for (int64_t b = 0; b < B; ++b) {
-      const T d = z[at + b] - z_s[at + b] - mean[b];
-      widest[b] = std::max(widest[b], std::abs(d));
-      highest[b] = std::max(highest[b], z_s[at + b] - top[b] + d);
+      const T d = z[at + b] - z_s[at + b] - mean[b], size = d < T(0) ? -d : d, exponent = z_s[at + b] - top[b] + d;
+      widest[b] = size > widest[b] ? size : widest[b];
+      highest[b] = exponent > highest[b] ? exponent : highest[b];
     }
+  }
+  bool any_near = false, any_far = false;
+  for (int64_t b = 0; b < B; ++b) {
+    any_near = any_near || widest[b] < T(1);
+    any_far = any_far || !(widest[b] < T(1));
   }
   for (int64_t k = 0; k < K; ++k) {
-    const int64_t at = k * stride;
-    for (int64_t b = 0; b < B; ++b) {
-      const T d = z[at + b] - z_s[at + b] - mean[b], exponent = z_s[at + b] - top[b];
-      total[b] += widest[b] < T(1) ? exp_nonpositive(exponent) * exp_tail(d) : exp_nonpositive(exponent + d - highest[b]);
+    const T* a = z + k * stride;
+    const T* s = z_s + k * stride;
+    if (any_near) {
+#pragma omp simd
+      for (int64_t b = 0; b < B; ++b) {
+        const T term = exp_nonpositive(s[b] - top[b]) * exp_tail_within_one(a[b] - s[b] - mean[b]);
+        total[b] += widest[b] < T(1) ? term : T(0);
+      }
+    }
+    if (any_far) {
+#pragma omp simd
+      for (int64_t b = 0; b < B; ++b) {
+        const T term = exp_nonpositive(s[b] - top[b] + (a[b] - s[b] - mean[b]) - highest[b]);
+        total[b] += widest[b] < T(1) ? T(0) : term;
+      }
     }
   }
-  for (int64_t b = 0; b < B; ++b) {
-    const T divergence = widest[b] < T(1) ? std::log1p(total[b] / sum[b]) : std::log(total[b] / sum[b]) + highest[b];
-    kl[b] = divergence < T(0) ? T(0) : divergence;  // by rounding
-  }
+  for (int64_t b = 0; b < B; ++b) kl[b] = divergence_of(widest[b], total[b], sum[b], highest[b]);
 }
 
 template <class T>
@@ -210,7 +297,11 @@ void cross_entropy(const Context& ctx, const CrossEntropy<T>& l) {
       masses(l, q, n, first, B, Q);
       if (l.bregman) {
         T kl[kBlock];
-        block_divergence(l.K, l.positions, B, z, l.z_s + offset, kl);
+        if (l.positions == 1) {
+          kl[0] = row_divergence(l.K, z, l.z_s + offset);
+        } else {
+          block_divergence(l.K, l.positions, B, z, l.z_s + offset, kl);
+        }
         for (int64_t b = 0; b < B; ++b) divergence += Q[b] * kl[b];
       }
       if (l.mass) {
@@ -220,14 +311,9 @@ void cross_entropy(const Context& ctx, const CrossEntropy<T>& l) {
       T* e = l.p ? l.p + offset : l.gradient ? l.gradient + offset : nullptr;
       exponentials(l.K, l.positions, B, z, e, top, sum);
       if (l.value) value += block_value(l, q, n, first, B, z, top, sum, Q);
-      if (l.gradient) block_gradient(l, q, n, first, B, z, e, top, sum, Q, l.gradient + offset);
-      if (l.p) {
-        T inverse[kBlock];
-        for (int64_t b = 0; b < B; ++b) inverse[b] = T(1) / sum[b];
-        for (int64_t k = 0; k < l.K; ++k) {
-          for (int64_t b = 0; b < B; ++b) e[k * l.positions + b] *= inverse[b];
-        }
-      }
+      if (l.gradient && l.positions == 1) row_gradient(l, q, n, z, e, top[0], sum[0], Q[0], l.gradient + offset);
+      if (l.gradient && l.positions > 1) block_gradient(l, q, n, first, B, z, e, top, sum, Q, l.gradient + offset);
+      if (l.p) normalise(l.K, l.positions, B, sum, e);
     }
     if (l.value) l.value[n] = l.s * value;
     if (l.bregman) l.bregman[n] = l.s * divergence;

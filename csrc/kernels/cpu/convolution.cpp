@@ -217,10 +217,10 @@ struct Product {
   void group_product(const Phase& phase, const Operand<T>* operands, int64_t rows, int64_t inner, const RowBlocks& blocks, const T* bias,
                      const T* scale, T* out, bool accumulate) const {
     const Axis* axes = geometry.axes;
-    const bool flat = geometry.flat(phase.count);
+    const bool flat = takes_flat(phase.count, rows);
     const bool collect = flat || axes[0].step * axes[1].step * axes[2].step > 1;  // through a buffer, not straight to `out`
     const int64_t out_line = axes[2].out_size;
-    const int64_t line_bytes = inner * num_terms * geometry.line * static_cast<int64_t>(sizeof(T));
+    const int64_t line_bytes = inner * std::max(1, num_terms) * geometry.line * static_cast<int64_t>(sizeof(T));
     int64_t lines = std::max<int64_t>(1, kBlockBytes / line_bytes);
     if (flat) lines = std::max<int64_t>(lines, 4096 / geometry.line + 1);
     const int64_t pitch = flat ? geometry.line : ceil_div(phase.count[2], kLanes<T>) * kLanes<T>;  // of the buffer
@@ -276,6 +276,12 @@ struct Product {
         }
       }
     }
+  }
+
+  // Few channels of output fill the registers only with long runs of positions (depthwise: 8 vectors).
+  bool takes_flat(const int64_t* count, int64_t rows) const {
+    const int64_t lines = geometry.line_vectors(count), flat = geometry.flat_vectors(count);
+    return flat < lines || (rows <= 3 && count[1] > 1 && lines < 4 * count[1] && 4 * flat <= 5 * lines);
   }
 
   // `vectors` vectors, x_step apart in x and out_step in out, in tiles, of `lanes` positions each and `tail` in the last.

@@ -174,11 +174,9 @@ struct Geometry {
     }
   }
 
-  // Whether the positions of a phase are better taken from the whole plane than line by line.
-  bool flat(const int64_t* count) const {
-    const int64_t by_line = count[1] * ceil_div(count[2], kLanes<T>);
-    return ceil_div((count[1] - 1) * line + count[2], kLanes<T>) < by_line;
-  }
+  // Vectors that cover the positions of a phase line by line, and from the whole plane.
+  static int64_t line_vectors(const int64_t* count) { return count[1] * ceil_div(count[2], kLanes<T>); }
+  int64_t flat_vectors(const int64_t* count) const { return ceil_div((count[1] - 1) * line + count[2], kLanes<T>); }
 
   const Convolution& conv;
   bool up;

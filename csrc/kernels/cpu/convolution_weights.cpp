@@ -101,8 +101,9 @@ DotFn<T> dot_for(int64_t rows, int64_t cols) {
 template <class T>
 struct Lines {
   Lines(const Geometry<T>& geometry, const int64_t* count) {
-    flat = geometry.flat(count);
-    in_place = !flat && count[2] % kLanes<T> == 0;
+    const bool whole = count[2] % kLanes<T> == 0;
+    flat = geometry.flat_vectors(count) + (whole ? 1 : 0) <= geometry.line_vectors(count);
+    in_place = !flat && whole;
     lines = flat ? 1 : count[1];
     const int64_t length = flat ? (count[1] - 1) * geometry.line + count[2] : count[2];
     vectors = ceil_div(length, kLanes<T>);

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tests.cases import Network, subset
 
@@ -37,7 +39,25 @@ def function(model: nn.Module, X: Any) -> Callable[[Theta], Tensor]:
     model = copy.deepcopy(model)
     args: tuple[Tensor, ...] = X if isinstance(X, tuple) else () if isinstance(X, Mapping) else (X,)
     kwargs = dict(X) if isinstance(X, Mapping) else {}
-    return lambda theta: functional_call(model, theta, args, kwargs)
+
+    def evaluate(theta: Theta) -> Tensor:
+        with _differentiable():
+            result: Tensor = functional_call(model, theta, args, kwargs)
+        return result
+
+    return evaluate
+
+
+@contextmanager
+def _differentiable() -> Iterator[None]:
+    """Attention without the fused kernels, which have no forward mode."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel([SDPBackend.MATH]):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def outputs(network: Network, theta: Tensor | None = None) -> Tensor:

@@ -13,8 +13,8 @@ from torch import fx
 from influence_ext.capture.context import Context, Value
 from influence_ext.capture.layout import Layout
 from influence_ext.capture.lowering.linear import LOWERINGS as LINEAR
+from influence_ext.capture.lowering.strided import Strided, own_memory, strided_slot, strided_value
 from influence_ext.capture.lowering.table import Lowering, argument, named
-from influence_ext.capture.strided import Strided, own_memory, strided_slot, strided_value
 
 MAX_BATCH_AXES = 8  # kernels/batched_matmul.h
 

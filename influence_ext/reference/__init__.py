@@ -19,14 +19,18 @@ from influence_ext.reference.influence import (
 )
 from influence_ext.reference.jacobian import jacobian, outputs, parameter_vector, trainable, with_parameters
 from influence_ext.reference.per_example import batch_gradient, per_example_grads
+from influence_ext.reference.products import ggn_products, jacobian_products, jacobian_transpose_products, plain_kernels
 
 __all__ = [
     "batch_gradient",
     "bregman_divergence",
     "damped_solve",
     "ggn",
+    "ggn_products",
     "influence_scores",
     "jacobian",
+    "jacobian_products",
+    "jacobian_transpose_products",
     "linearized_pbrf",
     "loss_gradient",
     "loss_hessian",
@@ -36,6 +40,7 @@ __all__ = [
     "parameter_vector",
     "pbo",
     "per_example_grads",
+    "plain_kernels",
     "reduction_factor",
     "ridge_fit",
     "ridge_leave_one_out",

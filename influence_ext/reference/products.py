@@ -1,0 +1,108 @@
+"""Products with Jacobians and Gauss-Newton matrices of models too wide for a dense Jacobian: one example, one vector at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from influence_ext.reference.ggn import LossFunction, reduction_factor
+from influence_ext.reference.jacobian import Inputs, call, double, double_copy, example, flat_gradient, num_examples, trainable
+
+
+@contextmanager
+def plain_kernels() -> Iterator[None]:
+    """Attention and recurrent layers from differentiable parts: their fused kernels have no forward mode."""
+    with sdpa_kernel([SDPBackend.MATH]), torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
+        yield
+
+
+def jacobian_products(model: nn.Module, X: Inputs, V: Tensor, params: Sequence[str] | None = None) -> Tensor:
+    r"""``J_n v``, by forward mode; where an operator has none, by differentiating ``u -> J_nᵀ u``, which is linear.
+
+    Args:
+        model: The network; used in evaluation mode and float64, not modified.
+        X: Inputs with ``N`` examples.
+        V: ``[V, P]``.
+        params: Names of the parameters; ``None`` means all trainable ones.
+
+    Returns:
+        ``[V, N, *out]`` in float64.
+
+    Cost:
+        ``V·N`` forward passes with tangents.
+    """
+    with plain_kernels():
+        return torch.stack([torch.stack([_tangent(model, example(X, n), v, params) for n in range(num_examples(X))]) for v in V.double()])
+
+
+def jacobian_transpose_products(model: nn.Module, X: Inputs, G: Tensor, params: Sequence[str] | None = None) -> Tensor:
+    """``Σ_n J_nᵀ g[v, n]``: ``G [V, N, *out]`` to ``[V, P]`` in float64, by ``V·N`` backward passes."""
+    network, data, cotangents = double_copy(model), double(X), G.double()
+    parameters = list(trainable(network, params).values())
+    total = torch.zeros(G.shape[0], sum(p.numel() for p in parameters), dtype=torch.float64)
+    with plain_kernels():
+        for n in range(num_examples(data)):
+            (z,) = call(network, example(data, n))
+            for row, g in zip(total, cotangents[:, n], strict=True):
+                row += flat_gradient((z * g).sum(), parameters, retain_graph=True)
+    return total
+
+
+def ggn_products(
+    model: nn.Module, loss: LossFunction, X: Inputs, y: Tensor, V: Tensor, reduction: str = "mean", params: Sequence[str] | None = None
+) -> Tensor:
+    r"""``c Σ_n J_nᵀ H_n J_n v``: ``[V, P]`` to ``[V, P]`` in float64, ``H_n`` by the loss's own second derivative.
+
+    Args:
+        model: The network; used in evaluation mode and float64, not modified.
+        loss: Callable ``loss(output, target)``; called on one example at a time.
+        X: Inputs with ``N`` examples.
+        y: ``[N, ...]`` targets.
+        V: ``[V, P]``.
+        reduction: ``"mean"`` (``c = 1/N``) or ``"sum"`` (``c = 1``).
+        params: Names of the parameters; ``None`` means all trainable ones.
+    """
+    z, targets = double_outputs(model, X), double(y)
+    tangents = jacobian_products(model, X, V, params)
+    cotangents = torch.zeros_like(tangents)
+    for n in range(z.shape[0]):
+        leaf = z[n : n + 1].clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(leaf, targets[n : n + 1]).sum(), leaf, create_graph=True)
+        for v in range(V.shape[0]):
+            if gradient.requires_grad:
+                cotangents[v, n] = torch.autograd.grad(gradient, leaf, tangents[v, n : n + 1], retain_graph=True)[0][0]
+    return reduction_factor(reduction, z.shape[0]) * jacobian_transpose_products(model, X, cotangents, params)
+
+
+def double_outputs(model: nn.Module, X: Inputs) -> Tensor:
+    """``[N, *out]`` in float64, each example on its own."""
+    network, data = double_copy(model), double(X)
+    with torch.no_grad(), plain_kernels():
+        return torch.cat([call(network, example(data, n)) for n in range(num_examples(data))])
+
+
+def _tangent(model: nn.Module, x: Inputs, v: Tensor, params: Sequence[str] | None) -> Tensor:
+    network, data = double_copy(model), double(x)
+    named = {name: p.detach() for name, p in trainable(network, params).items()}
+    parts = v.split([p.numel() for p in named.values()])
+    tangents = {name: part.reshape(p.shape) for part, (name, p) in zip(parts, named.items(), strict=True)}
+    args: tuple[Tensor, ...] = (data,) if isinstance(data, Tensor) else data if isinstance(data, tuple) else ()
+    kwargs = data if isinstance(data, dict) else {}
+
+    def f(theta: dict[str, Tensor]) -> Tensor:
+        return functional_call(network, theta, args, kwargs)[0]
+
+    try:
+        return jvp(f, (named,), (tangents,))[1]
+    except NotImplementedError:
+        parameters = list(trainable(network, params).values())
+        (z,) = call(network, data)
+        u = torch.zeros_like(z).requires_grad_()
+        rows = torch.autograd.grad(z, parameters, u, create_graph=True, allow_unused=True)
+        image = sum((row * t).sum() for row, t in zip(rows, tangents.values(), strict=True) if row is not None)
+        return torch.autograd.grad(image, u)[0]

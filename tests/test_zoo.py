@@ -1,0 +1,107 @@
+"""Whole models: every product of the library against oracles that share no code with it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import influence_ext as ie
+from influence_ext import reference
+from influence_ext.capture import clear_cache
+from influence_ext.plan import Plan
+from influence_ext.testing import assert_close
+from tests.cases import eager, subset
+from tests.cases.zoo import ZOO, ModelCase, WholeModel, whole
+
+F64 = torch.float64
+CAPTURE_SECONDS = 9.0  # three times what a capture may take on an idle machine
+AGAIN_SECONDS = 0.5  # ten times what a second operator may take
+
+
+def _rows() -> Iterator[object]:
+    for dtype, suffix in ((F64, "f64"), (torch.float32, "f32")):
+        for case in ZOO:
+            if dtype in case.dtypes:
+                marks = () if case.quick and dtype == F64 else pytest.mark.slow
+                yield pytest.param((case, dtype), id=f"{case.id}-{suffix}", marks=marks)
+
+
+@pytest.fixture(params=_rows())
+def model(request: pytest.FixtureRequest) -> WholeModel:
+    return whole(*request.param)
+
+
+structures = pytest.mark.parametrize("case", [pytest.param(case, id=case.id, marks=() if case.quick else pytest.mark.slow) for case in ZOO])
+
+
+def plain(run: Callable[..., Tensor], *args: object) -> Callable[[], Tensor]:
+    """Eager torch with kernels that have a forward mode."""
+
+    def later() -> Tensor:
+        with reference.plain_kernels():
+            return run(*args)
+
+    return later
+
+
+def test_outputs(model: WholeModel) -> None:
+    tape = Plan.of(model.model, model.X, model.case.params).linearize(model.X)
+    assert_close(tape.outputs, model.outputs, eager=plain(eager.outputs, model.peer))
+
+
+def test_jvp(model: WholeModel) -> None:
+    T = ie.jvp(model.model, model.X, model.V, params=model.case.params)
+    assert_close(T, model.tangents, eager=plain(eager.jacobian_products, model.peer, model.V))
+
+
+def test_vjp(model: WholeModel) -> None:
+    W = ie.vjp(model.model, model.X, model.G, params=model.case.params)
+    assert_close(W, model.cotangents, eager=plain(eager.jacobian_transpose_products, model.peer, model.G))
+
+
+def test_ggn(model: WholeModel) -> None:
+    G = ie.GGN(model.model, model.loss, model.data, params=model.case.params)
+    assert_close(G.matmat(model.V), model.products, eager=plain(eager.ggn_products, model.peer, model.V))
+
+
+def test_per_example_gradients(model: WholeModel) -> None:
+    grads = ie.per_example_grads(model.model, model.loss, model.data, params=model.case.params)
+    flat = torch.cat([g.reshape(model.N, -1) for g in grads.values()], dim=1)
+    assert list(grads) == list(reference.trainable(model.restricted))
+    assert_close(flat, model.grads, eager=plain(eager.per_example_grads, model.peer))
+
+
+def test_norms(model: WholeModel) -> None:
+    norms = ie.per_example_norms(model.model, model.loss, model.data, params=model.case.params)
+    peer = plain(eager.per_example_grads, model.peer)
+    assert_close(norms, model.grads.norm(dim=1), eager=lambda: peer().norm(dim=1))
+
+
+@structures
+def test_one_capture_serves_every_number_of_examples(case: ModelCase) -> None:
+    model = whole(case, case.dtypes[0])
+    clear_cache()
+    first = subset(model.X, slice(0, 1))
+    plan = Plan.of(model.model, first, case.params)
+    for X, expected in ((first, model.tangents[:, :1]), (model.X, model.tangents), (subset(model.X, [2, 0]), model.tangents[:, [2, 0]])):
+        scale = float(model.tangents.norm())
+        peer = plain(eager.jacobian_products, model.peer, model.V)
+        limits = {} if model.dtype == F64 else {"eager": peer().double().to(torch.float32)[:, : expected.shape[1]]}
+        assert_close(plan.linearize(X).jvp(model.V), expected, scale=scale, **limits)
+
+
+@structures
+def test_capture_is_quick_and_happens_once(case: ModelCase) -> None:
+    model = whole(case, case.dtypes[0])
+    clear_cache()
+    start = time.process_time()
+    Plan.of(model.model, model.X, case.params)
+    captured = time.process_time()
+    Plan.of(model.model, model.X, case.params)
+    again = time.process_time()
+    assert captured - start < CAPTURE_SECONDS
+    assert again - captured < AGAIN_SECONDS

@@ -190,9 +190,10 @@ def _expand(context: Context, node: fx.Node) -> Value | None:
     layout = context.layout(node)
     if layout is None:
         return None
-    if context.is_batched(source):
-        return expanded(context, node, context.value(source), layout, "")
-    return emit_broadcast(context, node, source, layout, "")
+    if not context.is_batched(source):
+        return emit_broadcast(context, node, source, layout, "")
+    value = context.value(source)
+    return context.emit(node, "view", [value]) if value.layout == layout else expanded(context, node, value, layout, "")
 
 
 def emit_broadcast(context: Context, node: fx.Node, tensor: fx.Node, layout: Layout, suffix: str) -> Value | None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from influence_ext.capture.export import NotExportable, batch_norm_problems, export_model
 from influence_ext.capture.generic import differentiable
 from influence_ext.capture.graph import CapturedGraph, Expression, Node, Problem, Slot, named_tensors
-from influence_ext.capture.lowering import ACTIVATION_KINDS, LOWERINGS, Unlowered, lower
+from influence_ext.capture.lowering import ACTIVATION_KINDS, LOWERINGS, PART_LOWERINGS, Unlowered, lower
 from influence_ext.capture.probe import mixing_node
 from influence_ext.capture.report import format_table
 from influence_ext.capture.signature import structure_key
@@ -101,7 +101,7 @@ def _capture(
 ) -> tuple[CapturedGraph | None, list[Problem]]:
     """Node by node where that is possible, as a whole where it is not; and the problems found."""
     try:
-        exported = export_model(model, tensors, keys, who)
+        exported = export_model(model, tensors, keys, who, known=LOWERINGS.keys() | PART_LOWERINGS.keys())
         graph, problems, context = lower(exported, type(model).__name__, dtype, names)
         if graph is not None and (mixed := mixing_node(context, tensors, named_tensors(model))) is not None:
             return None, [*problems, Problem(mixed)]

@@ -226,6 +226,9 @@ _SWITCHES = {
     "aten.rnn_relu.input": "train",
     "aten.rrelu.default": "training",
     "aten.dropout.default": "train",
+    "aten.feature_dropout.default": "train",
+    "aten.alpha_dropout.default": "train",
+    "aten.feature_alpha_dropout.default": "train",
 }
 
 

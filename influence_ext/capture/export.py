@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import io
 import logging
+import operator
 import random
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,19 @@ class Exported:
     problems: tuple[Problem, ...]
 
 
+def _is_functional(program: ExportedProgram, names: dict[str, str], known: Collection[str]) -> bool:
+    """Whether no operator writes into its arguments, and those that read parameters are known by name."""
+    depends = parameter_dependence(program, names)
+    for node in program.graph.nodes:
+        if node.op != "call_function" or node.target is operator.getitem or not isinstance(node.meta.get("val"), (Tensor, list, tuple)):
+            continue
+        if not isinstance(node.target, torch._ops.OpOverload) or node.target._schema.is_mutable:
+            return False
+        if depends[node] and str(node.target) not in known:
+            return False
+    return True
+
+
 class NotExportable(Exception):
     """torch.export cannot trace a model that runs."""
 
@@ -66,10 +80,13 @@ class _Traced(nn.Module):
         return output
 
 
-def export_model(model: nn.Module, inputs: tuple[Tensor, ...], keys: tuple[str, ...] | None, who: str) -> Exported:
+def export_model(
+    model: nn.Module, inputs: tuple[Tensor, ...], keys: tuple[str, ...] | None, who: str, known: Collection[str] = ()
+) -> Exported:
     """Export ``model(*inputs)``, or with ``keys`` as argument names, with a dynamic first axis of every tensor.
 
-    The graph is functional (no mutation) and keeps composite operators such as ``aten.linear`` whole.
+    The graph is functional (no mutation) and keeps composite operators such as ``aten.linear`` whole. Where every operator is already
+    functional and among those ``known``, the pass that makes it so is spared: it takes longer than the trace.
 
     Raises:
         UnsupportedModelError: the model does not run, or branches on tensor values; the message carries torch's reason.
@@ -90,7 +107,8 @@ def export_model(model: nn.Module, inputs: tuple[Tensor, ...], keys: tuple[str, 
             program = torch.export.export(traced, probes, dynamic_shapes=dynamic, strict=False)
             problems += [_custom_problem(name) for name in dict.fromkeys(custom)]
             problems += _no_grad_problems(program, names)
-            program = program.run_decompositions({})
+            if not _is_functional(program, names, known):
+                program = program.run_decompositions({})
         except Exception as reason:
             if problems or _depends_on_data(reason) or not _runs(traced, probes):
                 raise UnsupportedModelError(_failure_text(who, model, reason, problems)) from reason

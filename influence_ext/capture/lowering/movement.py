@@ -342,7 +342,13 @@ def _detach(context: Context, node: fx.Node) -> Value | None:
     return context.emit(node, "view", [context.value(node.args[0])])
 
 
+def _inactive_dropout(context: Context, node: fx.Node) -> Value | None:
+    """Dropout that is switched off; an active one is refused before it comes here."""
+    return _view(context, node)
+
+
 LOWERINGS: dict[str, Lowering] = {
+    **named(_inactive_dropout, "dropout.default feature_dropout.default alpha_dropout.default feature_alpha_dropout.default"),
     **dict.fromkeys(VIEWS, _view),
     **named(_view, "_to_copy.default type_as.default"),
     **named(

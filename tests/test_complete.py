@@ -16,7 +16,8 @@ from influence_ext.capture.lowering import ACTIVATION_KINDS
 from influence_ext.losses import NATIVE
 from influence_ext.plan import Plan
 from tests.cases import NetworkCase, build
-from tests.cases.layers import BY_HAND, LAYERS
+from tests.cases.families import ACTIVATION_ROWS, RULE_ROWS
+from tests.cases.layers import BY_HAND
 from tests.cases.losses import LINEAR_ROWS, LossCase
 from tests.cases.losses import ROWS as CURVED_ROWS
 from tests.cases.solvers import SOLVERS, SolverCase
@@ -67,8 +68,8 @@ def covered_solvers(rows: Iterable[SolverCase]) -> set[str]:
 
 Table = tuple[Callable[[], set], Callable[[Iterable], set], tuple]
 TABLES: dict[str, Table] = {
-    "rules": (registered_rules, covered_rules, LAYERS + BY_HAND),
-    "activations": (lambda: set(ACTIVATION_KINDS), covered_activations, LAYERS),
+    "rules": (registered_rules, covered_rules, RULE_ROWS + BY_HAND),
+    "activations": (lambda: set(ACTIVATION_KINDS), covered_activations, ACTIVATION_ROWS),
     "losses": (lambda: {(n, r) for n in NATIVE for r in ("mean", "sum")}, covered_losses, LOSS_ROWS),
     "solvers": (registered_solvers, covered_solvers, tuple(SOLVERS)),
 }
@@ -95,6 +96,6 @@ def test_native_losses_are_the_registered_ones() -> None:
 
 
 def test_rows_say_why_they_exist() -> None:
-    for rows in (LAYERS, LOSS_ROWS):
+    for rows in (RULE_ROWS, LOSS_ROWS):
         assert [row.id for row in rows if not row.notes] == []
         assert len({row.id for row in rows}) == len(rows)

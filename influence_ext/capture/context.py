@@ -108,6 +108,10 @@ class Context:
         """Where the examples lie in a batched tensor; None if they are on no single axis."""
         return self._layouts.get(node)
 
+    def keep_sources(self, numbers: Sequence[int]) -> None:
+        """Forget the sources that no node reads after all."""
+        self.sources = [self.sources[number] for number in numbers]
+
     def set_layout(self, node: fx.Node, layout: Layout | None) -> None:
         """Let a multi-output operator lie as the output that is read from it."""
         self._layouts[node] = layout

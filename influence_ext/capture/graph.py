@@ -179,22 +179,24 @@ class CapturedGraph:
         return tuple(slot.name for slot in self.slots if slot.kind == "parameter")
 
 
-def without_unread(nodes: Sequence[Node], output: int, num_sources: int) -> tuple[tuple[Node, ...], int]:
-    """The nodes that ``output`` is computed from, their values numbered anew, and the output's new number.
+def without_unread(nodes: Sequence[Node], output: int, num_sources: int) -> tuple[list[int], tuple[Node, ...], int]:
+    """The sources and nodes that ``output`` is computed from, all values numbered anew, and the output's new number.
 
-    Lowerings leave nodes unread where a rule reads through them: a transpose that became the strides of an operand.
+    Lowerings leave values unread where a rule reads through them: a transpose that became the strides of an operand, the numbers of the
+    examples that pick one position of each. One source stays in any case: it tells the number of examples.
     """
     needed = {output}
     for node in reversed(nodes):
         if node.output in needed:
             needed.update(node.inputs)
-    number = {source: source for source in range(num_sources)}
+    sources = [source for source in range(num_sources) if source in needed] or [0]
+    number = {source: place for place, source in enumerate(sources)}
     kept: list[Node] = []
     for node in nodes:
         if node.output in needed:
-            number[node.output] = num_sources + len(kept)
+            number[node.output] = len(sources) + len(kept)
             kept.append(replace(node, inputs=tuple(number[i] for i in node.inputs), output=number[node.output]))
-    return tuple(kept), number[output]
+    return sources, tuple(kept), number[output]
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from tests.cases import NetworkCase
-from tests.cases.convolution import CONVOLUTION
 from tests.cases.layers import LAYERS, Expression, buffer, fc, frozen, normal, parameter, strided
 from tests.cases.losses import ROWS, LossCase
 
@@ -308,7 +307,7 @@ def head(row: LossCase) -> NetworkCase:
 
 
 HEADS = tuple(head(row) for row in ROWS)
-EVERY = LAYERS + CONVOLUTION + MODELS
+EVERY = LAYERS + MODELS
 NETWORKS = {case.id: case for case in EVERY + HEADS}
 if len(NETWORKS) != len(EVERY + HEADS):
     raise ValueError("tests/cases: expected every row to have an id of its own.")

@@ -86,7 +86,8 @@ def lower(
         return None, problems, context
     if output is None or reason is not None:
         raise Unlowered(reason or "the output is not computed from the inputs node by node")
-    nodes, result = without_unread(context.nodes, output.id, context.num_sources)
+    read, nodes, result = without_unread(context.nodes, output.id, context.num_sources)
+    context.keep_sources(read)
     wanted = [(node, context.values[node].layout) for node in context.sources]
     graph = CapturedGraph(
         model_name=model_name,

@@ -1,0 +1,17 @@
+"""The rows of all families of operators."""
+
+from __future__ import annotations
+
+from tests.cases.convolution import CONVOLUTION
+from tests.cases.embedding import EMBEDDING
+from tests.cases.layers import ACTIVATIONS, LAYERS
+from tests.cases.movement import MOVEMENT
+from tests.cases.normalisation import NORMALISATIONS
+from tests.cases.pointwise import POINTWISE
+from tests.cases.products import PRODUCTS
+from tests.cases.reduction import REDUCTION_ROWS
+
+# Beyond LAYERS, whose rows the test of every property visits; these are visited by test_families.py, once each.
+FAMILIES = CONVOLUTION + EMBEDDING + MOVEMENT + NORMALISATIONS + POINTWISE + PRODUCTS + REDUCTION_ROWS
+ACTIVATION_ROWS = ACTIVATIONS + POINTWISE
+RULE_ROWS = LAYERS + FAMILIES

@@ -68,6 +68,10 @@ class SlotRule : public Rule<T> {
  public:
   Storage storage(const Node& node) const override {
     const Broadcasting b(node);
+    if (!node.inputs.empty() && node.input_widths[0] != node.width) {
+      throw std::invalid_argument(node.rule + " (" + node.name + "): expected an input of " + std::to_string(node.width) + " elements, got " +
+                                  std::to_string(node.input_widths[0]) + "; expand it first.");
+    }
     Storage storage;
     storage.keeps_input.assign(node.inputs.size(), node.is_trainable(kScale));
     for (SlotRole role : {kScale, kShift}) {

@@ -5,7 +5,7 @@
 // extremum: y = max(x1, x2), min if `minimum`      t_y = w ∘ t_x1 + (1 − w) ∘ t_x2          tape: w, 1/2 where they are equal
 // where:    y = m ? x1 : x2, chosen and not multiplied, so that NaN in the other branch does not show; t_y likewise
 //           m is input 0 (has_mask) or slot 0 (one example's, constant); then the branches that are values (has_first, has_second), the
-//           others are numbers a and b                                                      tape: m
+//           others are numbers a and b; the derivative by m is 0                              tape: m
 //
 // vjp_input is the coefficient of t_xi times g_y; the same value may stand on both sides.
 #include "kernels/arithmetic.h"
@@ -115,9 +115,7 @@ class Where final : public Rule<T> {
       throw std::invalid_argument("where (" + node.name + "): expected a mask and branches of " + std::to_string(node.width) +
                                   " elements, got others; expand the smaller one first.");
     }
-    if (node.is_trainable(0) || (o.mask >= 0 && node.needs_tangent[o.mask])) {
-      throw std::invalid_argument("where (" + node.name + "): expected a mask that depends on no trained parameter, got such; freeze it.");
-    }
+    if (node.is_trainable(0)) throw std::invalid_argument("where (" + node.name + "): expected a constant mask in slot 0, got a trained one.");
     Storage storage;
     storage.keeps_input.assign(node.inputs.size(), false);
     if (o.mask >= 0) storage.keeps_input[o.mask] = true;
@@ -134,7 +132,7 @@ class Where final : public Rule<T> {
 
   void vjp_input(const Tile<T>& tile, int i, const T* g_y, const T* /*scale*/, T* g_x, bool accumulate) const override {
     const T* branches[3] = {nullptr, nullptr, nullptr};
-    branches[i] = g_y;
+    branches[i] = g_y;  // for the mask, which may depend on parameters as a comparison does: neither branch, hence zero
     choose(tile, tile.V, branches, T(0), T(0), g_x, accumulate);
   }
 

@@ -8,12 +8,13 @@
 namespace infl {
 
 // Every kind once, in the order of their numbers (capture/lowering/pointwise.py has the same list).
-#define INFL_FOR_EACH_ACTIVATION(F)                                                                                                             \
-  F(relu)                                                                                                                                       \
-  F(tanh) F(gelu) F(gelu_tanh) F(silu) F(sigmoid) F(elu) F(softplus) F(leaky_relu) F(hardswish) F(hardsigmoid) F(clamp) F(hardtanh) F(mish)     \
-      F(softshrink) F(hardshrink) F(threshold) F(log_sigmoid) F(celu) F(exp) F(exp2) F(expm1) F(log) F(log2) F(log10) F(log1p) F(sqrt) F(rsqrt) \
-          F(reciprocal) F(square) F(pow) F(abs) F(sign) F(floor) F(ceil) F(round) F(trunc) F(sin) F(cos) F(tan) F(asin) F(acos) F(atan) F(sinh) \
-              F(cosh) F(asinh) F(acosh) F(atanh) F(erf) F(erfc)
+#define INFL_FOR_EACH_ACTIVATION(F)                                                                                                                \
+  F(relu)                                                                                                                                          \
+  F(tanh)                                                                                                                                          \
+  F(gelu) F(gelu_tanh) F(silu) F(sigmoid) F(elu) F(softplus) F(leaky_relu) F(hardswish) F(hardsigmoid) F(clamp) F(hardtanh) F(mish) F(softshrink)  \
+      F(hardshrink) F(threshold) F(log_sigmoid) F(celu) F(exp) F(exp2) F(expm1) F(log) F(log2) F(log10) F(log1p) F(sqrt) F(rsqrt) F(reciprocal)    \
+          F(square) F(pow) F(abs) F(sign) F(floor) F(ceil) F(round) F(trunc) F(sin) F(cos) F(tan) F(asin) F(acos) F(atan) F(sinh) F(cosh) F(asinh) \
+              F(acosh) F(atanh) F(erf) F(erfc) F(greater) F(greater_equal) F(less) F(less_equal) F(equal) F(not_equal)
 
 #define INFL_ENUMERATOR(kind) kind,
 enum class Activation : int { INFL_FOR_EACH_ACTIVATION(INFL_ENUMERATOR) };
@@ -42,7 +43,8 @@ INFL_HD T log1p_exp(T x) {
 }
 
 // a, b: elu: alpha, scale; softplus: beta, threshold; leaky_relu: negative slope; clamp, hardtanh: lower and upper bound (they differ in their
-// derivative at the bounds); softshrink, hardshrink: half width; threshold: threshold, value below; celu: alpha; pow: exponent.
+// derivative at the bounds); softshrink, hardshrink: half width; threshold: threshold, value below; celu: alpha; pow: exponent;
+// comparisons: the number compared with, and 1 or 0 as the answer.
 template <Activation kind, class T>
 INFL_HD ValueAndDerivative<T> activation(T x, T a, T b) {
   if constexpr (kind == Activation::relu) {
@@ -77,7 +79,8 @@ INFL_HD ValueAndDerivative<T> activation(T x, T a, T b) {
     return {x <= T(-3) ? T(0) : x >= T(3) ? x : x * (x + T(3)) / T(6), x <= T(-3) ? T(0) : x >= T(3) ? T(1) : slope};
   } else if constexpr (kind == Activation::hardsigmoid) {
     const T y = (x + T(3)) / T(6);
-    return {x <= T(-3) ? T(0) : x >= T(3) ? T(1) : y, x > T(-3) && x < T(3) ? T(1) / T(6) : T(0)};
+    // torch keeps the derivative's 1/6 in float for every type
+    return {x <= T(-3) ? T(0) : x >= T(3) ? T(1) : y, x > T(-3) && x < T(3) ? T(1.0f / 6.0f) : T(0)};
   } else if constexpr (kind == Activation::clamp) {
     const T low = x < a ? a : x;  // the upper bound wins where they cross
     return {low > b ? b : low, x >= a && x <= b ? T(1) : T(0)};
@@ -96,7 +99,8 @@ INFL_HD ValueAndDerivative<T> activation(T x, T a, T b) {
   } else if constexpr (kind == Activation::log_sigmoid) {
     return {-log1p_exp(-x), sigmoid(-x)};
   } else if constexpr (kind == Activation::celu) {
-    return {x > T(0) ? x : a * std::expm1(x / a), x > T(0) ? T(1) : std::exp(x / a)};
+    const T rate = T(1) / T(static_cast<float>(a));  // torch rounds alpha to float in the derivative
+    return {x > T(0) ? x : a * std::expm1(x / a), x > T(0) ? T(1) : a * rate * std::exp(x * rate)};
   } else if constexpr (kind == Activation::exp) {
     const T y = std::exp(x);
     return {y, y};
@@ -164,9 +168,21 @@ INFL_HD ValueAndDerivative<T> activation(T x, T a, T b) {
     return {std::atanh(x), T(1) / ((T(1) - x) * (T(1) + x))};
   } else if constexpr (kind == Activation::erf) {
     return {std::erf(x), T(1.1283791670955125739) * std::exp(-x * x)};
-  } else {
-    static_assert(kind == Activation::erfc);
+  } else if constexpr (kind == Activation::erfc) {
     return {std::erfc(x), T(-1.1283791670955125739) * std::exp(-x * x)};
+  } else if constexpr (kind == Activation::greater) {
+    return {x > a ? T(1) : T(0), T(0)};
+  } else if constexpr (kind == Activation::greater_equal) {
+    return {x >= a ? T(1) : T(0), T(0)};
+  } else if constexpr (kind == Activation::less) {
+    return {x < a ? T(1) : T(0), T(0)};
+  } else if constexpr (kind == Activation::less_equal) {
+    return {x <= a ? T(1) : T(0), T(0)};
+  } else if constexpr (kind == Activation::equal) {
+    return {x == a ? T(1) : T(0), T(0)};
+  } else {
+    static_assert(kind == Activation::not_equal);
+    return {x != a ? T(1) : T(0), T(0)};
   }
 }
 

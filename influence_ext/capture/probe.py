@@ -31,9 +31,10 @@ def mixing_node(context: Context, inputs: Sequence[Tensor], tensors: Mapping[str
     """
     program = context.exported.program
     generic = {node.name for node in context.nodes if node.rule == "generic"}
-    checked = [
-        n for n in program.graph.nodes if n in context.values and ((n in context.sources and n not in context.inputs) or n.name in generic)
-    ]
+    read = {value for node in context.nodes for value in node.inputs}
+    # A source that no node reads (the counter in x[arange(N), i]) may be anything.
+    sources = {n for n in context.sources if n not in context.inputs and (context.values[n].id in read or n in context.outputs)}
+    checked = [n for n in program.graph.nodes if n in context.values and (n in sources or n.name in generic)]
     if not checked:
         return None
     run = subgraph(program, context.exported.names, context.inputs, checked)

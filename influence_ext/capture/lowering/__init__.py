@@ -37,6 +37,12 @@ LOWERINGS: dict[str, Lowering] = {
     **products.LOWERINGS,
 }
 
+# Operators that give truth values, kept as 1 and 0: comparisons, and what moves their results.
+PREDICATES: dict[str, Lowering] = {
+    **pointwise.PREDICATES,
+    **{name: lowering for name, lowering in movement.LOWERINGS.items() if name != "aten.detach.default"},
+}
+
 # Called with the getitem node of an operator that returns a list of tensors.
 PART_LOWERINGS: dict[str, Lowering] = {**movement.PART_LOWERINGS}
 
@@ -118,7 +124,9 @@ def _lower_node(context: Context, node: fx.Node) -> Value | None:
     # Of a multi-output operator its first output has a rule; parts of a split have one each.
     read = node if operation is node or target_of(operation) in PART_LOWERINGS else operation
     lowering = PART_LOWERINGS.get(target_of(operation)) or (LOWERINGS.get(target_of(operation)) if item in (None, 0) else None)
-    if lowering is not None and found == context.dtype:
+    if found == torch.bool:
+        lowering = PREDICATES.get(target_of(operation))
+    if lowering is not None and found in (context.dtype, torch.bool):
         if read is not node:
             context.set_layout(operation, context.layout(node))
         before = len(context.nodes), len(context.problems)

@@ -1,7 +1,7 @@
 """Operators that move elements.
 
-What a node does to the elements is found by running its operator on their numbers 0, 1, 2, ... of a few examples: the result says where each
-element of the output comes from, for any operator that only moves, and shows one that moves elements from example to example.
+What a node does to the elements is found by running its operator on their numbers 0, 1, 2, ... of a few examples: the result says where
+each element of the output comes from, for any operator that only moves, and shows one that moves elements from example to example.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def _view(context: Context, node: fx.Node) -> Value | None:
     if not context.is_batched(source):
         return None
     value, layout = context.value(source), context.layout(node)
-    if source.meta["val"].dtype != node.meta["val"].dtype:
-        return None
+    if source.meta["val"].dtype not in (node.meta["val"].dtype, torch.bool):
+        return None  # truth values are kept as 1 and 0: they convert by doing nothing
     if layout is None or layout.before != value.layout.before:
         return None
     return context.emit(node, "view", [value])
@@ -147,7 +147,8 @@ def _index_map(context: Context, operation: fx.Node, item: Any, value: Value, la
     args: Any = list(fx.map_arg(operation.args, substitutes.__getitem__))
     kwargs: Any = dict(fx.map_arg(operation.kwargs, substitutes.__getitem__))
     if without:
-        names = [a.name for a in operation.target._schema.arguments]  # type: ignore[union-attr]
+        schema: Any = operation.target._schema  # type: ignore[attr-defined]
+        names = [a.name for a in schema.arguments]
         args = [0 if name == "value" else a for name, a in zip(names, args, strict=False)]
         kwargs.pop("value", None)
     result = operation.target(*args, **kwargs)
@@ -262,11 +263,14 @@ def _join(context: Context, node: fx.Node, tensors: Sequence[fx.Node], dim: int,
 
 def _take_along(context: Context, node: fx.Node) -> Value | None:
     """``gather(x, dim, index)`` with indices that differ between examples."""
+    x: Any
+    dim: Any
+    index: Any
     x, dim, index = node.args[:3]
-    if not context.is_batched(x) or not context.is_batched(index) or context.depends[index]:  # type: ignore[index]
+    if not context.is_batched(x) or not context.is_batched(index) or context.depends[index]:
         return None
     value, indices = context.value(x), context.value(index)
-    axis = context.dim(value, int(dim))  # type: ignore[call-overload]
+    axis = context.dim(value, int(dim))
     layout = context.layout(node)
     if axis is None or layout is None or indices.layout != layout or layout.axis != value.axis:
         return None

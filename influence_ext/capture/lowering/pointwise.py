@@ -18,23 +18,24 @@ from influence_ext.capture.lowering.movement import emit_broadcast, emit_strided
 from influence_ext.capture.lowering.table import Lowering, argument, named
 
 # In the order of their numbers (csrc/math/activations.h has the same list).
-ACTIVATION_KINDS = {
-    kind: number
-    for number, kind in enumerate(
-        (
-            "relu tanh gelu gelu_tanh silu sigmoid elu softplus leaky_relu hardswish hardsigmoid clamp hardtanh mish softshrink hardshrink "
-            "threshold log_sigmoid celu exp exp2 expm1 log log2 log10 log1p sqrt rsqrt reciprocal square pow abs sign floor ceil round trunc "
-            "sin cos tan asin acos atan sinh cosh asinh acosh atanh erf erfc"
-        ).split()
-    )
-}
-
+# fmt: off
+_KINDS = (
+    "relu", "tanh", "gelu", "gelu_tanh", "silu", "sigmoid", "elu", "softplus", "leaky_relu", "hardswish", "hardsigmoid", "clamp",
+    "hardtanh", "mish", "softshrink", "hardshrink", "threshold", "log_sigmoid", "celu", "exp", "exp2", "expm1", "log", "log2", "log10",
+    "log1p", "sqrt", "rsqrt", "reciprocal", "square", "pow", "abs", "sign", "floor", "ceil", "round", "trunc", "sin", "cos", "tan",
+    "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh", "erf", "erfc", "greater", "greater_equal", "less", "less_equal",
+    "equal", "not_equal",
+)
 
 # Functions of one argument under their own names.
 _PLAIN = (
-    "hardswish hardsigmoid mish exp exp2 expm1 log log2 log10 log1p sqrt rsqrt reciprocal square abs floor ceil trunc sin cos tan asin acos atan "
-    "sinh cosh asinh acosh atanh erf erfc"
-).split()
+    "hardswish", "hardsigmoid", "mish", "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sqrt", "rsqrt", "reciprocal", "square",
+    "abs", "floor", "ceil", "trunc", "sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh", "erf",
+    "erfc",
+)
+# fmt: on
+
+ACTIVATION_KINDS = {kind: number for number, kind in enumerate(_KINDS)}
 
 
 def _activation(kind: str, *defaults: tuple[str, float]) -> Lowering:
@@ -136,6 +137,18 @@ def _pow(context: Context, node: fx.Node) -> Value | None:
     if exponent in kinds:
         return _emit_activation(context, node, kinds[exponent], [])
     return _emit_activation(context, node, "pow", [exponent])
+
+
+def _comparison(kind: str) -> Lowering:
+    """``x > number`` and the like, as 1 or 0 with a derivative of zero."""
+
+    def lowering(context: Context, node: fx.Node) -> Value | None:
+        source: Any = node.args[0]
+        if not context.is_batched(source) or source.meta["val"].dtype != context.dtype:
+            return None
+        return _emit_activation(context, node, kind, [_constant_number(context, node, node.args[1])])
+
+    return lowering
 
 
 def _glu(context: Context, node: fx.Node) -> Value | None:
@@ -322,7 +335,7 @@ def _masked_fill(context: Context, node: fx.Node) -> Value | None:
 
 def _choice(context: Context, node: fx.Node, mask: Any, first: Any, second: Any) -> Value | None:
     layout = context.layout(node)
-    if layout is None or context.depends[mask]:
+    if layout is None or (context.depends[mask] and not context.is_batched(mask)):
         return None
     values: list[Value] = []
     slots: tuple[int, ...] = ()
@@ -354,6 +367,20 @@ def _constant_number(context: Context, node: fx.Node, branch: Any) -> float | No
         return None if literal is None else float(literal)
     return context.number(node, branch)
 
+
+# Operators that give truth values, which are kept as 1 and 0.
+PREDICATES: dict[str, Lowering] = {
+    f"aten.{name}.{form}": _comparison(kind)
+    for name, kind in {
+        "gt": "greater",
+        "ge": "greater_equal",
+        "lt": "less",
+        "le": "less_equal",
+        "eq": "equal",
+        "ne": "not_equal",
+    }.items()
+    for form in ("Scalar", "Tensor")
+}
 
 LOWERINGS: dict[str, Lowering] = {
     **named(_activation("relu"), "relu.default"),

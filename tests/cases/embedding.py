@@ -65,7 +65,9 @@ def flat(rows: int, width: int, length: int, **options: int) -> Callable[[], nn.
 EMBEDDING = (
     row("embedding", "embedding", flat(7, 5, 4), "indices repeat within and between examples", tokens(7, 4)),
     row("embedding-alone", "embedding", lambda: nn.Embedding(7, 5), "the output itself", tokens(7, 3)),
-    row("embedding-vector", "embedding", lambda: nn.Sequential(nn.Embedding(7, 5), nn.Linear(5, 2)), "one index an example: [N]", tokens(7)),
+    row(
+        "embedding-vector", "embedding", lambda: nn.Sequential(nn.Embedding(7, 5), nn.Linear(5, 2)), "one index an example: [N]", tokens(7)
+    ),
     row("embedding-grid", "embedding", lambda: nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 2)), "two axes of indices", tokens(5, 2, 3)),
     row("embedding-odd", "embedding", flat(13, 33, 3), "remainders of every loop", tokens(13, 3)),
     row("embedding-one-row", "embedding", flat(1, 3, 4), "all positions meet", tokens(1, 4)),
@@ -74,7 +76,13 @@ EMBEDDING = (
     row("embedding-single", "embedding", flat(7, 5, 4), "N = 1", tokens(7, 4), num_examples=1),
     row("embedding-many", "embedding", flat(7, 5, 4), "N larger than a tile of examples, and odd", tokens(7, 4), num_examples=131),
     row("embedding-large", "embedding", flat(503, 6, 4), "most rows unused", tokens(503, 4)),
-    row("embedding-frozen", "embedding", lambda: nn.Sequential(frozen(nn.Embedding(7, 5)), nn.Linear(5, 2)), "a constant table", tokens(7, 3)),
+    row(
+        "embedding-frozen",
+        "embedding",
+        lambda: nn.Sequential(frozen(nn.Embedding(7, 5)), nn.Linear(5, 2)),
+        "a constant table",
+        tokens(7, 3),
+    ),
     row("embedding-positions", "embedding", Positioned, "positions are added", tokens(11, 5)),
     row("embedding-tied", "embedding", lambda: Tied(7, 4), "the table is the head too", tokens(7, 3)),
     row("embedding-tied-bias", "embedding", lambda: Tied(7, 4, bias=True), "the head has a bias", tokens(7, 3)),

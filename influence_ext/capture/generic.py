@@ -230,12 +230,17 @@ class ModelOperator(Operator):
             x, theta = operands[: len(self._shapes)], operands[len(self._shapes) :]
             tensors = [v.reshape(n, *shape).to(dtype) for v, shape, dtype in zip(x, self._shapes, self._dtypes, strict=True)]
             kinds = zip(self._names, theta, self._kinds, strict=True)
-            state = {name: t.reshape(shape).to(dtype) for name, t, (shape, dtype) in kinds}
+            state = {name: _restored(t, shape, dtype) for name, t, (shape, dtype) in kinds}
             args, kwargs = (tuple(tensors), {}) if self._keys is None else ((), dict(zip(self._keys, tensors, strict=True)))
             result = self._read(torch.func.functional_call(self._model, state, args, kwargs))
             return result.reshape(n, -1)
 
         return f
+
+
+def _restored(flat: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """A parameter or buffer from its slot."""
+    return torch.view_as_complex(flat.reshape(*shape, 2)).to(dtype) if dtype.is_complex else flat.reshape(shape).to(dtype)
 
 
 def _restrict(f: Function, primals: Sequence[Tensor], moving: Sequence[int]) -> Function:
@@ -256,7 +261,7 @@ def _by_rows(f: Function, points: tuple[Tensor, ...], directions: Sequence[Tenso
     units = torch.eye(y.numel(), dtype=y.dtype, device=y.device)
     rows = [pull(unit.view_as(y)) for unit in units]
     columns = [sum(t.flatten(1) @ r.flatten() for t, r in zip(directions, row, strict=True)) for row in rows]
-    return torch.stack(columns, dim=1).view(-1, *y.shape).detach()  # type: ignore[arg-type]
+    return torch.stack(columns, dim=1).view(-1, *y.shape).detach()
 
 
 def _stack(results: list[Any], shape: tuple[int, ...]) -> Any:

@@ -104,7 +104,9 @@ def _capture(
         exported = export_model(model, tensors, keys, who, known=LOWERINGS.keys() | PART_LOWERINGS.keys())
         graph, problems, context = lower(exported, type(model).__name__, dtype, names)
         if graph is not None and (mixed := mixing_node(context, tensors, named_tensors(model))) is not None:
-            return None, [*problems, Problem(mixed)]
+            # Bookkeeping over the batch, such as offsets of flattened examples, may still cancel in the output.
+            graph, _ = whole_model(model, tensors, keys, names, dtype, mixed)
+            return graph, problems if graph is not None else [*problems, Problem(mixed)]
         return graph, problems
     except (NotExportable, Unlowered) as reason:
         return whole_model(model, tensors, keys, names, dtype, str(reason))

@@ -147,7 +147,7 @@ class Context:
             Node(
                 rule=rule,
                 name=node.name + suffix,
-                target=target_of(node),
+                target=operator_name(node),
                 inputs=tuple(v.id for v in inputs),
                 output=value.id,
                 slots=tuple(slots),
@@ -185,7 +185,7 @@ class Context:
 
     def refuse(self, node: fx.Node, reason: str, parameters: frozenset[str] | None = None) -> None:
         """Record a problem; ``parameters`` as in ``Problem``."""
-        parts = [target_of(node), f"in {module_of(node)}"] if module_of(node) else [target_of(node)]
+        parts = [operator_name(node), f"in {module_of(node)}"] if module_of(node) else [operator_name(node)]
         value = node.meta.get("val")
         if isinstance(value, Tensor):
             parts.append(f"output [{', '.join(self._size_text(d) for d in value.shape)}]")
@@ -208,6 +208,12 @@ def target_of(node: fx.Node) -> str:
     if isinstance(node.target, (torch._ops.OpOverload, torch._ops.HigherOrderOperator)):
         return str(node.target)
     return node.target if isinstance(node.target, str) else node.target.__name__
+
+
+def operator_name(node: fx.Node) -> str:
+    """``target_of``, and for one of an operator's several outputs the operator."""
+    source = node.args[0] if node.args else None
+    return target_of(source) if target_of(node) == "getitem" and isinstance(source, fx.Node) else target_of(node)
 
 
 def module_of(node: fx.Node) -> str:

@@ -65,18 +65,20 @@ class _Traced(nn.Module):
     either.
 
     It also looks at the output while it still has its autograd history: the exported graph forgets which
-    ``torch.autograd.Function`` an operator came from.
+    ``torch.autograd.Function`` an operator came from; and it compares the parameters before and after.
     """
 
-    def __init__(self, model: nn.Module, keys: tuple[str, ...] | None, watch: Callable[[Any], None]):
+    def __init__(self, model: nn.Module, keys: tuple[str, ...] | None, watch: Callable[[Any], None], replaced: Callable[[list[str]], None]):
         super().__init__()
         self.model = model
         self._keys = keys
-        self._watch = watch
+        self._watch, self._replaced = watch, replaced
 
     def forward(self, *inputs: Tensor) -> Any:
+        before = dict(self.model.named_parameters())
         output = self.model(*inputs) if self._keys is None else self.model(**dict(zip(self._keys, inputs, strict=True)))
         self._watch(output)
+        self._replaced([name for name, p in self.model.named_parameters() if p is not before.get(name)])
         return output
 
 
@@ -98,7 +100,8 @@ def export_model(
     with preserved(model), _quiet(), torch.inference_mode(False), torch.enable_grad():
         problems = batch_norm_problems(model)
         custom: list[str] = []
-        traced = _Traced(model, keys, lambda output: custom.extend(_custom_functions(output)))
+        replaced: list[str] = []
+        traced = _Traced(model, keys, lambda output: custom.extend(_custom_functions(output)), replaced.extend)
         for module in traced.modules():
             module.training = False
         names = {f"model.{name}": first for name, first in _first_names(model).items()}
@@ -106,11 +109,12 @@ def export_model(
         try:
             program = torch.export.export(traced, probes, dynamic_shapes=dynamic, strict=False)
             problems += [_custom_problem(name) for name in dict.fromkeys(custom)]
+            problems += [_replaced_problem(name) for name in dict.fromkeys(replaced)]
             problems += _no_grad_problems(program, names)
             if not _is_functional(program, names, known):
                 program = program.run_decompositions({})
         except Exception as reason:
-            if problems or _depends_on_data(reason) or not _runs(traced, probes):
+            if problems or _depends_on_data(reason) or not _runs(copy.deepcopy(traced), probes):
                 raise UnsupportedModelError(_failure_text(who, model, reason, problems)) from reason
             raise NotExportable(f"torch.export: {type(reason).__name__}: {_first_line(reason)}") from reason
     return Exported(program, names, tuple(problems))
@@ -228,6 +232,10 @@ def _custom_functions(output: Any) -> list[str]:
 
 def _custom_problem(name: str) -> Problem:
     return Problem(f"autograd function {name}: its own backward pass cannot be seen in the graph; write the operation with torch operators")
+
+
+def _replaced_problem(name: str) -> Problem:
+    return Problem(f"parameter {name}: replaced by another during the forward pass; compute with a local variable instead")
 
 
 def _no_grad_problems(program: ExportedProgram, names: dict[str, str]) -> list[Problem]:

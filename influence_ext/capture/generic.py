@@ -2,12 +2,14 @@
 
 One object serves a node of the graph (``NodeOperator``) or a whole model (``ModelOperator``). Both give the methods of a rule on tensors as
 rules see them: values ``[n, width]``, tangents and cotangents ``[V, n, width]``, parameters ``[size]`` and ``[V, size]``. Everything is
-exact: forward mode where the operator has it, else reverse mode applied twice; all V at once where ``vmap`` can, else one by one.
+exact: forward mode where the operator has it, else reverse mode applied twice, else one row of the Jacobian at a time; all V at once where
+``vmap`` can and agrees with a single vector, else one by one.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -41,7 +43,8 @@ class Operator:
     def __init__(self, name: str) -> None:
         self.name = name
         self._vectorises = True
-        self._has_forward_mode = True
+        self._checked: set[tuple[str, tuple[bool, ...]]] = set()
+        self._modes = ["forward mode", "reverse mode applied twice", "a reverse pass for each output"]
 
     def function(self, n: int) -> Function:
         """What is computed for n examples."""
@@ -70,13 +73,14 @@ class Operator:
             return torch.func.vjp(pull, torch.zeros_like(y))[1](t)[0]
 
         with differentiable():
-            if self._has_forward_mode:
+            while len(self._modes) > 1:
+                mode = forward_mode if len(self._modes) == 3 else reverse_twice
                 try:
-                    return self._over(forward_mode, directions).detach()
+                    return self._over(self._modes[0], mode, directions).detach()
                 except (NotImplementedError, RuntimeError) as reason:
-                    self._has_forward_mode = False
-                    _log.info("%s: no forward mode (%s); reverse mode is applied twice", self.name, _first_line(reason))
-            return self._over(reverse_twice, directions).detach()
+                    missing = self._modes.pop(0)
+                    _log.info("%s: no %s (%s); %s takes its place", self.name, missing, _first_line(reason), self._modes[0])
+            return _by_rows(restricted, points, directions)
 
     def vjp(self, n: int, x: list[Tensor], theta: list[Tensor], g_y: Tensor, wanted: list[bool]) -> list[Tensor | None]:
         """Cotangents of the operands that are wanted (inputs first), ``[V, n, width]`` and ``[V, size]``; None for the others."""
@@ -85,7 +89,7 @@ class Operator:
         moving = [i for i, want in enumerate(wanted) if want]
         with differentiable():
             pull = torch.func.vjp(_restrict(f, primals, moving), *(primals[i] for i in moving))[1]
-            found = self._over(pull, [g_y])
+            found = self._over("vjp", pull, [g_y])
         results: list[Tensor | None] = [None] * len(primals)
         for i, g in zip(moving, found, strict=True):
             results[i] = g.detach()
@@ -101,29 +105,58 @@ class Operator:
             restricted = _restrict(f, [*single, *theta], [len(x) + i for i in moving])
             return torch.func.vjp(restricted, *(theta[i] for i in moving))[1](g[None])
 
-        def one_vector(g: Tensor) -> tuple[Tensor, ...]:
-            return self._over(gradient, [g, *x])
-
         with differentiable():
-            found = self._over(one_vector, [g_y])
+            found = self._over("per_example", gradient, [g_y], x)
         results: list[Tensor | None] = [None] * len(theta)
         for i, g in zip(moving, found, strict=True):
             results[i] = g.detach()
         return results
 
-    def _over(self, fn: Callable[..., Any], stacked: Sequence[Tensor]) -> Any:
-        """``fn`` for every entry of the first axis: at once where vmap can, else in a loop."""
+    def _over(self, kind: str, fn: Callable[..., Any], stacked: Sequence[Tensor], inner: Sequence[Tensor] | None = None) -> Any:
+        """``fn`` for every entry of the first axis of ``stacked``: at once where vmap can and is right, else in a loop.
+
+        With ``inner``, also for every entry of the second axis, which is the first of ``inner``.
+        """
+        shape = tuple(stacked[0].shape[: 1 if inner is None else 2])
+
+        def one(*index: int) -> Any:
+            return fn(*(s[index] for s in stacked), *(s[index[-1]] for s in inner or ()))
+
         if self._vectorises:
             try:
-                return torch.func.vmap(fn)(*stacked)
+                if inner is None:
+                    result = torch.func.vmap(fn)(*stacked)
+                else:
+                    result = torch.func.vmap(torch.func.vmap(fn), in_dims=(0,) * len(stacked) + (None,) * len(inner))(*stacked, *inner)
             except (NotImplementedError, RuntimeError, ValueError) as reason:
-                if stacked[0].shape[0] == 0:
+                if 0 in shape:
                     raise
-                first = [fn(*(s[0] for s in stacked))]  # an error of the operator itself is raised here
-                self._vectorises = False
-                _log.info("%s: vmap does not take it (%s); vectors run one by one", self.name, _first_line(reason))
-                return _stack(first + [fn(*(s[k] for s in stacked)) for k in range(1, stacked[0].shape[0])])
-        return _stack([fn(*(s[k] for s in stacked)) for k in range(stacked[0].shape[0])])
+                one(*(0 for _ in shape))  # an error of the operator itself is raised here
+                self._loop(_first_line(reason))
+            else:
+                if self._confirmed(kind, shape, one, result):
+                    return result
+                self._loop("its batching rule gives other numbers than single vectors do")
+        results = [one(*index) for index in itertools.product(*map(range, shape))]
+        return _stack(results, shape)
+
+    def _confirmed(self, kind: str, shape: tuple[int, ...], one: Callable[..., Any], result: Any) -> bool:
+        """Whether the last entry computed on its own is the same; asked once, since torch has batching rules that are wrong."""
+        key = (kind, tuple(size > 1 for size in shape))
+        if key in self._checked or max(shape) < 2:
+            return True
+        last = tuple(size - 1 for size in shape)
+        many = result if isinstance(result, tuple) else (result,)
+        alone = one(*last)
+        alone = alone if isinstance(alone, tuple) else (alone,)
+        if all(_agree(a[last], b) for a, b in zip(many, alone, strict=True)):
+            self._checked.add(key)
+            return True
+        return False
+
+    def _loop(self, reason: str) -> None:
+        self._vectorises = False
+        _log.info("%s: vmap does not take it (%s); vectors run one by one", self.name, reason)
 
 
 @dataclass(frozen=True)
@@ -197,12 +230,17 @@ class ModelOperator(Operator):
             x, theta = operands[: len(self._shapes)], operands[len(self._shapes) :]
             tensors = [v.reshape(n, *shape).to(dtype) for v, shape, dtype in zip(x, self._shapes, self._dtypes, strict=True)]
             kinds = zip(self._names, theta, self._kinds, strict=True)
-            state = {name: t.reshape(shape).to(dtype) for name, t, (shape, dtype) in kinds}
+            state = {name: _restored(t, shape, dtype) for name, t, (shape, dtype) in kinds}
             args, kwargs = (tuple(tensors), {}) if self._keys is None else ((), dict(zip(self._keys, tensors, strict=True)))
             result = self._read(torch.func.functional_call(self._model, state, args, kwargs))
             return result.reshape(n, -1)
 
         return f
+
+
+def _restored(flat: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """A parameter or buffer from its slot."""
+    return torch.view_as_complex(flat.reshape(*shape, 2)).to(dtype) if dtype.is_complex else flat.reshape(shape).to(dtype)
 
 
 def _restrict(f: Function, primals: Sequence[Tensor], moving: Sequence[int]) -> Function:
@@ -217,10 +255,27 @@ def _restrict(f: Function, primals: Sequence[Tensor], moving: Sequence[int]) -> 
     return restricted
 
 
-def _stack(results: list[Any]) -> Any:
+def _by_rows(f: Function, points: tuple[Tensor, ...], directions: Sequence[Tensor]) -> Tensor:
+    """``J t`` for the stacked directions, from one row of J at a time."""
+    y, pull = torch.func.vjp(f, *points)[:2]
+    units = torch.eye(y.numel(), dtype=y.dtype, device=y.device)
+    rows = [pull(unit.view_as(y)) for unit in units]
+    columns = [sum(t.flatten(1) @ r.flatten() for t, r in zip(directions, row, strict=True)) for row in rows]
+    return torch.stack(columns, dim=1).view(-1, *y.shape).detach()
+
+
+def _stack(results: list[Any], shape: tuple[int, ...]) -> Any:
     if isinstance(results[0], tuple):
-        return tuple(torch.stack(column) for column in zip(*results, strict=True))
-    return torch.stack(results)
+        return tuple(_stack(list(column), shape) for column in zip(*results, strict=True))
+    return torch.stack(results).view(*shape, *results[0].shape)
+
+
+def _agree(first: Tensor, second: Tensor) -> bool:
+    """Equal up to rounding."""
+    tolerance = 1e-9 if second.dtype == torch.float64 else 1e-3
+    distance = (first.detach() - second.detach()).abs()
+    scale = torch.maximum(first.detach().abs(), second.detach().abs()).nan_to_num(posinf=0).max() if second.numel() else 0.0
+    return bool((distance <= tolerance * scale).logical_or(second.isnan()).all())
 
 
 def _first_line(reason: Exception) -> str:

@@ -86,7 +86,13 @@ class Slot:
             return self.value
         with torch.no_grad():
             tensor = tensors[self.name] if self.expression is None else self.expression.evaluate(tensors)
+            tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
             return tensor.detach().contiguous()
+
+
+def real_shape(tensor: Tensor) -> tuple[int, ...]:
+    """The shape of a slot that holds ``tensor``: complex numbers are pairs of real ones."""
+    return (*tensor.shape, 2) if tensor.is_complex() else tuple(tensor.shape)
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,19 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from influence_ext.capture.context import Context, target_of
+from influence_ext.capture.context import Context, operator_name
 from influence_ext.capture.prologue import subgraph
+
+# Each of them is compared: a flip leaves the middle one in place, a running sum the first, a shared maximum the one that has it.
+NUM_PROBES = 3
 
 
 def probe_batch(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Three examples from the data; where it has fewer, variations of the first."""
     batch = []
     for x in inputs:
-        rows = [x[k] for k in range(min(3, x.shape[0]))]
-        while len(rows) < 3:
+        rows = [x[k] for k in range(min(NUM_PROBES, x.shape[0]))]
+        while len(rows) < NUM_PROBES:
             rows.append(0.5 * rows[0] + 0.1 if x.is_floating_point() else rows[0].flip(0) if rows[0].dim() else rows[0])
         batch.append(torch.stack(rows).detach())
     return tuple(batch)
@@ -27,7 +30,7 @@ def mixing_node(context: Context, inputs: Sequence[Tensor], tensors: Mapping[str
 
     Native rules see one example at a time by construction; what the prologue and the generic rule run may be anything.
 
-    Cost: two passes of the exported graph over three examples and over one; none if every node is native.
+    Cost: passes of the exported graph over three examples and over each of them; none if every node is native.
     """
     program = context.exported.program
     generic = {node.name for node in context.nodes if node.rule == "generic"}
@@ -41,11 +44,12 @@ def mixing_node(context: Context, inputs: Sequence[Tensor], tensors: Mapping[str
     batch = probe_batch(inputs)
     with torch.no_grad():
         together = run(batch, tensors)
-        alone = run(tuple(x[1:2] for x in batch), tensors)
-    for node, many, one in zip(checked, together, alone, strict=True):
+        alone = [run(tuple(x[k : k + 1] for x in batch), tensors) for k in range(NUM_PROBES)]
+    for node, many, *ones in zip(checked, together, *alone, strict=True):
         layout = context.values[node].layout
-        if not same(layout.gather(many)[1], layout.gather(one)[0]):
-            return f"{node.name}: mixes the examples of a batch; keep the examples on the first axis ({target_of(node)})"
+        gathered = layout.gather(many)
+        if not all(same(gathered[k], layout.gather(one)[0]) for k, one in enumerate(ones)):
+            return f"{node.name}: mixes the examples of a batch; keep the examples on the first axis ({operator_name(node)})"
     return None
 
 
@@ -59,6 +63,10 @@ def same(first: Tensor, second: Tensor) -> bool:
 
 
 def mixes(run: Callable[[tuple[Tensor, ...]], Tensor], inputs: Sequence[Tensor]) -> bool:
-    """The same question of a whole model, ``run(inputs) -> [N, ...]``."""
+    """The same question of a whole model, ``run(inputs) -> [N, ...]``; also true where it returns another number of examples."""
     batch = probe_batch(inputs)
-    return not same(run(batch)[1], run(tuple(x[1:2] for x in batch))[0])
+    together = run(batch)
+    alone = [run(tuple(x[k : k + 1] for x in batch)) for k in range(NUM_PROBES)]
+    if together.shape[0] != NUM_PROBES or any(one.shape != (1, *together.shape[1:]) for one in alone):
+        return True
+    return not all(same(together[k], one[0]) for k, one in enumerate(alone))

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from influence_ext.capture.generic import ModelOperator
-from influence_ext.capture.graph import CapturedGraph, Node, Problem, Slot
+from influence_ext.capture.graph import CapturedGraph, Node, Problem, Slot, real_shape
 from influence_ext.capture.layout import Layout
 from influence_ext.capture.probe import mixes
 from influence_ext.capture.prologue import Prologue
@@ -32,13 +33,15 @@ def whole_model(
         with torch.no_grad():
             return only_tensor(probe(*batch) if keys is None else probe(**dict(zip(keys, batch, strict=True))))
 
-    output = run(tuple(x[:1] for x in inputs))
-    problem = _problem(output, dtype)
+    watch = _Writes({**dict(probe.named_parameters(remove_duplicate=False)), **dict(probe.named_buffers(remove_duplicate=False))})
+    with watch:
+        output = run(tuple(x[:1] for x in inputs))
+    problem = watch.problem() or _problem(output, dtype)
     if problem is None and mixes(run, inputs):
         problem = "the model mixes the examples of a batch; keep the examples on the first axis of everything"
     if problem is not None:
         return None, [Problem(f"{type(model).__name__}: {problem} (run as a whole, since {reason})")]
-    slots = [Slot(name, tuple(t.shape), "parameter" if isinstance(t, nn.Parameter) else "buffer") for name, t in state.items()]
+    slots = [Slot(name, real_shape(t), "parameter" if isinstance(t, nn.Parameter) else "buffer") for name, t in state.items()]
     shape = tuple(output.shape[1:])
     node = Node(
         rule="generic",
@@ -70,6 +73,30 @@ def whole_model(
         fallback=reason,
     )
     return graph, []
+
+
+class _Writes(TorchDispatchMode):
+    """Finds operators that write to parameters or buffers: the generic rule hands out memory that must not change."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        super().__init__()
+        self._names = {t.untyped_storage()._cdata: name for name, t in tensors.items() if t.numel()}
+        self._found: dict[str, str] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Tensor):
+                name = self._names.get(value.untyped_storage()._cdata)
+                if name is not None:
+                    self._found.setdefault(name, str(func))
+        return func(*args, **(kwargs or {}))
+
+    def problem(self) -> str | None:
+        """In words; None if nothing was written to."""
+        if not self._found:
+            return None
+        listed = ", ".join(f"{name} ({operator})" for name, operator in self._found.items())
+        return f"the forward pass writes to {listed}; compute with a copy, or write only if self.training"
 
 
 def _problem(output: Any, dtype: torch.dtype) -> str | None:

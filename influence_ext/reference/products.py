@@ -11,7 +11,7 @@ from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from influence_ext.reference.ggn import LossFunction, reduction_factor
-from influence_ext.reference.jacobian import Inputs, call, double, double_copy, example, flat_gradient, num_examples, trainable
+from influence_ext.reference.jacobian import Inputs, call, double, double_copy, example, flat_gradient, jacobian, num_examples, trainable
 
 
 @contextmanager
@@ -22,7 +22,7 @@ def plain_kernels() -> Iterator[None]:
 
 
 def jacobian_products(model: nn.Module, X: Inputs, V: Tensor, params: Sequence[str] | None = None) -> Tensor:
-    r"""``J_n v``, by forward mode; where an operator has none, by differentiating ``u -> J_nᵀ u``, which is linear.
+    r"""``J_n v``, by forward mode; where an operator has none, by the rows of ``J_n``.
 
     Args:
         model: The network; used in evaluation mode and float64, not modified.
@@ -100,9 +100,4 @@ def _tangent(model: nn.Module, x: Inputs, v: Tensor, params: Sequence[str] | Non
     try:
         return jvp(f, (named,), (tangents,))[1]
     except NotImplementedError:
-        parameters = list(trainable(network, params).values())
-        (z,) = call(network, data)
-        u = torch.zeros_like(z).requires_grad_()
-        rows = torch.autograd.grad(z, parameters, u, create_graph=True, allow_unused=True)
-        image = sum((row * t).sum() for row, t in zip(rows, tangents.values(), strict=True) if row is not None)
-        return torch.autograd.grad(image, u)[0]
+        return (jacobian(model, x, params)[0] @ v).reshape(call(network, data).shape[1:]).detach()

@@ -68,9 +68,14 @@ def outputs(network: Network, theta: Tensor | None = None) -> Tensor:
 
 
 def jacobian_product(network: Network, v: Tensor) -> Tensor:
-    """``J v``: ``[P] -> [N, *out]``."""
+    """``J v``: ``[P] -> [N, *out]``; by the rows of ``J`` where an operator has no forward mode."""
     theta = trainable(network.model)
-    return jvp(function(network.model, network.X), (theta,), (unflatten(theta, v),))[1]
+    try:
+        return jvp(function(network.model, network.X), (theta,), (unflatten(theta, v),))[1]
+    except NotImplementedError:
+        z, pullback = vjp(function(network.model, network.X), theta)
+        units = torch.eye(z.numel(), dtype=z.dtype).view(-1, *z.shape)
+        return torch.stack([flatten(pullback(unit)[0]) @ v for unit in units]).view_as(z)
 
 
 def jacobian_transpose_product(network: Network, g: Tensor) -> Tensor:
@@ -83,7 +88,7 @@ def ggn_product(network: Network, v: Tensor) -> Tensor:
     """``G v``: forward mode through the network, double backward through the loss, reverse mode back."""
     theta, loss = trainable(network.model), network.loss_case.reduced()
     z, pullback = vjp(function(network.model, network.X), theta)
-    _, t_z = jvp(function(network.model, network.X), (theta,), (unflatten(theta, v),))
+    t_z = jacobian_product(network, v)
     z = z.detach().requires_grad_()
     (gradient,) = torch.autograd.grad(loss(z, network.y), z, create_graph=True)
     (g_z,) = torch.autograd.grad(gradient, z, t_z)

@@ -190,6 +190,8 @@ def _uses_batch_statistics(node: fx.Node) -> bool:
 def _refusal_text(node: fx.Node) -> str:
     if "batch_norm" in target_of(node):
         return "batch norm with batch statistics mixes the examples of a batch; use running statistics and model.eval()"
+    if "scaled_dot_product_attention" in target_of(node):
+        return "dropout is active in evaluation mode; pass dropout_p=0.0 unless self.training"
     if "dropout" in target_of(node):
         return "dropout is active in evaluation mode; pass training=self.training to it"
     return "draws random numbers in evaluation mode; make the forward pass deterministic"

@@ -13,6 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from influence_ext import _C
+from influence_ext.plan import Plan
+from tests.cases import build
+from tests.cases.products import PRODUCTS
 
 F64 = torch.float64
 
@@ -356,3 +359,13 @@ def test_products_match_torch(id: str, dtype: torch.dtype, N: int, schedule: int
         close(tape.jvp(V[:1].to(dtype)), tangents[:1])
         close(tape.vjp(G.to(dtype)), cotangents)
     close(tape.factors(G.to(dtype)).materialise(None).reshape(each.shape), each)
+
+
+@pytest.mark.parametrize("id", ["matmul-scores", "matmul-heads", "matmul-transposed-left", "matmul-mixing-transposed", "einsum-heads"])
+def test_transposes_become_strides(id: str) -> None:
+    network = build(next(case for case in PRODUCTS if case.id == id), F64)
+    graph = Plan.of(network.model, network.X).graph
+    assert {node.rule for node in graph.nodes} <= {"linear", "view", "matmul"}
+    assert [node.output for node in graph.nodes] == list(range(graph.num_sources, graph.num_values))
+    read = {value for node in graph.nodes for value in node.inputs} | {graph.output}
+    assert {node.output for node in graph.nodes} <= read

@@ -12,7 +12,14 @@ from influence_ext.capture.context import Context, Value, target_of
 from influence_ext.capture.layout import VIEWS, Layout
 from influence_ext.capture.lowering.movement import permutation
 
-_PERMUTATIONS = frozenset(f"aten.{name}" for name in ("permute.default", "transpose.int", "swapaxes.default", "swapdims.default"))
+_PERMUTATIONS = frozenset(
+    f"aten.{name}.{overload}"
+    for overload, names in (
+        ("default", ("permute", "swapaxes", "swapdims", "t", "numpy_T", "mT", "adjoint")),
+        ("int", ("transpose",)),
+    )
+    for name in names
+)
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ struct Lines {
     pitch = vectors * kLanes<T>;
     plane = lines * pitch;
     channel = count[0] * plane;
-    if (!in_place) channel = (channel * static_cast<int64_t>(sizeof(T)) / 64 | 1) * 64 / static_cast<int64_t>(sizeof(T));
+    if (!in_place) channel = (ceil_div(channel * static_cast<int64_t>(sizeof(T)), 64) | 1) * 64 / static_cast<int64_t>(sizeof(T));
   }
 
   void fill(const Geometry<T>& geometry, const int64_t* count, int64_t channels, const T* y, T* out) const {

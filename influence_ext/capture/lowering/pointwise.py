@@ -210,7 +210,7 @@ def _pair(context: Context, node: fx.Node, *tensors: Any) -> list[Value] | None:
         return None
     values: list[Value] = []
     for position, tensor in enumerate(tensors):
-        if tensor.meta["val"].dtype != context.dtype and context.depends[tensor]:
+        if tensor.meta["val"].dtype not in (context.dtype, torch.bool) and context.depends[tensor]:
             return None
         if context.is_batched(tensor):
             value = expanded(context, node, context.value(tensor), layout, f"_operand_{position}")

@@ -60,7 +60,7 @@ REFUSALS = [
     Refusal(
         "hard-wired dropout",
         lambda n, x: F.dropout(x @ n.W, 0.3, training=True),
-        ("native_dropout: dropout is active", "training=self.training"),
+        ("dropout: dropout is active", "training=self.training"),
     ),
     Refusal("random noise", lambda n, x: x @ n.W + torch.randn(4, dtype=x.dtype), ("changes from call to call",)),
     Refusal("random activation", lambda n, x: torch.bernoulli(torch.sigmoid(x @ n.W)), ("bernoulli: draws random numbers",)),

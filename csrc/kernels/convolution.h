@@ -72,14 +72,7 @@ inline KernelStub<void(const Context&, const Convolution&, bool up, int64_t num,
 template <class T>
 inline KernelStub<void(const Context&, const Convolution&, const ConvolutionProduct<T>&)> convolution_product_stub{"convolution_product"};
 
-// out[v, i / images] += the kernel's gradient from x[v, i] and y[v, i], i < n; x and y [V or 1, n, ...] (batch stride 0: shared); out[v] rows
-// out_batch apart, blocks of `images` examples out_example apart (n a multiple of images).
-template <class T>
-inline KernelStub<void(const Context&, const Convolution&, int64_t V, int64_t n, const T* x, int64_t x_batch, const T* y, int64_t y_batch,
-                       int64_t images, T* out, int64_t out_batch, int64_t out_example)>
-    convolution_weights_stub{"convolution_weights"};
-
-// out[v, i / images, c] += Σ_l y[v, i, c, l]; strides as above.
+// out[v, i / images, c] += Σ_l y[v, i, c, l]; out[v] rows out_batch apart, blocks of `images` examples out_example apart.
 template <class T>
 inline KernelStub<void(const Context&, int64_t V, int64_t n, int64_t channels, int64_t plane, const T* y, int64_t images, T* out, int64_t out_batch,
                        int64_t out_example)>

@@ -12,6 +12,7 @@
 #include <cstring>
 
 #include "kernels/convolution.h"
+#include "kernels/convolution_weights.h"
 #include "layers/rule.h"
 
 namespace infl {

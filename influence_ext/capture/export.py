@@ -114,7 +114,7 @@ def export_model(
             if not _is_functional(program, names, known):
                 program = program.run_decompositions({})
         except Exception as reason:
-            if problems or _depends_on_data(reason) or not _runs(copy.deepcopy(traced), probes):
+            if problems or _depends_on_data(reason) or not _runs(traced, probes):
                 raise UnsupportedModelError(_failure_text(who, model, reason, problems)) from reason
             raise NotExportable(f"torch.export: {type(reason).__name__}: {_first_line(reason)}") from reason
     return Exported(program, names, tuple(problems))

@@ -68,7 +68,7 @@ REDUCTIONS: dict[str, tuple[str, Callable[[Tensor, Any], Tensor]]] = {
     "std": ("the standard deviation", lambda h, dim: h.std(dim, correction=0)),
     "norm": ("the Euclidean norm", lambda h, dim: torch.linalg.vector_norm(h, dim=dim)),
     "norm-1": ("the sum of magnitudes", lambda h, dim: torch.linalg.vector_norm(h, 1, dim)),
-    "prod": ("the product", lambda h, dim: h.prod(dim)),
+    "prod": ("the product, of factors away from zero: near it their own rounding rules", lambda h, dim: (1 + 0.5 * h.tanh()).prod(dim)),
 }
 
 NONLINEAR = (

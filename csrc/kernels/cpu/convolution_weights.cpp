@@ -1,6 +1,6 @@
 // The gradient by the kernel is a table of dot products along positions, tiles of 4 channels of y by 6 pairs (channel, tap) of x: neither operand is
 // transposed. x is read from its padded copy (convolution_geometry.h), y in lines that are filled up with zeros to whole vectors.
-#include "kernels/convolution.h"
+#include "kernels/convolution_weights.h"
 
 #include "kernels/cpu/convolution_geometry.h"
 #include "kernels/cpu/simd.h"

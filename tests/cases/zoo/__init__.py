@@ -150,6 +150,8 @@ OTHERS = (
     model("hypernetwork", other.Hypernetwork, pair(images(4), images(3)), "weights that differ from example to example"),
     model("radiance", other.Radiance, images(3), "sines, slices, two output activations"),
     model("prototypes", other.Prototypes, images(4), "cdist and cosine similarity to parameters", loss="ce-mean"),
+    model("fourier-operator", other.FourierOperator, images(8, 1), "complex numbers between real ones", generic_share=1.0),
+    model("complex-rotary", other.ComplexRotary, tokens(6, 12), "a complex buffer", generic_share=1.0),
     model("euler", other.Euler, images(3), "the same layer ten times"),
     model("bilinear", other.Bilinear, pair(images(4), images(3)), "nn.Bilinear, GLU, max-out", loss="ce-mean"),
 )  # fmt: skip

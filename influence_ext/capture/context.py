@@ -72,7 +72,8 @@ class Context:
             if not is_number(node) and any(n in self._batched or is_number(n) for n in node.all_input_nodes):
                 self._batched.add(node)
             if node in self._batched and isinstance(node.meta.get("val"), Tensor):
-                known = [n for n in node.all_input_nodes if n in self._layouts]
+                # One of several outputs lies as what the operator reads.
+                known = [n for n in operation_of(node).all_input_nodes if n in self._layouts]
                 self._layouts[node] = layout_of(node, self._layouts.get, known, self.symbols)
         self.table = SlotTable(program, exported.names, self.depends, self.refuse, dtype)
         boundary = [n for n in program.graph.nodes if n in self.live and self._enters(n)]
@@ -156,7 +157,7 @@ class Context:
                 lists={key: list(items) for key, items in (lists or {}).items()},
                 width=value.width,
                 layout=layout,
-                operations=0.0 if rule == "view" or suffix else operations(node, value.width),
+                operations=0.0 if rule == "view" or suffix else operations(operation_of(node), value.width),
                 module=module_of(node),
                 operator=operator,
             )
@@ -210,10 +211,15 @@ def target_of(node: fx.Node) -> str:
     return node.target if isinstance(node.target, str) else node.target.__name__
 
 
-def operator_name(node: fx.Node) -> str:
-    """``target_of``, and for one of an operator's several outputs the operator."""
+def operation_of(node: fx.Node) -> fx.Node:
+    """The node itself, and for one of an operator's several outputs the operator."""
     source = node.args[0] if node.args else None
-    return target_of(source) if target_of(node) == "getitem" and isinstance(source, fx.Node) else target_of(node)
+    return source if target_of(node) == "getitem" and isinstance(source, fx.Node) else node
+
+
+def operator_name(node: fx.Node) -> str:
+    """``target_of`` the operation."""
+    return target_of(operation_of(node))
 
 
 def module_of(node: fx.Node) -> str:

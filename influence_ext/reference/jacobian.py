@@ -14,7 +14,7 @@ Inputs = Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]
 
 def double_copy(model: nn.Module) -> nn.Module:
     """A copy of ``model`` in float64 and evaluation mode; tied parameters stay tied, the original is not touched."""
-    return copy.deepcopy(model).to(torch.float64).eval()
+    return copy.deepcopy(model).double().eval()  # unlike .to(torch.float64), this keeps complex buffers complex
 
 
 def double(x: Any) -> Any:

@@ -24,6 +24,9 @@ def plain_kernels() -> Iterator[None]:
 def jacobian_products(model: nn.Module, X: Inputs, V: Tensor, params: Sequence[str] | None = None) -> Tensor:
     r"""``J_n v``, by forward mode; where an operator has none, by the rows of ``J_n``.
 
+    Not for inputs that hold the ``padding_idx`` of an embedding: torch's forward mode differentiates that row, its reverse mode does not,
+    and the latter is what a gradient means here.
+
     Args:
         model: The network; used in evaluation mode and float64, not modified.
         X: Inputs with ``N`` examples.

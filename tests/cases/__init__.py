@@ -66,7 +66,8 @@ class Network:
         rng = generator(case.id)
         with torch.random.fork_rng():
             torch.manual_seed(rng.initial_seed())
-            self.model = case.make().to(dtype).eval()
+            model = case.make().eval()
+            self.model = model.double() if dtype == torch.float64 else model.float()
         self.X: Any = cast(case.inputs(case.num_examples, rng), dtype)
         self.N = case.num_examples
         self.loss_case: LossCase = LOSSES[case.loss]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from influence_ext.capture.constants import draws_random_numbers
-from influence_ext.capture.context import Context, Value, is_number, target_of
+from influence_ext.capture.context import Context, Value, is_number, operation_of, target_of
 from influence_ext.capture.export import Exported
 from influence_ext.capture.generic import NodeOperator, Reference
 from influence_ext.capture.graph import CapturedGraph, Problem, without_unread
@@ -112,8 +112,7 @@ def lower(
 
 
 def _lower_node(context: Context, node: fx.Node) -> Value | None:
-    source = node.args[0] if node.args else None
-    operation = source if target_of(node) == "getitem" and isinstance(source, fx.Node) else node
+    operation = operation_of(node)
     item = node.args[1] if operation is not node else None
     missing = [n for n in operation.all_input_nodes if context.is_batched(n) and n not in context.values]
     if missing:

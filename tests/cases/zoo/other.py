@@ -269,3 +269,32 @@ class Bilinear(nn.Module):
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         h = F.glu(self.pair(a, b), dim=-1)
         return self.head(self.expand(h).view(-1, 3, 2).amax(-1))
+
+
+class FourierOperator(nn.Module):
+    """A Fourier neural operator: products of low frequencies with complex weights, held as pairs of real numbers."""
+
+    def __init__(self, channels: int = 3, modes: int = 4):
+        super().__init__()
+        self.lift, self.skip, self.head = nn.Linear(1, channels), nn.Conv1d(channels, channels, 1), nn.Linear(channels, 1)
+        self.modes = nn.Parameter(0.3 * torch.randn(channels, channels, modes, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.lift(x).transpose(1, 2)
+        low = torch.fft.rfft(h)[..., : self.modes.shape[2]]
+        low = torch.einsum("bik,iok->bok", low, torch.view_as_complex(self.modes))
+        return self.head(F.gelu(torch.fft.irfft(low, n=h.shape[-1]) + self.skip(h)).transpose(1, 2))
+
+
+class ComplexRotary(nn.Module):
+    """Rotary positions as products with a complex buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.queries = nn.Embedding(12, 8), nn.Linear(8, 8)
+        self.register_buffer("turns", torch.polar(torch.ones(6, 4), torch.outer(torch.arange(6.0), torch.tensor([1.0, 0.5, 0.2, 0.1]))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.tokens(x)
+        q = torch.view_as_complex(self.queries(h).view(*h.shape[:2], 4, 2)) * self.turns
+        return F.scaled_dot_product_attention(torch.view_as_real(q).flatten(2), h, h, is_causal=True)

@@ -351,3 +351,31 @@ def test_assert_close_in_float32_allows_twice_the_error_of_eager_torch() -> None
         assert_close(oracle.float() + 2.1e-4, oracle, eager=eager)
     with pytest.raises(AssertionError, match="relative Frobenius"):
         assert_close(ours, oracle)
+
+
+@smooth_network
+def test_products_are_those_of_the_dense_jacobian(case: NetworkCase) -> None:
+    network = build(case, F64)
+    V, G = network.random("V", 2, network.P), network.random("G", 2, *network.outputs.shape)
+    J, H, flat = network.jacobian, network.loss_hessian, G.reshape(2, network.N, -1)
+    tangents = torch.einsum("ncp,vp->vnc", J, V)
+    assert_close(reference.jacobian_products(network.model, network.X, V).reshape_as(tangents), tangents)
+    assert_close(reference.jacobian_transpose_products(network.model, network.X, G), torch.einsum("ncp,vnc->vp", J, flat))
+    loss, reduction = network.loss_case.oracle(), network.loss_case.reduction
+    products = reference.ggn_products(network.model, loss, network.X, network.y, V, reduction)
+    assert_close(products, network.factor * torch.einsum("ncp,ncd,vnd->vp", J, H, tangents))
+
+
+def test_products_without_forward_mode_go_by_rows() -> None:
+    class Distances(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.centres = nn.Parameter(torch.randn(3, 2, dtype=F64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cdist(x, self.centres)
+
+    torch.manual_seed(0)
+    model, X, V = Distances(), torch.randn(4, 2, dtype=F64), torch.randn(2, 6, dtype=F64)
+    expected = torch.einsum("ncp,vp->vnc", reference.jacobian(model, X), V)
+    assert_close(reference.jacobian_products(model, X, V), expected)

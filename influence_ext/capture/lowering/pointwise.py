@@ -69,6 +69,10 @@ def _gelu(context: Context, node: fx.Node) -> Value | None:
     return _emit_activation(context, node, "gelu" if approximate == "none" else "gelu_tanh", [])
 
 
+def _relu6(context: Context, node: fx.Node) -> Value | None:
+    return _emit_activation(context, node, "hardtanh", [0.0, 6.0])
+
+
 def _elu(context: Context, node: fx.Node) -> Value | None:
     """``elu(x, alpha, scale, input_scale)``."""
     names = ("alpha", "scale", "input_scale")
@@ -395,6 +399,7 @@ LOWERINGS: dict[str, Lowering] = {
     **named(_selu, "selu.default"),
     **named(_rrelu, "rrelu.default"),
     **named(_activation("hardtanh", ("min_val", -1.0), ("max_val", 1.0)), "hardtanh.default"),
+    **named(_relu6, "relu6.default"),
     **named(_activation("softshrink", ("lambd", 0.5)), "softshrink.default"),
     **named(_activation("hardshrink", ("lambd", 0.5)), "hardshrink.default"),
     **named(_activation("threshold", ("threshold", 0.0), ("value", 0.0)), "threshold.default"),

@@ -16,7 +16,8 @@ namespace {
 // A thread's share of a second-level cache that a tile may fill, and the size below which an accumulator per thread stays in it too.
 constexpr int64_t kTileBytes = 448 << 10;
 constexpr int64_t kAccumulatorBytes = 1 << 20;
-constexpr int64_t kWholeWorkspaceBytes = 64 << 20;  // by operator: workspace of one tile
+constexpr int64_t kSmallestTile = 8, kLargestTile = 240;
+constexpr int64_t kWholeWorkspaceBytes = 64 << 20;  // by operator: workspace of one tile; by example: accumulators of all threads
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -183,15 +184,19 @@ Tiling Tape<T>::tiling(int64_t V, int num_threads) const {
   }
   const int64_t sweep_bytes = std::max<int64_t>(1, std::max(s.sweep_width * V, s.forward_width)) * sizeof(T);
   const int64_t accumulator = V * plan_->num_parameters() * static_cast<int64_t>(sizeof(T));
-  bool by_example = accumulator <= kAccumulatorBytes;
+  const int64_t example_bytes = sweep_bytes + kept * static_cast<int64_t>(sizeof(T));
+  const int64_t cached_tile = std::clamp(kTileBytes / example_bytes, kSmallestTile, kLargestTile);
+  // By example pays where accumulators stay in the cache, or where moving them for every tile costs less than writing and reading the activations.
+  const int64_t accumulator_traffic = ceil_div(N_, cached_tile) * 2 * accumulator;
+  bool by_example = accumulator <= kAccumulatorBytes ||
+                    (accumulator_traffic < 2 * N_ * example_bytes && num_threads * accumulator <= kWholeWorkspaceBytes && N_ >= 2 * num_threads);
   if (choice_ != ScheduleChoice::automatic) by_example = choice_ == ScheduleChoice::by_example;
   if (plan_->on_calling_thread()) by_example = false;
   Tiling tiling;
   tiling.num_threads = num_threads;
   tiling.by_example = by_example;
   if (by_example) {
-    const int64_t example_bytes = sweep_bytes + kept * static_cast<int64_t>(sizeof(T));
-    tiling.tile = std::clamp<int64_t>(kTileBytes / example_bytes, 24, 240);
+    tiling.tile = cached_tile;
     // Equal shares: a multiple of the number of threads, tiles of nearly equal size.
     const int64_t tiles = ceil_div(ceil_div(std::max<int64_t>(N_, 1), tiling.tile), num_threads) * num_threads;
     tiling.tile = std::max<int64_t>(1, ceil_div(N_, tiles));

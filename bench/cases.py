@@ -10,8 +10,9 @@ from fnmatch import fnmatch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
+from bench.workloads import CLASSIFIER, DIGITS, LENET, MLP, REGRESSION, RESNET, TRANSFORMER, Workload
 
 
 def mse(z: Tensor, y: Tensor) -> Tensor:
@@ -42,38 +43,8 @@ class Problem:
         """The same problem, rounded to or extended from its float32 or float64 numbers."""
         y = self.y.to(dtype) if self.y.is_floating_point() else self.y
         model = copy.deepcopy(self.model).to(dtype)
-        return replace(self, model=model, X=self.X.to(dtype), y=y, vectors=self.vectors.to(dtype))
-
-
-@dataclass(frozen=True)
-class Workload:
-    """A multilayer perceptron and how its data look."""
-
-    name: str
-    sizes: tuple[int, ...]
-    activation: str
-    loss: str
-
-    @property
-    def layers(self) -> list[tuple[int, int]]:
-        """``(in, out)`` of each linear layer."""
-        return list(zip(self.sizes[:-1], self.sizes[1:], strict=True))
-
-    @property
-    def num_parameters(self) -> int:
-        return sum(i * o + o for i, o in self.layers)
-
-    @property
-    def title(self) -> str:
-        return f"MLP {'-'.join(map(str, self.sizes))} {self.activation}"
-
-    def build(self, seed: int) -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            modules: list[nn.Module] = []
-            for i, o in self.layers:
-                modules += [nn.Linear(i, o), ACTIVATIONS[self.activation]()]
-        return nn.Sequential(*modules[:-1]).eval()
+        X = self.X.to(dtype) if self.X.is_floating_point() else self.X
+        return replace(self, model=model, X=X, y=y, vectors=self.vectors.to(dtype))
 
 
 @dataclass(frozen=True)
@@ -107,28 +78,20 @@ class Case:
     def problem(self, seed: int = 0) -> Problem:
         """Data, network and vectors from ``seed``, in the case's dtype."""
         generator = torch.Generator().manual_seed(seed)
-        N, num_inputs, num_outputs = self.num_examples, self.workload.sizes[0], self.workload.sizes[-1]
-        X = torch.randn(N, num_inputs, generator=generator)
-        if self.workload.loss == "mse":
-            y = torch.randn(N, num_outputs, generator=generator)
-        else:
-            y = torch.randint(num_outputs, (N,), generator=generator)
+        X, y = self.workload.data(self.num_examples, generator)
         V = torch.randn(self.num_vectors, self.workload.num_parameters, generator=generator)
         return Problem(self.workload.build(seed), self.workload.loss, X, y, V, self.damping).to(self.dtype)
 
-
-REGRESSION = Workload("regression", (8, 128, 128, 1), "tanh", "mse")
-CLASSIFIER = Workload("classifier", (784, 512, 256, 10), "relu", "cross_entropy")
-DIGITS = Workload("digits", (784, 128, 128, 10), "relu", "cross_entropy")
 
 CASES: tuple[Case, ...] = (
     Case("ggn", REGRESSION, 1000, 1),
     Case("ggn", REGRESSION, 1000, 8),
     Case("ggn", CLASSIFIER, 4096, 1),
     Case("ggn", CLASSIFIER, 4096, 8),
+    *(Case("ggn", workload, N, V) for workload, N in ((LENET, 512), (TRANSFORMER, 16), (RESNET, 128)) for V in (1, 8)),
     *(
         Case(quantity, workload, 256, num_vectors)
-        for workload in (REGRESSION, CLASSIFIER)
+        for workload in (REGRESSION, CLASSIFIER, LENET)
         for quantity, num_vectors in (("grads", 1), ("norms", 1), ("dots", 8), ("gram", 1))
     ),
     Case("solve", REGRESSION, 1000, 100, torch.float64, damping=1e-3),
@@ -136,8 +99,8 @@ CASES: tuple[Case, ...] = (
 )
 
 # A miniature of every quantity: checks the code without measuring anything.
-SMOKE_REGRESSION = Workload("smoke-regression", (3, 5, 4, 1), "tanh", "mse")
-SMOKE_CLASSIFIER = Workload("smoke-classifier", (6, 5, 3), "relu", "cross_entropy")
+SMOKE_REGRESSION = MLP("smoke-regression", (3, 5, 4, 1), "tanh", "mse")
+SMOKE_CLASSIFIER = MLP("smoke-classifier", (6, 5, 3), "relu", "cross_entropy")
 SMOKE_CASES: tuple[Case, ...] = tuple(
     Case(quantity, workload, 12, num_vectors, dtype, damping)
     for workload in (SMOKE_REGRESSION, SMOKE_CLASSIFIER)
@@ -174,7 +137,8 @@ def reference(case: Case, problem: Problem) -> Tensor:
     """
     exact = problem.to(torch.float64)
     if case.quantity == "ggn":
-        return ggn_products(exact, exact.vectors)
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels cannot be differentiated twice
+            return ggn_products(exact, exact.vectors)
     if case.quantity == "solve":
         return exact.vectors
     if case.quantity == "norms":
@@ -217,8 +181,8 @@ def hessian_product(problem: Problem, z: Tensor, t_z: Tensor) -> Tensor:
     """``H t`` of the mean-reduced loss at the outputs."""
     if problem.loss == "mse":
         return 2 * t_z / z.numel()
-    p = z.softmax(dim=-1)
-    return (p * t_z - p * (p * t_z).sum(-1, keepdim=True)) / z.shape[0]
+    p = z.softmax(dim=1)
+    return (p * t_z - p * (p * t_z).sum(1, keepdim=True)) / (z.numel() // z.shape[1])
 
 
 def example_gradients(problem: Problem) -> Iterator[Tensor]:

@@ -87,9 +87,9 @@ def count(case: Case) -> tuple[float, float] | None:
     inputs, the cotangent of inputs and of parameters, of which the first layer's inputs need neither. Its own forward
     pass is done once, before. The per-example quantities include their forward pass.
     """
-    N, V, layers = case.num_examples, case.num_vectors, case.workload.layers
-    forward = 2.0 * N * sum(i * o for i, o in layers)
-    first = 2.0 * N * layers[0][0] * layers[0][1]
+    N, V = case.num_examples, case.num_vectors
+    forward = N * case.workload.forward_operations
+    first = N * case.workload.first_operations
     item = case.dtype.itemsize
     gradients = forward + (forward - first)  # activations and the cotangent of every layer's output
     if case.quantity == "ggn":
@@ -100,8 +100,8 @@ def count(case: Case) -> tuple[float, float] | None:
         return gradients, N * item
     if case.quantity == "dots":
         return min(gradients + V * forward, forward + V * (2 * forward - first)), N * V * item
-    if case.quantity == "gram":
-        return gradients + N * (N + 1) * sum(i + o for i, o in layers), N * N * item
+    if case.quantity == "gram" and case.workload.gram_width is not None:
+        return gradients + N * (N + 1) * case.workload.gram_width, N * N * item
     return None
 
 

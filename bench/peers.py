@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.func import functional_call, grad, jvp, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.cases import LOSS_MODULES, Case, Problem
 
@@ -135,7 +136,8 @@ def _functional_ggn(problem: Problem) -> Callable[[Tensors], Tensors]:
 
     def product(v: Tensors) -> Tensors:
         def outputs(p: Tensors) -> Tensor:
-            return functional_call(problem.model, p, (X,))
+            with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernel has no forward mode
+                return functional_call(problem.model, p, (X,))
 
         z, t_z = jvp(outputs, (parameters,), (v,))
         _, pull_gradient = vjp(grad(lambda z: loss(z, y)), z)
@@ -228,7 +230,12 @@ def _curvlinops_ggn(case: Case, problem: Problem) -> Call:
         check_deterministic=False,
     )
     columns = [t.movedim(0, -1).contiguous() for t in _unflatten(problem, problem.vectors).values()]
-    return lambda: G @ columns
+
+    def product() -> Any:
+        with sdpa_kernel(SDPBackend.MATH):
+            return G @ columns
+
+    return product
 
 
 # ---------------------------------------------------------------------------------------------------------------------

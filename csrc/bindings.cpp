@@ -149,13 +149,21 @@ class PyRule final : public Rule<T> {
 // A tape and the tensors it points into.
 template <class T>
 struct BoundTape {
-  BoundTape(std::shared_ptr<Plan<T>> plan, std::vector<at::Tensor> inputs) : inputs(std::move(inputs)) {
-    TORCH_CHECK(static_cast<int>(this->inputs.size()) == plan->num_inputs(), "Tape: expected ", plan->num_inputs(), " inputs, got ",
-                this->inputs.size(), ".");
-    const int64_t N = this->inputs.at(0).size(0);
-    std::vector<const T*> pointers;
-    for (size_t i = 0; i < this->inputs.size(); ++i) pointers.push_back(data<T>(this->inputs[i], N * plan->input_widths()[i], "Tape input"));
-    tape = std::make_unique<Tape<T>>(plan, N, std::move(pointers));
+  BoundTape(std::shared_ptr<Plan<T>> plan, std::vector<at::Tensor> inputs) {
+    TORCH_CHECK(!inputs.empty(), "Tape: expected at least one input, got none.");
+    const int64_t N = inputs[0].size(0);
+    tape = std::make_unique<Tape<T>>(plan, N, pointers(*plan, inputs, N));
+    this->inputs = std::move(inputs);
+  }
+  void rebind(std::vector<at::Tensor> others) {
+    tape->rebind(pointers(tape->plan(), others, N()));
+    inputs = std::move(others);
+  }
+  static std::vector<const T*> pointers(const Plan<T>& plan, const std::vector<at::Tensor>& inputs, int64_t N) {
+    TORCH_CHECK(static_cast<int>(inputs.size()) == plan.num_inputs(), "Tape: expected ", plan.num_inputs(), " inputs, got ", inputs.size(), ".");
+    std::vector<const T*> found;
+    for (size_t i = 0; i < inputs.size(); ++i) found.push_back(data<T>(inputs[i], N * plan.input_widths()[i], "Tape input"));
+    return found;
   }
   void linearize(const std::vector<at::Tensor>& theta) {
     const auto& slots = tape->plan().slots();
@@ -223,6 +231,7 @@ void bind(py::module_& m, const std::string& suffix) {
 
   py::class_<BoundTape<T>, std::shared_ptr<BoundTape<T>>>(m, ("Tape" + suffix).c_str())
       .def(py::init<std::shared_ptr<Plan<T>>, std::vector<at::Tensor>>(), py::arg("plan"), py::arg("inputs"))
+      .def("rebind", &BoundTape<T>::rebind, py::arg("inputs"))
       .def("linearize", &BoundTape<T>::linearize, py::arg("theta"))
       .def_property_readonly("num_examples", &BoundTape<T>::N)
       .def_property_readonly("cached_bytes", [](const BoundTape<T>& b) { return b.tape->cached_bytes(); })

@@ -18,6 +18,7 @@ class ChunkedTape:
 
     Args:
         make: inputs of some examples -> a tape of the extension, not yet linearised.
+        prepare: inputs as the user gives them -> those that ``make`` takes.
         blocks: ``blocks(size)`` yields ``(first example, inputs)`` of consecutive chunks.
         num_examples: N.
         chunk: examples at a time.
@@ -26,14 +27,19 @@ class ChunkedTape:
     """
 
     def __init__(
-        self, make: Callable[[Sequence[Tensor]], Any], blocks: Callable[[int], Iterator[tuple[int, Any]]], num_examples: int, chunk: int
+        self,
+        make: Callable[[list[Tensor]], Any],
+        prepare: Callable[[Any], list[Tensor]],
+        blocks: Callable[[int], Iterator[tuple[int, Any]]],
+        num_examples: int,
+        chunk: int,
     ):
-        self._make, self._blocks = make, blocks
+        self._make, self._prepare, self._blocks = make, prepare, blocks
         self.num_examples, self.chunk = num_examples, chunk
         self._values: list[Tensor] = []
         self._schedule = 0
         self._outputs: Tensor | None = None
-        self._sample: Any = None
+        self._spare: Any = None
 
     def linearize(self, theta: Sequence[Tensor]) -> None:
         """Move to other parameters; one forward pass over the data, which keeps the outputs alone."""
@@ -41,21 +47,30 @@ class ChunkedTape:
         outputs: Tensor | None = None
         for start, tape in self.tapes():
             part = tape.outputs()
-            outputs = part.new_empty(self.num_examples, part.shape[1]) if outputs is None else outputs
+            if outputs is None:
+                outputs = part.new_empty(self.num_examples, part.shape[1])
+                self._sizes = int(tape.cached_bytes), {V: int(tape.workspace_bytes(V)) for V in (1, 8)}
+                self._tilings = {V: tape.tiling(V) for V in (1, 8)}
             outputs[start : start + len(part)] = part
-            self._sample = tape if start == 0 else self._sample
         self._outputs = outputs
-        self._sizes = (int(self._sample.cached_bytes), {V: int(self._sample.workspace_bytes(V)) for V in (1, 8)})
-        self._tilings = {V: self._sample.tiling(V) for V in (1, 8)}
-        self._sample = None
 
     def tapes(self) -> Iterator[tuple[int, Any]]:
-        """``(first example, linearised tape)`` of each chunk."""
+        """``(first example, linearised tape)`` of each chunk; a tape is valid until the next one is asked for.
+
+        One tape's memory serves all chunks of one size; a second pass inside the first takes a second one.
+        """
+        tape, self._spare = self._spare, None
         for start, inputs in self._blocks(self.chunk):
-            tape = self._make(inputs)
-            tape.set_schedule(self._schedule)
+            sources = self._prepare(inputs)
+            if tape is not None and tape.num_examples == sources[0].shape[0]:
+                tape.rebind(sources)
+            else:
+                tape = None  # its memory is free before the next is taken
+                tape = self._make(sources)
+                tape.set_schedule(self._schedule)
             tape.linearize(self._values)
             yield start, tape
+        self._spare = tape
 
     def outputs(self) -> Tensor:
         """``[N, C]``."""

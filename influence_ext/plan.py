@@ -112,12 +112,15 @@ class Plan:
         chunk = self._chunk(examples, memory_budget)
         if chunk >= examples.num_examples and examples.resident:
             return Tape(self, self._tape_on(examples.X), theta)
-        return Tape(self, ChunkedTape(self._tape_on, examples.blocks, examples.num_examples, chunk), theta)
+        return Tape(self, ChunkedTape(self._make, self._inputs, examples.blocks, examples.num_examples, chunk), theta)
 
     def _tape_on(self, X: Any) -> Any:
         """A tape of the extension on inputs as the user gives them."""
+        return self._make(self._inputs(X))
+
+    def _make(self, sources: list[Tensor]) -> Any:
         kind = _C.Tape32 if self.space.dtype == torch.float32 else _C.Tape64
-        return kind(self._native, self._inputs(X))
+        return kind(self._native, sources)
 
     def _chunk(self, examples: Examples, budget: int) -> int:
         """Examples whose forward state and workspace, for one vector, take at most ``budget`` bytes."""

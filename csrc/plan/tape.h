@@ -31,6 +31,9 @@ class Tape {
   // `inputs`: one array [N, width] per plan input; must outlive the tape.
   Tape(std::shared_ptr<const Plan<T>> plan, int64_t N, std::vector<const T*> inputs);
 
+  // The same number of other examples; linearize is to follow.
+  void rebind(std::vector<const T*> inputs) { inputs_ = std::move(inputs); }
+
   // The forward pass at θ, given per slot; copies what it needs of θ.
   void linearize(const Context& ctx, const std::vector<const T*>& theta);
 

@@ -12,6 +12,7 @@ from influence_ext.data import Examples, check_indices, load
 from influence_ext.errors import ArgumentError
 from influence_ext.influence.scores import Scores
 from influence_ext.losses import Loss, LossLike
+from influence_ext.operators.fisher import EmpiricalFisher
 from influence_ext.operators.ggn import GGN
 from influence_ext.operators.per_example import ExampleGradients
 from influence_ext.params import Selection
@@ -23,6 +24,9 @@ BLOCK_BYTES = 256 * 2**20
 
 class _Solve(Protocol):
     def solve(self, B: Tensor) -> Solution: ...
+
+
+CURVATURES: dict[str, type[GGN] | type[EmpiricalFisher]] = {"ggn": GGN, "empirical_fisher": EmpiricalFisher}
 
 
 class Influence:
@@ -40,9 +44,11 @@ class Influence:
         loss: see :func:`influence_ext.losses.resolve`.
         train_data: one ``(X, y)`` or a re-iterable of such batches; the order numbers the examples.
         damping: λ > 0; add the weight decay of training to it.
-        curvature: ``"ggn"``.
+        curvature: ``"ggn"``, the curvature of the PBRF, or ``"empirical_fisher"``. Not the Hessian: it need not be positive, and then
+            neither the scores' error bound nor their meaning holds.
         solver: one of :mod:`influence_ext.solvers`; None: chosen by size (``.solver_reason`` says why).
         params: selects a sub-space.
+        memory_budget: see :class:`influence_ext.GGN`.
 
     Raises:
         ArgumentError: damping ≤ 0, or another curvature.
@@ -61,12 +67,16 @@ class Influence:
         solver: Solver | None = None,
         *,
         params: Selection | None = None,
+        memory_budget: int | None = None,
     ):
-        if curvature != "ggn":
-            raise ArgumentError(f"Influence: expected curvature 'ggn', got {curvature!r}; the GGN is the curvature of the PBRF.")
+        if curvature not in CURVATURES:
+            raise ArgumentError(
+                f"Influence: expected curvature among {', '.join(map(repr, CURVATURES))}, got {curvature!r}; 'ggn' is that of the PBRF."
+            )
         if not damping > 0:
             raise ArgumentError(f"Influence: expected damping > 0, got {damping}; the GGN of a network is singular, try 1e-3.")
-        self.operator = GGN(model, loss, load(train_data, "Influence"), damping, params=params)
+        examples = load(train_data, "Influence", memory_budget)
+        self.operator = CURVATURES[curvature](model, loss, examples, damping, params=params, memory_budget=memory_budget)
         self.damping = float(damping)
         self.factor = self.operator.loss.factor(self.operator.examples.targets)
         self.solver = solver

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from influence_ext.data import Examples
 from influence_ext.losses import OutputHessian
 from influence_ext.operators.linearised import LinearisedOperator
 
@@ -45,7 +46,7 @@ class Hessian(LinearisedOperator):
         block = max(1, BLOCK_BYTES // (width * vectors))
         for start, X in self.examples.blocks(int(block)):
             function = self._network(X)
-            gradients = self._gradients[start : start + block]
+            gradients = self._gradients[start : start + Examples.of_inputs(X).num_examples]
             for first in range(0, V.shape[0], vectors):
                 product[first : first + vectors] += _curvature(function, theta, gradients, V[first : first + vectors])
         return product

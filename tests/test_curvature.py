@@ -1,0 +1,161 @@
+"""The other curvatures: the Hessian, the empirical and the Monte Carlo Fisher matrix."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import influence_ext as ie
+from influence_ext import errors, reference
+from influence_ext.reference.jacobian import call, double, double_copy
+from influence_ext.testing import assert_close
+from tests.cases import Network, NetworkCase, build, in_float64
+from tests.cases.families import FAMILIES
+from tests.cases.models import NETWORKS
+
+F64 = torch.float64
+CURVED = (
+    *("mlp-tanh", "mlp-gelu", "mlp-silu", "mlp-ce", "mlp-ce-sum", "mlp-bce", "mlp-half-mse"),
+    *("tied-layer", "tied-transpose", "mixer", "frozen-middle", "named-inputs", "unused-parameters", "diamonds"),
+)
+
+
+def rows() -> list[NetworkCase]:
+    """Models of every activation, and the first row of each family of operators."""
+    by_rule: dict[frozenset[str], NetworkCase] = {}
+    for case in FAMILIES:
+        by_rule.setdefault(case.rules, case)
+    return [NETWORKS[name] for name in CURVED] + list(by_rule.values())
+
+
+def dense_hessian(network: Network) -> Tensor:
+    """Float64 ``[P, P]`` by two reverse passes, with PyTorch's own reduced loss."""
+    model = double_copy(network.model)
+    trained = list(reference.trainable(model).values())
+    loss = network.loss_case.reduced()
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        z = call(model, double(network.X))
+        gradients = torch.autograd.grad(loss(z, double(network.y)), trained, create_graph=True, allow_unused=True, materialize_grads=True)
+        flat = torch.cat([g.reshape(-1) for g in gradients])
+        lines = []
+        for p in range(flat.numel()):
+            second = torch.autograd.grad(flat[p], trained, retain_graph=True, allow_unused=True, materialize_grads=True)
+            lines.append(torch.cat([g.reshape(-1) for g in second]).detach())
+    return torch.stack(lines)
+
+
+@pytest.mark.parametrize("case", rows(), ids=lambda case: case.id)
+def test_hessian_is_the_second_derivative(case: NetworkCase) -> None:
+    network = build(case, F64)
+    expected = dense_hessian(network)
+    H = ie.Hessian(network.model, network.loss, network.data, damping=0.25)
+    V = network.random("V", 3, network.P)
+    assert_close(H.matmat(V), V @ expected + 0.25 * V)
+    assert_close(H @ V[0], expected @ V[0] + 0.25 * V[0])
+
+
+def test_hessian_in_float32() -> None:
+    network = build(NETWORKS["mlp-gelu"], torch.float32)
+    H = ie.Hessian(network.model, network.loss, network.data)
+    V = network.random("V", 3, network.P)
+    expected = V.double() @ dense_hessian(build(NETWORKS["mlp-gelu"], F64))
+    assert float((H.matmat(V).double() - expected).norm() / expected.norm()) < 1e-5
+
+
+def test_hessian_keeps_the_point_it_was_made_at() -> None:
+    network = Network(NETWORKS["mlp-tanh"], F64)
+    H = ie.Hessian(network.model, network.loss, network.data)
+    v = network.random("v", network.P)
+    before = H @ v
+    with torch.no_grad():
+        for p in network.model.parameters():
+            p.add_(1)
+    assert torch.equal(H @ v, before)
+
+
+def test_hessian_of_a_sample_is_that_of_the_batch() -> None:
+    network = build(NETWORKS["mlp-ce"], F64)
+    H = ie.Hessian(network.model, network.loss, network.data)
+    index = torch.randperm(network.N, generator=torch.Generator().manual_seed(3))[:2]
+    v = network.random("v", network.P)
+    batch = ie.Hessian(network.model, network.loss, (network.X[index], network.y[index]))
+    assert_close(H.sample(torch.Generator().manual_seed(3), 2) @ v, batch @ v)
+
+
+@in_float64
+def test_empirical_fisher_is_made_of_outer_products(small_problem: Network) -> None:
+    network = small_problem
+    G = network.grads
+    expected = network.factor * G.T @ G
+    E = ie.EmpiricalFisher(network.model, network.loss, network.data, damping=0.5)
+    V = network.random("V", 3, network.P)
+    scale = float(expected.norm() * V.norm())
+    close = partial(assert_close, scope=network.case.scope)
+    close(E.matmat(V), V @ expected + 0.5 * V, scale=scale)
+    close(E.diagonal(), expected.diagonal() + 0.5, scale=float(expected.norm()) + 0.5)
+    close(E.root_gram(), network.factor * G @ G.T)
+    close(E.root_rmatmat(E.root_matmat(V)), V @ expected, scale=scale)
+
+
+def test_dual_solves_with_the_empirical_fisher() -> None:
+    network = build(NETWORKS["mlp-ce"], F64)
+    E = ie.EmpiricalFisher(network.model, network.loss, network.data, damping=0.1)
+    B = network.random("B", 4, network.P)
+    solution = ie.solvers.Dual().solve(E, B)
+    G = network.grads
+    dense = network.factor * G.T @ G + 0.1 * torch.eye(network.P, dtype=F64)
+    assert_close(solution.value, torch.linalg.solve(dense, B.T).T)
+
+
+@pytest.mark.parametrize("name", ["mlp-ce", "mlp-bce", "mlp-tanh", "mlp-mse-sum"])
+def test_monte_carlo_fisher_tends_to_the_gauss_newton_matrix(name: str) -> None:
+    network = build(NETWORKS[name], F64)
+    few, many = (ie.MonteCarloFisher(network.model, network.loss, network.data, num_samples=K, seed=1).to_dense() for K in (50, 5000))
+    error = [float((F - network.ggn).norm() / network.ggn.norm()) for F in (few, many)]
+    assert error[1] < 0.05
+    assert error[1] < 0.4 * error[0]  # a tenth, up to luck
+
+
+def test_monte_carlo_fisher_depends_on_its_seed_alone() -> None:
+    network = build(NETWORKS["mlp-ce"], F64)
+    v = network.random("v", network.P)
+    state = torch.get_rng_state()
+    one, two, other = (ie.MonteCarloFisher(network.model, network.loss, network.data, seed=seed) @ v for seed in (5, 5, 6))
+    assert torch.equal(one, two)
+    assert not torch.equal(one, other)
+    assert torch.equal(state, torch.get_rng_state())
+    F = ie.MonteCarloFisher(network.model, network.loss, network.data, num_samples=3, seed=5)
+    assert F.num_roots == 3 * network.N
+    assert_close(F.diagonal(), F.to_dense().diagonal())
+    with pytest.raises(errors.ArgumentError, match="num_samples >= 1, got 0"):
+        ie.MonteCarloFisher(network.model, network.loss, network.data, num_samples=0)
+
+
+def test_indefinite_hessians_are_not_taken_for_positive() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    X, y = torch.randn(8, 3, dtype=F64), 5 * torch.randn(8, 1, dtype=F64)
+    H = ie.Hessian(model, nn.MSELoss(), (X, y))
+    assert float(torch.linalg.eigvalsh(H.to_dense()).min()) < 0
+    with pytest.raises(errors.SolverFailure):
+        ie.solvers.Direct().solve(H, torch.randn(1, H.shape[0], dtype=F64))
+
+
+def test_influence_with_the_empirical_fisher() -> None:
+    network = build(NETWORKS["mlp-ce"], F64)
+    influence = ie.Influence(network.model, network.loss, network.data, damping=0.1, curvature="empirical_fisher")
+    scores = influence.scores(network.data).values
+    G = network.grads
+    dense = network.factor * G.T @ G + 0.1 * torch.eye(network.P, dtype=F64)
+    assert_close(scores, network.factor * G @ torch.linalg.solve(dense, G.T))
+    chunked = ie.Influence(network.model, network.loss, network.data, damping=0.1, memory_budget=influence.operator.cached_bytes - 1)
+    assert chunked.operator.tape.chunk is not None
+    assert_close(
+        chunked.scores(network.data).values,
+        ie.Influence(network.model, network.loss, network.data, damping=0.1).scores(network.data).values,
+    )
+    with pytest.raises(errors.ArgumentError, match="among 'ggn', 'empirical_fisher', got 'hessian'"):
+        ie.Influence(network.model, network.loss, network.data, curvature="hessian")

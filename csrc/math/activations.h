@@ -8,14 +8,15 @@
 namespace infl {
 
 // Every kind once, in the order of their numbers (capture/lowering/pointwise.py has the same list).
-#define INFL_FOR_EACH_ACTIVATION(F)                                                                                                                \
-  F(relu)                                                                                                                                          \
-  F(tanh)                                                                                                                                          \
-  F(gelu)                                                                                                                                          \
-  F(gelu_tanh) F(silu) F(sigmoid) F(elu) F(softplus) F(leaky_relu) F(hardswish) F(hardsigmoid) F(clamp) F(hardtanh) F(mish) F(softshrink)          \
-      F(hardshrink) F(threshold) F(log_sigmoid) F(celu) F(exp) F(exp2) F(expm1) F(log) F(log2) F(log10) F(log1p) F(sqrt) F(rsqrt) F(reciprocal)    \
-          F(square) F(pow) F(abs) F(sign) F(floor) F(ceil) F(round) F(trunc) F(sin) F(cos) F(tan) F(asin) F(acos) F(atan) F(sinh) F(cosh) F(asinh) \
-              F(acosh) F(atanh) F(erf) F(erfc) F(greater) F(greater_equal) F(less) F(less_equal) F(equal) F(not_equal)
+#define INFL_FOR_EACH_ACTIVATION(F)                                                                                                                 \
+  F(relu)                                                                                                                                           \
+  F(tanh)                                                                                                                                           \
+  F(gelu)                                                                                                                                           \
+  F(gelu_tanh)                                                                                                                                      \
+  F(silu) F(sigmoid) F(elu) F(softplus) F(leaky_relu) F(hardswish) F(hardsigmoid) F(clamp) F(hardtanh) F(mish) F(softshrink) F(hardshrink)          \
+      F(threshold) F(log_sigmoid) F(celu) F(exp) F(exp2) F(expm1) F(log) F(log2) F(log10) F(log1p) F(sqrt) F(rsqrt) F(reciprocal) F(square) F(pow)  \
+          F(abs) F(sign) F(floor) F(ceil) F(round) F(trunc) F(sin) F(cos) F(tan) F(asin) F(acos) F(atan) F(sinh) F(cosh) F(asinh) F(acosh) F(atanh) \
+              F(erf) F(erfc) F(greater) F(greater_equal) F(less) F(less_equal) F(equal) F(not_equal)
 
 #define INFL_ENUMERATOR(kind) kind,
 enum class Activation : int { INFL_FOR_EACH_ACTIVATION(INFL_ENUMERATOR) };

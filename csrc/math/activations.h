@@ -4,19 +4,18 @@
 #include <cmath>
 
 #include "common/macros.h"
+#include "math/exp.h"
 
 namespace infl {
 
 // Every kind once, in the order of their numbers (capture/lowering/pointwise.py has the same list).
-#define INFL_FOR_EACH_ACTIVATION(F)                                                                                                                 \
-  F(relu)                                                                                                                                           \
-  F(tanh)                                                                                                                                           \
-  F(gelu)                                                                                                                                           \
-  F(gelu_tanh)                                                                                                                                      \
-  F(silu) F(sigmoid) F(elu) F(softplus) F(leaky_relu) F(hardswish) F(hardsigmoid) F(clamp) F(hardtanh) F(mish) F(softshrink) F(hardshrink)          \
-      F(threshold) F(log_sigmoid) F(celu) F(exp) F(exp2) F(expm1) F(log) F(log2) F(log10) F(log1p) F(sqrt) F(rsqrt) F(reciprocal) F(square) F(pow)  \
-          F(abs) F(sign) F(floor) F(ceil) F(round) F(trunc) F(sin) F(cos) F(tan) F(asin) F(acos) F(atan) F(sinh) F(cosh) F(asinh) F(acosh) F(atanh) \
-              F(erf) F(erfc) F(greater) F(greater_equal) F(less) F(less_equal) F(equal) F(not_equal)
+// clang-format off
+#define INFL_FOR_EACH_ACTIVATION(F) \
+  F(relu) F(tanh) F(gelu) F(gelu_tanh) F(silu) F(sigmoid) F(elu) F(softplus) F(leaky_relu) F(hardswish) F(hardsigmoid) F(clamp) F(hardtanh) \
+  F(mish) F(softshrink) F(hardshrink) F(threshold) F(log_sigmoid) F(celu) F(exp) F(exp2) F(expm1) F(log) F(log2) F(log10) F(log1p) F(sqrt) \
+  F(rsqrt) F(reciprocal) F(square) F(pow) F(abs) F(sign) F(floor) F(ceil) F(round) F(trunc) F(sin) F(cos) F(tan) F(asin) F(acos) F(atan) \
+  F(sinh) F(cosh) F(asinh) F(acosh) F(atanh) F(erf) F(erfc) F(greater) F(greater_equal) F(less) F(less_equal) F(equal) F(not_equal)
+// clang-format on
 
 #define INFL_ENUMERATOR(kind) kind,
 enum class Activation : int { INFL_FOR_EACH_ACTIVATION(INFL_ENUMERATOR) };
@@ -31,11 +30,23 @@ struct ValueAndDerivative {
   T value, derivative;
 };
 
+// In the functions of a loop's every element there is no branch and no call, so that compilers vectorise it.
 template <class T>
 INFL_HD T sigmoid(T x) {
-  // exp of a non-positive number only: never overflows.
-  const T e = std::exp(x < T(0) ? x : -x);
-  return x < T(0) ? e / (T(1) + e) : T(1) / (T(1) + e);
+  const T e = exp_nonpositive(x < T(0) ? x : -x);
+  return (x < T(0) ? e : T(1)) / (T(1) + e);
+}
+
+// Away from zero by e^(−2|x|), near it as x + x³ P(x²) / Q(x²), where the former would cancel (the rational approximation is that of Cephes).
+template <class T>
+INFL_HD T hyperbolic_tangent(T x) {
+  const T size = x < T(0) ? -x : x, s = x * x;
+  const T e = exp_nonpositive(T(-2) * size);
+  const T far = (T(1) - e) / (T(1) + e);
+  const T p = (T(-9.64399179425052238628e-1) * s - T(9.92877231001918586564e1)) * s - T(1.61468768441708447952e3);
+  const T q = ((s + T(1.12811678491632931402e2)) * s + T(2.23548839060100448583e3)) * s + T(4.84406305325125486048e3);
+  const T near = x + x * s * (p / q);
+  return size < T(0.625) ? near : (x < T(0) ? -far : far);
 }
 
 // log(1 + exp(x)) without overflow.
@@ -52,7 +63,7 @@ INFL_HD ValueAndDerivative<T> activation(T x, T a, T b) {
   if constexpr (kind == Activation::relu) {
     return {x <= T(0) ? T(0) : x, x > T(0) ? T(1) : T(0)};  // so that NaN stays
   } else if constexpr (kind == Activation::tanh) {
-    const T y = std::tanh(x);
+    const T y = hyperbolic_tangent(x);
     return {y, T(1) - y * y};
   } else if constexpr (kind == Activation::gelu) {
     // x Φ(x), derivative Φ(x) + x φ(x)
@@ -61,7 +72,7 @@ INFL_HD ValueAndDerivative<T> activation(T x, T a, T b) {
     return {x * cdf, cdf + x * density};
   } else if constexpr (kind == Activation::gelu_tanh) {
     const T c = T(0.79788456080286535588), k = T(0.044715);
-    const T t = std::tanh(c * (x + k * x * x * x));
+    const T t = hyperbolic_tangent(c * (x + k * x * x * x));
     return {T(0.5) * x * (T(1) + t), T(0.5) * (T(1) + t) + T(0.5) * x * (T(1) - t * t) * c * (T(1) + T(3) * k * x * x)};
   } else if constexpr (kind == Activation::silu) {
     const T s = sigmoid(x);

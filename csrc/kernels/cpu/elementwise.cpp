@@ -30,10 +30,16 @@ void parallel_slices(int threads, int64_t size, const Body& body) {
 template <Activation kind, class T>
 void activation_loop(const Context& ctx, T a, T b, int64_t size, const T* x, T* y, T* derivative) {
   parallel_slices(threads_for(ctx, 8 * size), size, [=](int64_t begin, int64_t end) {
+    if (derivative == nullptr) {
+#pragma omp simd
+      for (int64_t i = begin; i < end; ++i) y[i] = infl::activation<kind>(x[i], a, b).value;
+      return;
+    }
+#pragma omp simd
     for (int64_t i = begin; i < end; ++i) {
       const auto r = infl::activation<kind>(x[i], a, b);
       y[i] = r.value;
-      if (derivative) derivative[i] = r.derivative;
+      derivative[i] = r.derivative;
     }
   });
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -170,8 +171,9 @@ def load(data: Any, who: str = "load", memory_budget: int | None = None) -> Exam
 
     Args:
         data: one ``(X, y)``, or a re-iterable of such batches (a list, a ``DataLoader`` without shuffling), also of
-            unequal size. ``X`` is a tensor, a tuple or list of tensors, or a dict of tensors; the first axis counts
-            examples. A list ``[X, y]`` whose second element is a tensor is one batch.
+            unequal size. ``X`` is a tensor, a tuple or list of tensors, a dict of tensors (or another mapping), or a
+            dataclass with tensors in its fields, which is taken as a dict; the first axis counts examples. A list ``[X, y]``
+            whose second element is a tensor is one batch.
         who: the caller's name for messages.
         memory_budget: bytes; batches that take more than half of it together are not kept but read again when they are needed.
 
@@ -320,6 +322,8 @@ def _parse_inputs(X: Any, y: Tensor | None, label: str, who: str) -> _Batch:
     """The inputs with their targets; without targets the first input stands in for them."""
     convention: Convention
     keys: tuple[str, ...] | None = None
+    if dataclasses.is_dataclass(X) and not isinstance(X, (type, Mapping)):
+        X = {field.name: getattr(X, field.name) for field in dataclasses.fields(X)}
     if isinstance(X, Tensor):
         convention, inputs = "tensor", (X,)
     elif isinstance(X, Mapping):

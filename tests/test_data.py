@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import UserDict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -249,3 +250,19 @@ def test_examples_are_frozen() -> None:
     with pytest.raises(AttributeError):
         load((X, Y)).targets = Y  # type: ignore[misc]
     assert isinstance(load((X, Y)), Examples)
+
+
+@dataclasses.dataclass
+class Pair:
+    """A batch as many data pipelines make it."""
+
+    left: Tensor
+    right: Tensor
+
+
+def test_a_dataclass_counts_as_a_dict() -> None:
+    batches = [(Pair(torch.ones(2, 3), torch.zeros(2)), torch.zeros(2)), (Pair(torch.ones(1, 3), torch.zeros(1)), torch.zeros(1))]
+    examples = load(batches, "test")
+    assert examples.keys == ("left", "right")
+    assert [x.shape for x in examples.inputs] == [(3, 3), (3,)]
+    assert isinstance(examples.X, dict)

@@ -72,7 +72,7 @@ class Rule {
   // g_theta [per slot: [V, size] rows `stride` apart; null if not wanted] += the sum over the tile's examples.
   virtual void vjp_params(const Tile<T>&, const T* /*g_y*/, T* const* /*g_theta*/, int64_t /*stride*/) const {}
 
-  // Adds the factors of each example's own gradient. They may point at tile.x, at g_y and at what `factors` allocates, which outlive them.
+  // Adds the factors of each example's own gradient. They may point at tile.x, at g_y and at what `factors` allocates.
   virtual void per_example(const Tile<T>&, const T* /*g_y*/, FactorSink<T>& /*factors*/) const {}
 
   virtual bool fuses_scale() const { return false; }

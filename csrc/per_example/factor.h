@@ -8,6 +8,8 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
+#include <functional>
 #include <utility>
 #include <vector>
 
@@ -36,7 +38,18 @@ template <class T>
 class FactorSink {
  public:
   explicit FactorSink(std::vector<Buffer<T>>& storage) : storage_(storage) {}
-  void add(Factor<T> factor) { factors_.push_back(factor); }
+
+  // What lies in [begin, begin + size) will be overwritten: factors that point there get a copy, one for all of them.
+  void passing(const T* begin, int64_t size) {
+    begin_ = begin;
+    size_ = size;
+    copy_ = nullptr;
+  }
+  void add(Factor<T> factor) {
+    factor.row = lasting(factor.row);
+    factor.col = lasting(factor.col);
+    factors_.push_back(factor);
+  }
   T* allocate(int64_t size) {
     storage_.emplace_back(size);
     return storage_.back().data();
@@ -44,6 +57,20 @@ class FactorSink {
   std::vector<Factor<T>> take() { return std::move(factors_); }
 
  private:
+  const T* lasting(const T* p) {
+    const std::less<const T*> before;
+    if (p == nullptr || before(p, begin_) || !before(p, begin_ + size_)) return p;
+    if (copy_ == nullptr) {
+      T* copy = allocate(size_);
+      std::memcpy(copy, begin_, size_ * sizeof(T));
+      copy_ = copy;
+    }
+    return copy_ + (p - begin_);
+  }
+
+  const T* begin_ = nullptr;
+  int64_t size_ = 0;
+  const T* copy_ = nullptr;
   std::vector<Buffer<T>>& storage_;
   std::vector<Factor<T>> factors_;
 };

@@ -318,7 +318,13 @@ template <class T>
 std::vector<Factor<T>> Tape<T>::factors(const Context& ctx, int64_t V, const T* g, std::vector<Buffer<T>>& storage) const {
   const Schedules& s = plan_->schedules();
   const int64_t C = plan_->output_width();
-  Buffer<T> workspace(s.sweep_width * V * N_);
+  const int64_t workspace_size = s.sweep_width * V * N_;
+  // Memory that was touched before is several times faster than fresh pages; more than this is not worth holding on to.
+  static thread_local Buffer<T> held;
+  Buffer<T> own;
+  const bool hold = workspace_size * static_cast<int64_t>(sizeof(T)) <= kWholeWorkspaceBytes;
+  Buffer<T>& workspace = hold ? held : own;
+  workspace.resize(workspace_size);
   std::memcpy(workspace.data() + s.output * V * N_, g, V * N_ * C * sizeof(T));
   FactorSink<T> sink(storage);
   for (const CotangentStep& step : s.cotangent) {
@@ -326,11 +332,8 @@ std::vector<Factor<T>> Tape<T>::factors(const Context& ctx, int64_t V, const T* 
     const Rule<T>& rule = plan_->rule(step.node);
     const T* g_y = workspace.data() + step.g_output * V * N_;
     if (step.params) {
-      // The workspace place will be used again: the factors keep a copy.
-      const int64_t size = V * N_ * sweep.node.width;
-      storage.emplace_back(size);
-      std::memcpy(storage.back().data(), g_y, size * sizeof(T));
-      rule.per_example(sweep.tile, storage.back().data(), sink);
+      sink.passing(g_y, V * N_ * sweep.node.width);
+      rule.per_example(sweep.tile, g_y, sink);
     }
     if (step.input >= 0) {
       const T* scale = step.scale_by < 0 ? nullptr : Sweep(*this, ctx, step.scale_by, V, 0, N_).state[plan_->storage(step.scale_by).derivative];

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,8 @@ from torch.export.graph_signature import InputKind
 
 from influence_ext.capture.constants import SlotTable
 from influence_ext.capture.cost import operations
-from influence_ext.capture.export import Exported, contributing, output_nodes, parameter_dependence
+from influence_ext.capture.dependence import contributing, parameter_dependence
+from influence_ext.capture.export import Exported, output_nodes
 from influence_ext.capture.generic import Operator
 from influence_ext.capture.graph import Node, Problem
 from influence_ext.capture.layout import Layout, is_free, layout_of
@@ -175,6 +177,17 @@ class Context:
     def number(self, node: fx.Node, argument: Any) -> float | None:
         """A Python number as float; None where it is computed in the graph."""
         return float(argument) if isinstance(argument, (bool, int, float)) else None
+
+    def size(self, node: fx.Node) -> Callable[[int], int | float] | None:
+        """A number that the graph computes (``is_number``) as a function of the number of examples; None if it depends on the data."""
+        value = node.meta["val"]
+        if isinstance(value, (bool, int, float)):
+            return lambda n: value
+        expression, kind = value.node.expr, int if isinstance(value, torch.SymInt) else float
+        free = expression.free_symbols
+        if not free <= self.symbols:
+            return None
+        return functools.cache(lambda n: kind(expression.subs(dict.fromkeys(free, n))))
 
     def live_users(self, node: fx.Node) -> list[fx.Node]:
         """Nodes that read ``node`` on the way to the output."""

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.autograd.function import BackwardCFunction
 from torch.export import Dim, ExportedProgram
-from torch.export.graph_signature import InputKind
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from influence_ext.capture.dependence import contributing, parameter_dependence
 from influence_ext.capture.graph import Problem
 from influence_ext.errors import UnsupportedModelError
 
@@ -165,31 +165,6 @@ def batch_norm_problems(model: nn.Module) -> list[Problem]:
         for name, module in model.named_modules()
         if isinstance(module, _BatchNorm) and module.training
     ]
-
-
-def parameter_dependence(program: ExportedProgram, names: dict[str, str]) -> dict[fx.Node, frozenset[str]]:
-    """For each node the parameters its value depends on."""
-    kinds = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
-    depends: dict[fx.Node, frozenset[str]] = {}
-    for node in program.graph.nodes:
-        own: frozenset[str] = frozenset()
-        if node.op == "placeholder" and kinds[node.name].kind == InputKind.PARAMETER:
-            target = str(kinds[node.name].target)
-            own = frozenset((names.get(target, target),))
-        depends[node] = own.union(*(depends[n] for n in node.all_input_nodes))
-    return depends
-
-
-def contributing(outputs: list[fx.Node]) -> set[fx.Node]:
-    """All nodes that ``outputs`` are computed from, themselves included."""
-    seen: set[fx.Node] = set()
-    waiting = list(outputs)
-    while waiting:
-        node = waiting.pop()
-        if node not in seen:
-            seen.add(node)
-            waiting.extend(node.all_input_nodes)
-    return seen
 
 
 def output_nodes(program: ExportedProgram) -> list[fx.Node]:

@@ -165,7 +165,7 @@ class Reference:
 
     kind: str
     index: int = 0
-    size: Callable[[int], int] | None = field(default=None, compare=False)
+    size: Callable[[int], int | float] | None = field(default=None, compare=False)
 
 
 class NodeOperator(Operator):

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
+from influence_ext.capture.dependence import contributing
 from influence_ext.capture.layout import Layout
 
 
@@ -65,13 +66,7 @@ def subgraph(
 ) -> Callable[[Sequence[Tensor], Mapping[str, Tensor]], list[Tensor]]:
     """The part of an exported graph that computes ``outputs``, as a function ``(inputs, parameters and buffers by name) -> results``."""
     specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
-    needed: set[fx.Node] = set()
-    waiting = list(outputs)
-    while waiting:
-        node = waiting.pop()
-        if node not in needed:
-            needed.add(node)
-            waiting.extend(node.all_input_nodes)
+    needed = contributing(outputs)
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     leaves: list[Callable[[Sequence[Tensor], Mapping[str, Tensor]], Any]] = []

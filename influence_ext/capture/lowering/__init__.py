@@ -7,7 +7,6 @@ this form: then the generic rule runs it. What cannot be right in any way it ref
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -155,7 +154,10 @@ def _generic(context: Context, node: fx.Node, operation: fx.Node, item: Any) -> 
             values.append(value)
             return Reference("input", len(inputs) - 1)
         if is_number(argument):
-            return Reference("size", size=_size_of(context, argument))
+            size = context.size(argument)
+            if size is None:
+                raise Unlowered(f"{argument.name}: a number that depends on the data")
+            return Reference("size", size=size)
         slot = context.slot(argument)
         if slot is None:
             raise Unlowered(f"{argument.name}: changes from call to call")
@@ -167,18 +169,6 @@ def _generic(context: Context, node: fx.Node, operation: fx.Node, item: Any) -> 
     kwargs: Any = fx.map_arg(operation.kwargs, describe)
     operator = NodeOperator(node.name, operation.target, tuple(args), dict(kwargs), inputs, slots, layout, item, context.dtype)
     return context.emit(node, "generic", values, slot_ids, operator=operator)
-
-
-def _size_of(context: Context, node: fx.Node) -> Any:
-    """A number of the graph as a function of the number of examples."""
-    value = node.meta["val"]
-    if isinstance(value, (bool, int, float)):
-        return lambda n: value
-    expression = value.node.expr
-    free = expression.free_symbols
-    if not free <= context.symbols:
-        raise Unlowered(f"{node.name}: a size that depends on the data")
-    return functools.cache(lambda n: int(expression.subs(dict.fromkeys(free, n))))
 
 
 def _uses_batch_statistics(node: fx.Node) -> bool:

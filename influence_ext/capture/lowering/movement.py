@@ -134,7 +134,8 @@ def _index_map(context: Context, operation: fx.Node, item: Any, value: Value, la
     substitutes: dict[fx.Node, Any] = {}
     for source in operation.all_input_nodes:
         if is_number(source):
-            substitutes[source] = _size(context, source, _TRIED)
+            size = context.size(source)
+            substitutes[source] = None if size is None else size(_TRIED)
         elif not context.is_batched(source):
             substitutes[source] = context.table.literal(source)
     if None in substitutes.values():
@@ -158,15 +159,6 @@ def _index_map(context: Context, operation: fx.Node, item: Any, value: Value, la
     own = torch.where(index < 0, -1, own)
     apart = bool(((own[0] < value.width) & (own == own[0])).all()) and bool(((own >= 0) | (index < 0)).all())
     return own[0] if apart else None
-
-
-def _size(context: Context, node: fx.Node, num_examples: int) -> int | float | None:
-    """A number of the graph for ``num_examples``; None if it depends on the data."""
-    size = node.meta["val"]
-    if isinstance(size, (bool, int, float)):
-        return size
-    free = size.node.expr.free_symbols
-    return int(size.node.expr.subs(dict.fromkeys(free, num_examples))) if free <= context.symbols else None
 
 
 def _as_strides(index: Tensor) -> tuple[int, list[int]] | None:

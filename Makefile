@@ -22,7 +22,7 @@ DONE := $(VENV)/.done
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(PY) -m pip install -qq --constraint requirements/constraints.txt
 SAY := printf '\033[1m==>\033[0m %s\n'
 SOURCES := $(shell find csrc -type d -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-CPP_FILES := $(shell find csrc -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh")
+CPP_FILES := $(shell find csrc tests/emulation -name "*.cpp" -o -name "*.h" -o -name "*.cu")
 
 .PHONY: help demo test test-all bench bench-micro lint format clean
 

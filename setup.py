@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from setuptools import setup
-from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
@@ -83,31 +83,53 @@ def cuda_wanted() -> bool:
     return choice != "0" and torch.version.cuda is not None and CUDA_HOME is not None and bool(kernels)
 
 
+# -ffp-contract=fast: fused multiply-add, the one liberty taken; no fast-math.
+# -fopenmp: without it parallel loops are silently serial.
+CXX_FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-g0",
+    "-fopenmp",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unused-parameter",  # torch's headers
+    "-Wno-unknown-pragmas",
+    "-Wno-psabi",
+]
+
+
+def default_architectures() -> str:
+    """A100, H100 and, where the toolkit knows it, B200; code for later ones is made from the last by the driver."""
+    return "8.0;9.0;10.0+PTX" if tuple(map(int, (torch.version.cuda or "0").split(".")[:2])) >= (12, 8) else "8.0;9.0+PTX"
+
+
 def extension() -> CppExtension:
-    if cuda_wanted():
-        raise SystemExit("setup.py: this version has no CUDA kernels yet; build with INFLUENCE_EXT_CUDA=0.")
     sources = [p.relative_to(ROOT).as_posix() for p in sorted(CSRC.rglob("*.cpp")) if "kernels/cpu" not in p.as_posix()]
-    return CppExtension(
+    sources += cpu_kernel_stubs()
+    if not cuda_wanted():
+        return CppExtension(
+            name="influence_ext._C",
+            sources=[source for source in sources if not source.endswith("bindings_cuda.cpp")],
+            include_dirs=[str(CSRC)],
+            libraries=["dl"],
+            extra_compile_args=CXX_FLAGS,
+            extra_link_args=["-fopenmp"],
+        )
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default_architectures())
+    sources += [p.relative_to(ROOT).as_posix() for p in sorted((CSRC / "kernels" / "cuda").glob("*.cu"))]
+    return CUDAExtension(
         name="influence_ext._C",
-        sources=sources + cpu_kernel_stubs(),
+        sources=sources,
         include_dirs=[str(CSRC)],
-        # -ffp-contract=fast: fused multiply-add, the one liberty taken; no fast-math.
-        # -fopenmp: without it parallel loops are silently serial.
-        extra_compile_args=[
-            "-std=c++20",
-            "-O3",
-            "-g0",
-            "-fopenmp",
-            "-ffp-contract=fast",
-            "-fno-math-errno",
-            "-fno-trapping-math",
-            "-fvisibility=hidden",
-            "-Wall",
-            "-Wextra",
-            "-Wno-unused-parameter",  # torch's headers
-            "-Wno-unknown-pragmas",
-            "-Wno-psabi",
-        ],
+        libraries=["dl", "cublas"],
+        extra_compile_args={
+            "cxx": [*CXX_FLAGS, "-DINFL_WITH_CUDA"],
+            "nvcc": ["-std=c++20", "-O3", "-DINFL_WITH_CUDA"],
+        },
         extra_link_args=["-fopenmp"],
     )
 

@@ -11,10 +11,16 @@
 #include <vector>
 
 #include "common/build_info.h"
+#include "common/device_library.h"
+#include "kernels/movement.h"
 #include "layers/rule.h"
 #include "losses/loss.h"
 #include "per_example/factors.h"
 #include "plan/tape.h"
+
+#ifdef INFL_WITH_CUDA
+#include "bindings_cuda.h"
+#endif
 
 namespace py = pybind11;
 
@@ -22,7 +28,35 @@ namespace {
 
 using namespace infl;
 
-Context cpu_context() { return {Device::cpu, at::get_num_threads(), nullptr}; }
+// What stands in for a GPU in the tests (emulation/): takes CPU tensors for a device's. Null unless switched on.
+DeviceRuntime* emulated_runtime = nullptr;
+
+// What a call runs in: a device made current, its stream, and the threads of the CPU.
+struct Run {
+  explicit Run(at::Device device, Precision precision = Precision::full) : guard(device), ctx(context(device)) { ctx.precision = precision; }
+
+  static Context context(at::Device device) {
+    if (device.is_cpu()) {
+      if (emulated_runtime != nullptr) return {.device = Device::cuda, .runtime = emulated_runtime};
+      return {.num_threads = at::get_num_threads()};
+    }
+#ifdef INFL_WITH_CUDA
+    if (device.is_cuda()) return cuda_context(device);
+#endif
+    TORCH_CHECK(false, "influence_ext: expected tensors on a device this build has kernels for, got ", device,
+                "; move model and data to the CPU, or build with INFLUENCE_EXT_CUDA=1 against a CUDA build of torch.");
+  }
+
+  c10::OptionalDeviceGuard guard;
+  Context ctx;
+};
+
+at::Device torch_device(const Context& ctx) {
+#ifdef INFL_WITH_CUDA
+  if (ctx.runtime != nullptr && ctx.runtime != emulated_runtime) return cuda_device(ctx);
+#endif
+  return at::kCPU;
+}
 
 template <class T>
 constexpr at::ScalarType scalar_type() {
@@ -30,30 +64,30 @@ constexpr at::ScalarType scalar_type() {
 }
 
 template <class T>
-const T* data(const at::Tensor& t, int64_t size, const char* what) {
-  TORCH_CHECK(t.device().is_cpu() && t.is_contiguous() && t.scalar_type() == scalar_type<T>() && t.numel() == size, what,
-              ": expected a contiguous CPU ", scalar_type<T>(), " tensor of ", size, " elements, got ", t.toString(), " of ", t.numel(),
+const T* data(const at::Tensor& t, int64_t size, at::Device device, const char* what) {
+  TORCH_CHECK(t.device() == device && t.is_contiguous() && t.scalar_type() == scalar_type<T>() && t.numel() == size, what, ": expected a contiguous ",
+              scalar_type<T>(), " tensor of ", size, " elements on ", device, ", got ", t.toString(), " of ", t.numel(), " on ", t.device(),
               t.is_contiguous() ? "" : ", not contiguous", ".");
   return t.const_data_ptr<T>();
 }
 
 template <class T>
-at::Tensor empty(at::IntArrayRef shape) {
-  return at::empty(shape, at::TensorOptions().dtype(scalar_type<T>()));
+at::Tensor empty(at::IntArrayRef shape, at::Device device) {
+  return at::empty(shape, at::TensorOptions().dtype(scalar_type<T>()).device(device));
 }
 
 template <class T>
 OutputHessian<T> make_hessian(int shape, int64_t C, double scale, int64_t N, const std::optional<at::Tensor>& state,
-                              const std::optional<at::Tensor>& weights) {
+                              const std::optional<at::Tensor>& weights, at::Device device) {
   TORCH_CHECK(shape >= 0 && shape <= 2 && (shape == 0) == !state.has_value(), "OutputHessian: expected a state for shapes 1 and 2 only, got shape ",
               shape, ".");
   OutputHessian<T> h;
   h.shape = static_cast<HessianShape>(shape);
   h.C = C;
   h.scale = static_cast<T>(scale);
-  if (state) h.state = data<T>(*state, N * C, "OutputHessian state");
+  if (state) h.state = data<T>(*state, N * C, device, "OutputHessian state");
   if (state && h.shape == HessianShape::softmax && state->dim() == 3) h.positions = state->size(2);  // [N, K, positions]
-  if (weights) h.weights = data<T>(*weights, N * h.positions, "OutputHessian weights");
+  if (weights) h.weights = data<T>(*weights, N * h.positions, device, "OutputHessian weights");
   return h;
 }
 
@@ -69,20 +103,20 @@ class PyRule final : public Rule<T> {
 
   void forward(const Tile<T>& tile, T* y) const override {
     py::gil_scoped_acquire gil;
-    store(object_->attr("forward")(tile.n, inputs(tile), slots(tile)), y, tile.n * tile.node.width, false);
+    store(tile.ctx, object_->attr("forward")(tile.n, inputs(tile), slots(tile)), y, tile.n * tile.node.width, false);
   }
 
   void jvp(const Tile<T>& tile, const T* const* t_x, const ParameterTangents<T>& t_theta, const T* /*scale*/, T* t_y) const override {
     py::gil_scoped_acquire gil;
     py::list of_inputs, of_slots;
     for (size_t k = 0; k < tile.node.inputs.size(); ++k) {
-      of_inputs.append(t_x[k] ? py::cast(view(t_x[k], {tile.V, tile.n, tile.node.input_widths[k]})) : py::none());
+      of_inputs.append(t_x[k] ? py::cast(view(tile.ctx, t_x[k], {tile.V, tile.n, tile.node.input_widths[k]})) : py::none());
     }
     for (size_t k = 0; k < tile.node.slots.size(); ++k) {
       const T* t = t_theta.theta[k];
-      of_slots.append(t ? py::cast(view(t, {tile.V, tile.node.slot_sizes[k]}, {t_theta.stride, 1}).contiguous()) : py::none());
+      of_slots.append(t ? py::cast(view(tile.ctx, t, {tile.V, tile.node.slot_sizes[k]}, {t_theta.stride, 1}).contiguous()) : py::none());
     }
-    store(object_->attr("jvp")(tile.n, inputs(tile), slots(tile), of_inputs, of_slots), t_y, tile.V * tile.n * tile.node.width, false);
+    store(tile.ctx, object_->attr("jvp")(tile.n, inputs(tile), slots(tile), of_inputs, of_slots), t_y, tile.V * tile.n * tile.node.width, false);
   }
 
   void vjp_input(const Tile<T>& tile, int i, const T* g_y, const T* /*scale*/, T* g_x, bool accumulate) const override {
@@ -91,7 +125,7 @@ class PyRule final : public Rule<T> {
     std::vector<bool> wanted(num_inputs + tile.node.slots.size(), false);
     wanted[i] = true;
     const py::list found = object_->attr("vjp")(tile.n, inputs(tile), slots(tile), cotangent(tile, g_y), wanted);
-    store(found[i], g_x, tile.V * tile.n * tile.node.input_widths[i], accumulate);
+    store(tile.ctx, found[i], g_x, tile.V * tile.n * tile.node.input_widths[i], accumulate);
   }
 
   void vjp_params(const Tile<T>& tile, const T* g_y, T* const* g_theta, int64_t stride) const override {
@@ -101,7 +135,8 @@ class PyRule final : public Rule<T> {
     for (size_t k = 0; k < tile.node.slots.size(); ++k) wanted.push_back(g_theta[k] != nullptr);
     const py::list found = object_->attr("vjp")(tile.n, inputs(tile), slots(tile), cotangent(tile, g_y), wanted);
     for (size_t k = 0; k < tile.node.slots.size(); ++k) {
-      if (g_theta[k]) view(g_theta[k], {tile.V, tile.node.slot_sizes[k]}, {stride, 1}).add_(found[num_inputs + k].template cast<at::Tensor>());
+      if (g_theta[k])
+        view(tile.ctx, g_theta[k], {tile.V, tile.node.slot_sizes[k]}, {stride, 1}).add_(found[num_inputs + k].template cast<at::Tensor>());
     }
   }
 
@@ -114,33 +149,34 @@ class PyRule final : public Rule<T> {
       if (!tile.node.is_trainable(k)) continue;
       const int64_t size = tile.node.slot_sizes[k];
       T* rows = factors.allocate(tile.V * tile.n * size);
-      store(found[k], rows, tile.V * tile.n * size, false);
+      store(tile.ctx, found[k], rows, tile.V * tile.n * size, false);
       factors.add({.slot = tile.node.slots[k], .rows = size, .row = rows});
     }
   }
 
  private:
-  static at::Tensor view(const T* data, at::IntArrayRef sizes, at::IntArrayRef strides = {}) {
-    const auto options = at::TensorOptions().dtype(scalar_type<T>());
+  static at::Tensor view(const Context& ctx, const T* data, at::IntArrayRef sizes, at::IntArrayRef strides = {}) {
+    const auto options = at::TensorOptions().dtype(scalar_type<T>()).device(torch_device(ctx));
     T* p = const_cast<T*>(data);
-    return strides.empty() ? at::from_blob(p, sizes, options) : at::from_blob(p, sizes, strides, options);
+    if (strides.empty()) return at::for_blob(p, sizes).options(options).target_device(options.device()).make_tensor();
+    return at::for_blob(p, sizes).strides(strides).options(options).target_device(options.device()).make_tensor();
   }
-  static at::Tensor cotangent(const Tile<T>& tile, const T* g_y) { return view(g_y, {tile.V, tile.n, tile.node.width}); }
+  static at::Tensor cotangent(const Tile<T>& tile, const T* g_y) { return view(tile.ctx, g_y, {tile.V, tile.n, tile.node.width}); }
   static py::list inputs(const Tile<T>& tile) {
     py::list list;
-    for (size_t k = 0; k < tile.node.inputs.size(); ++k) list.append(view(tile.x[k], {tile.n, tile.node.input_widths[k]}));
+    for (size_t k = 0; k < tile.node.inputs.size(); ++k) list.append(view(tile.ctx, tile.x[k], {tile.n, tile.node.input_widths[k]}));
     return list;
   }
   static py::list slots(const Tile<T>& tile) {
     py::list list;
-    for (size_t k = 0; k < tile.node.slots.size(); ++k) list.append(view(tile.theta[k], {tile.node.slot_sizes[k]}));
+    for (size_t k = 0; k < tile.node.slots.size(); ++k) list.append(view(tile.ctx, tile.theta[k], {tile.node.slot_sizes[k]}));
     return list;
   }
-  static void store(const py::handle& result, T* to, int64_t size, bool accumulate) {
+  static void store(const Context& ctx, const py::handle& result, T* to, int64_t size, bool accumulate) {
     const auto tensor = result.cast<at::Tensor>().contiguous();
-    const T* from = data<T>(tensor, size, "generic rule");
-    at::Tensor target = view(to, {size});
-    accumulate ? target.add_(view(from, {size})) : target.copy_(view(from, {size}));
+    const T* from = data<T>(tensor, size, torch_device(ctx), "generic rule");
+    at::Tensor target = view(ctx, to, {size});
+    accumulate ? target.add_(view(ctx, from, {size})) : target.copy_(view(ctx, from, {size}));
   }
 
   std::shared_ptr<py::object> object_;
@@ -152,33 +188,37 @@ struct BoundTape {
   BoundTape(std::shared_ptr<Plan<T>> plan, std::vector<at::Tensor> inputs) {
     TORCH_CHECK(!inputs.empty(), "Tape: expected at least one input, got none.");
     const int64_t N = inputs[0].size(0);
-    tape = std::make_unique<Tape<T>>(plan, N, pointers(*plan, inputs, N));
+    device = inputs[0].device();
+    const Run run(device);
+    tape = std::make_unique<Tape<T>>(run.ctx, plan, N, pointers(*plan, inputs, N));
     this->inputs = std::move(inputs);
   }
   void rebind(std::vector<at::Tensor> others) {
     tape->rebind(pointers(tape->plan(), others, N()));
     inputs = std::move(others);
   }
-  static std::vector<const T*> pointers(const Plan<T>& plan, const std::vector<at::Tensor>& inputs, int64_t N) {
+  std::vector<const T*> pointers(const Plan<T>& plan, const std::vector<at::Tensor>& inputs, int64_t N) const {
     TORCH_CHECK(static_cast<int>(inputs.size()) == plan.num_inputs(), "Tape: expected ", plan.num_inputs(), " inputs, got ", inputs.size(), ".");
     std::vector<const T*> found;
-    for (size_t i = 0; i < inputs.size(); ++i) found.push_back(data<T>(inputs[i], N * plan.input_widths()[i], "Tape input"));
+    for (size_t i = 0; i < inputs.size(); ++i) found.push_back(data<T>(inputs[i], N * plan.input_widths()[i], device, "Tape input"));
     return found;
   }
   void linearize(const std::vector<at::Tensor>& theta) {
     const auto& slots = tape->plan().slots();
     TORCH_CHECK(theta.size() == slots.size(), "Tape: expected ", slots.size(), " parameters and constants, got ", theta.size(), ".");
     std::vector<const T*> pointers;
-    for (size_t s = 0; s < slots.size(); ++s) pointers.push_back(data<T>(theta[s], slots[s].size, "Tape parameter"));
-    const Context ctx = cpu_context();
+    for (size_t s = 0; s < slots.size(); ++s) pointers.push_back(data<T>(theta[s], slots[s].size, device, "Tape parameter"));
+    const Run run(device, precision);
     py::gil_scoped_release release;
-    tape->linearize(ctx, pointers);
+    tape->linearize(run.ctx, pointers);
   }
   int64_t N() const { return tape->num_examples(); }
   int64_t C() const { return tape->plan().output_width(); }
   int64_t P() const { return tape->plan().num_parameters(); }
 
   std::vector<at::Tensor> inputs;
+  at::Device device = at::kCPU;
+  Precision precision = Precision::full;
   std::unique_ptr<Tape<T>> tape;
 };
 
@@ -238,30 +278,33 @@ void bind(py::module_& m, const std::string& suffix) {
       .def(
           "set_schedule", [](BoundTape<T>& b, int choice) { b.tape->set_schedule(static_cast<ScheduleChoice>(choice)); }, py::arg("choice"))
       .def(
-          "workspace_bytes", [](const BoundTape<T>& b, int64_t V) { return b.tape->workspace_bytes(V, at::get_num_threads()); }, py::arg("V"))
+          "set_precision", [](BoundTape<T>& b, int precision) { b.precision = static_cast<Precision>(precision); }, py::arg("precision"))
+      .def(
+          "workspace_bytes", [](const BoundTape<T>& b, int64_t V) { return b.tape->workspace_bytes(Run(b.device).ctx, V); }, py::arg("V"))
       .def(
           "tiling",
           [](const BoundTape<T>& b, int64_t V) {
-            const Tiling t = b.tape->tiling(V, at::get_num_threads());
+            const Tiling t = b.tape->tiling(Run(b.device).ctx, V);
             return std::make_tuple(t.by_example, t.tile, t.num_threads);
           },
           py::arg("V"))
       .def("outputs",
            [](const BoundTape<T>& b) {
-             at::Tensor out = empty<T>({b.N(), b.C()});
-             std::memcpy(out.mutable_data_ptr(), b.tape->outputs(), out.nbytes());
+             const Run run(b.device);
+             at::Tensor out = empty<T>({b.N(), b.C()}, b.device);
+             copy<T>(run.ctx, out.numel(), b.tape->outputs(), out.mutable_data_ptr<T>());
              return out;
            })
       .def(
           "jvp",
           [](const BoundTape<T>& b, const at::Tensor& v) {
             const int64_t V = v.size(0);
-            const T* from = data<T>(v, V * b.P(), "jvp");
-            at::Tensor out = empty<T>({V, b.N(), b.C()});
+            const T* from = data<T>(v, V * b.P(), b.device, "jvp");
+            at::Tensor out = empty<T>({V, b.N(), b.C()}, b.device);
             T* to = out.mutable_data_ptr<T>();
-            const Context ctx = cpu_context();
+            const Run run(b.device, b.precision);
             py::gil_scoped_release release;
-            if (V > 0) b.tape->jvp(ctx, V, from, to);
+            if (V > 0) b.tape->jvp(run.ctx, V, from, to);
             return out;
           },
           py::arg("v"))
@@ -269,12 +312,12 @@ void bind(py::module_& m, const std::string& suffix) {
           "vjp",
           [](const BoundTape<T>& b, const at::Tensor& g) {
             const int64_t V = g.size(0);
-            const T* from = data<T>(g, V * b.N() * b.C(), "vjp");
-            at::Tensor out = empty<T>({V, b.P()});
+            const T* from = data<T>(g, V * b.N() * b.C(), b.device, "vjp");
+            at::Tensor out = empty<T>({V, b.P()}, b.device);
             T* to = out.mutable_data_ptr<T>();
-            const Context ctx = cpu_context();
+            const Run run(b.device, b.precision);
             py::gil_scoped_release release;
-            if (V > 0) b.tape->vjp(ctx, V, from, to);
+            if (V > 0) b.tape->vjp(run.ctx, V, from, to);
             return out;
           },
           py::arg("g"))
@@ -283,13 +326,13 @@ void bind(py::module_& m, const std::string& suffix) {
           [](const BoundTape<T>& b, const at::Tensor& v, int shape, double scale, const std::optional<at::Tensor>& state,
              const std::optional<at::Tensor>& weights) {
             const int64_t V = v.size(0);
-            const T* from = data<T>(v, V * b.P(), "ggn");
-            const OutputHessian<T> h = make_hessian<T>(shape, b.C(), scale, b.N(), state, weights);
-            at::Tensor out = empty<T>({V, b.P()});
+            const T* from = data<T>(v, V * b.P(), b.device, "ggn");
+            const OutputHessian<T> h = make_hessian<T>(shape, b.C(), scale, b.N(), state, weights, b.device);
+            at::Tensor out = empty<T>({V, b.P()}, b.device);
             T* to = out.mutable_data_ptr<T>();
-            const Context ctx = cpu_context();
+            const Run run(b.device, b.precision);
             py::gil_scoped_release release;
-            if (V > 0) b.tape->ggn(ctx, V, from, h, to);
+            if (V > 0) b.tape->ggn(run.ctx, V, from, h, to);
             return out;
           },
           py::arg("v"), py::arg("shape"), py::arg("scale"), py::arg("state"), py::arg("weights"))
@@ -297,11 +340,11 @@ void bind(py::module_& m, const std::string& suffix) {
           "factors",
           [](std::shared_ptr<BoundTape<T>> b, const at::Tensor& g) {
             const int64_t V = g.size(0);
-            const T* from = data<T>(g, V * b->N() * b->C(), "factors");
-            const Context ctx = cpu_context();
+            const T* from = data<T>(g, V * b->N() * b->C(), b->device, "factors");
+            const Run run(b->device, b->precision);
             py::gil_scoped_release release;
             std::vector<Buffer<T>> storage;
-            auto factors = b->tape->factors(ctx, V, from, storage);
+            auto factors = b->tape->factors(run.ctx, V, from, storage);
             auto set = std::make_unique<FactorSet<T>>(V, b->N(), b->P(), b->tape->plan().slots(), std::move(factors), std::move(storage));
             return std::make_shared<BoundFactors<T>>(BoundFactors<T>{b, std::move(set)});
           },
@@ -312,41 +355,42 @@ void bind(py::module_& m, const std::string& suffix) {
           "materialise",
           [](const BoundFactors<T>& f, const std::optional<at::Tensor>& out) {
             const int64_t V = f.set->num_vectors(), N = f.set->num_examples(), P = f.tape->P();
-            at::Tensor result = out ? *out : empty<T>({V, N, P});
-            data<T>(result, V * N * P, "materialise");
+            at::Tensor result = out ? *out : empty<T>({V, N, P}, f.tape->device);
+            data<T>(result, V * N * P, f.tape->device, "materialise");
             T* to = result.mutable_data_ptr<T>();
-            const Context ctx = cpu_context();
+            const Run run(f.tape->device, f.tape->precision);
             py::gil_scoped_release release;
-            f.set->materialise(ctx, to, P);
+            f.set->materialise(run.ctx, to, P);
             return result;
           },
           py::arg("out") = py::none())
       .def("square_norms",
            [](const BoundFactors<T>& f) {
-             at::Tensor out = empty<T>({f.set->num_vectors(), f.set->num_examples()});
+             at::Tensor out = empty<T>({f.set->num_vectors(), f.set->num_examples()}, f.tape->device);
              T* to = out.mutable_data_ptr<T>();
-             const Context ctx = cpu_context();
+             const Run run(f.tape->device, f.tape->precision);
              py::gil_scoped_release release;
-             f.set->square_norms(ctx, to);
+             f.set->square_norms(run.ctx, to);
              return out;
            })
       .def("square_sum",
            [](const BoundFactors<T>& f) {
-             at::Tensor out = empty<T>({f.tape->P()});
+             at::Tensor out = empty<T>({f.tape->P()}, f.tape->device);
              T* to = out.mutable_data_ptr<T>();
-             const Context ctx = cpu_context();
+             const Run run(f.tape->device, f.tape->precision);
              py::gil_scoped_release release;
-             f.set->square_sum(ctx, to);
+             f.set->square_sum(run.ctx, to);
              return out;
            })
       .def(
           "gram",
           [](const BoundFactors<T>& f, const BoundFactors<T>& other) {
-            at::Tensor out = empty<T>({f.set->num_vectors() * f.set->num_examples(), other.set->num_vectors() * other.set->num_examples()});
+            at::Tensor out =
+                empty<T>({f.set->num_vectors() * f.set->num_examples(), other.set->num_vectors() * other.set->num_examples()}, f.tape->device);
             T* to = out.mutable_data_ptr<T>();
-            const Context ctx = cpu_context();
+            const Run run(f.tape->device, f.tape->precision);
             py::gil_scoped_release release;
-            f.set->gram(ctx, *other.set, to);
+            f.set->gram(run.ctx, *other.set, to);
             return out;
           },
           py::arg("other"));
@@ -366,8 +410,8 @@ void dispatch(const at::Tensor& z, const Fn& fn) {
 using OptionalTensor = std::optional<at::Tensor>;
 
 template <class T>
-T* writable(const OptionalTensor& t, int64_t size, const char* what) {
-  return t ? const_cast<T*>(data<T>(*t, size, what)) : nullptr;
+T* writable(const OptionalTensor& t, int64_t size, at::Device device, const char* what) {
+  return t ? const_cast<T*>(data<T>(*t, size, device, what)) : nullptr;
 }
 
 // Fills the results that are given. z [N, C] or [N, K, positions]; weight by element, by example and element, or by class.
@@ -378,28 +422,33 @@ void loss_evaluate(const std::string& name, double s, double parameter, const at
   TORCH_CHECK(loss != nullptr, "loss_evaluate: expected one of the native losses, got '", name, "'.");
   LossArguments<T> a;
   const bool by_class = loss->hessian_shape() == HessianShape::softmax;
+  const at::Device device = z.device();
   a.N = z.size(0);
   a.positions = z.dim() == 3 ? z.size(2) : 1;
   a.C = z.size(1) * a.positions;
   a.s = static_cast<T>(s);
   a.a = static_cast<T>(parameter);
-  a.z = data<T>(z, a.N * a.C, "loss output");
+  a.z = data<T>(z, a.N * a.C, device, "loss output");
   if (by_class && target.scalar_type() == at::kLong) {
-    TORCH_CHECK(target.is_contiguous() && target.numel() == a.N * a.positions, "loss_evaluate: expected int64 targets [N, positions].");
+    TORCH_CHECK(target.is_contiguous() && target.numel() == a.N * a.positions && target.device() == device,
+                "loss_evaluate: expected int64 targets [N, positions] on ", device, ".");
     a.index = target.const_data_ptr<int64_t>();
-    for (int64_t n = 0; n < a.N * a.positions; ++n)
-      TORCH_CHECK(a.index[n] >= -1 && a.index[n] < z.size(1), "loss_evaluate: class index ", a.index[n], " out of [-1, ", z.size(1), ").");
+    if (target.numel() > 0) {
+      const auto [lowest, highest] = at::aminmax(target);
+      TORCH_CHECK(lowest.item<int64_t>() >= -1 && highest.item<int64_t>() < z.size(1), "loss_evaluate: expected class indices in [-1, ", z.size(1),
+                  "), got ", lowest.item<int64_t>(), " to ", highest.item<int64_t>(), ".");
+    }
   } else {
-    a.target = data<T>(target, a.N * a.C, "loss target");
+    a.target = data<T>(target, a.N * a.C, device, "loss target");
   }
   if (weight) {
     a.weight_per_example = !by_class && weight->dim() == 2;
-    a.weight = data<T>(*weight, by_class ? z.size(1) : a.weight_per_example ? a.N * a.C : a.C, "loss weight");
+    a.weight = data<T>(*weight, by_class ? z.size(1) : a.weight_per_example ? a.N * a.C : a.C, device, "loss weight");
   }
-  if (z_s) a.z_s = data<T>(*z_s, a.N * a.C, "reference output");
+  if (z_s) a.z_s = data<T>(*z_s, a.N * a.C, device, "reference output");
   const auto result = [&](const char* key, int64_t size) {
     const auto it = results.find(key);
-    return it == results.end() ? nullptr : const_cast<T*>(data<T>(it->second, size, key));
+    return it == results.end() ? nullptr : const_cast<T*>(data<T>(it->second, size, device, key));
   };
   a.value = result("value", a.N);
   a.gradient = result("gradient", a.N * a.C);
@@ -407,7 +456,7 @@ void loss_evaluate(const std::string& name, double s, double parameter, const at
   a.mass = result("mass", a.N * a.positions);
   a.bregman = result("bregman", a.N);
   TORCH_CHECK((a.bregman == nullptr) == (a.z_s == nullptr), "loss_evaluate: expected reference outputs with a divergence, and only then.");
-  loss->evaluate(cpu_context(), a);
+  loss->evaluate(Run(device).ctx, a);
 }
 
 }  // namespace
@@ -416,6 +465,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   bind<float>(m, "32");
   bind<double>(m, "64");
   m.def("build_info", &build_info);
+  // Kernels of a device, run on the CPU by another library: for tests of their arithmetic where there is no GPU.
+  m.def(
+      "emulate_device", [](const std::optional<std::string>& library) { emulated_runtime = library ? load_device_library(*library) : nullptr; },
+      py::arg("library"));
   m.def("rules", &rule_names);
   m.def("losses", &loss_names);
   m.def(
@@ -431,9 +484,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       [](int shape, double scale, const OptionalTensor& state, const OptionalTensor& weights, int part, const at::Tensor& u) {
         dispatch(u, [&](auto tag) {
           using T = decltype(tag);
-          const OutputHessian<T> h = make_hessian<T>(shape, u.size(2), scale, u.size(1), state, weights);
+          const OutputHessian<T> h = make_hessian<T>(shape, u.size(2), scale, u.size(1), state, weights, u.device());
           TORCH_CHECK(part >= 0 && part <= 2, "output_hessian: expected part 0, 1 or 2, got ", part, ".");
-          output_hessian_stub<T>(cpu_context(), h, static_cast<HessianPart>(part), u.size(0), u.size(1), writable<T>(u, u.numel(), "cotangents"));
+          output_hessian_stub<T>(Run(u.device()).ctx, h, static_cast<HessianPart>(part), u.size(0), u.size(1),
+                                 writable<T>(u, u.numel(), u.device(), "cotangents"));
         });
       },
       py::arg("shape"), py::arg("scale"), py::arg("state"), py::arg("weights"), py::arg("part"), py::arg("u"));

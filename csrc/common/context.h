@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "common/device.h"
+
 namespace infl {
 
 enum class Device : int { cpu = 0, cuda = 1 };
@@ -22,8 +24,10 @@ Isa active_isa();
 
 struct Context {
   Device device = Device::cpu;
-  int num_threads = 1;     // threads a kernel may use; 1 inside a schedule that is parallel itself
-  void* stream = nullptr;  // CUDA only
+  int num_threads = 1;               // threads a kernel may use; 1 inside a schedule that is parallel itself, and on a device
+  DeviceRuntime* runtime = nullptr;  // of the device, and the stream that orders what is done on it; null on the CPU
+  void* stream = nullptr;
+  Precision precision = Precision::full;
 };
 
 }  // namespace infl

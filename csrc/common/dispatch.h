@@ -5,8 +5,10 @@
 //   a rule                 scale_stub<T>(ctx, n, x);
 #pragma once
 
+#include <map>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "common/context.h"
 #include "common/macros.h"
@@ -15,6 +17,22 @@ namespace infl {
 
 template <class Signature>
 class KernelStub;
+
+// What a device has for a kernel, of no particular signature: for float and for double.
+using AnyFunction = void (*)();
+
+struct DeviceKernel {
+  const char* name;
+  AnyFunction for_float, for_double;
+};
+
+// Every kernel of this binary by name: sets what a device has for it. So kernels that live in another library can be installed (emulation/).
+using InstallDeviceKernel = void (*)(const DeviceKernel&);
+
+inline std::map<std::string, InstallDeviceKernel>& device_kernel_installers() {
+  static std::map<std::string, InstallDeviceKernel> installers;
+  return installers;
+}
 
 template <class... Args>
 class KernelStub<void(const Context&, Args...)> {
@@ -35,6 +53,8 @@ class KernelStub<void(const Context&, Args...)> {
 
   void set_cpu(Isa isa, Function fn) { cpu_[static_cast<int>(isa)] = fn; }
   void set_cuda(Function fn) { cuda_ = fn; }
+  void set_cuda(AnyFunction fn) { cuda_ = reinterpret_cast<Function>(fn); }
+  const char* name() const { return name_; }
 
  private:
   const char* name_;
@@ -45,9 +65,13 @@ class KernelStub<void(const Context&, Args...)> {
 }  // namespace infl
 
 // Each kernels/cpu file is compiled once per instruction set, with INFL_ISA naming it (setup.py).
-#define INFL_REGISTER_CPU(stub, fn)                                         \
-  [[maybe_unused]] static const bool INFL_CONCAT(fn, _is_registered) = [] { \
-    ::infl::stub<float>.set_cpu(::infl::Isa::INFL_ISA, &fn<float>);         \
-    ::infl::stub<double>.set_cpu(::infl::Isa::INFL_ISA, &fn<double>);       \
-    return true;                                                            \
+#define INFL_REGISTER_CPU(stub, fn)                                                                           \
+  [[maybe_unused]] static const bool INFL_CONCAT(fn, _is_registered) = [] {                                   \
+    ::infl::stub<float>.set_cpu(::infl::Isa::INFL_ISA, &fn<float>);                                           \
+    ::infl::stub<double>.set_cpu(::infl::Isa::INFL_ISA, &fn<double>);                                         \
+    ::infl::device_kernel_installers()[::infl::stub<float>.name()] = [](const ::infl::DeviceKernel& kernel) { \
+      ::infl::stub<float>.set_cuda(kernel.for_float);                                                         \
+      ::infl::stub<double>.set_cuda(kernel.for_double);                                                       \
+    };                                                                                                        \
+    return true;                                                                                              \
   }();

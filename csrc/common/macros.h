@@ -3,8 +3,11 @@
 
 #ifdef __CUDACC__
 #define INFL_HD __host__ __device__ inline
+#define INFL_UNROLL(n) _Pragma("unroll")
 #else
 #define INFL_HD inline
+#define INFL_PRAGMA(text) _Pragma(#text)
+#define INFL_UNROLL(n) INFL_PRAGMA(GCC unroll n)
 #endif
 
 #define INFL_CONCAT_(a, b) a##b

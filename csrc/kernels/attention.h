@@ -44,7 +44,7 @@ struct Attention {
   bool mask_is_boolean = false;  // 0 hides a key; else it is added to the scores
   MaskStrides mask_at;
   T* p = nullptr;        // [n, heads, L, S] or absent
-  T* scratch = nullptr;  // attention_scratch_size elements for each thread
+  T* scratch = nullptr;  // attention_scratch_size elements
 };
 
 // Tangents of [V, n, …] with the layout of the values; null: zero. t_mask has right-hand sides mask_stride apart.
@@ -76,14 +76,20 @@ int64_t attention_block(const Attention<T>& a) {
   return std::min(rows, a.L);
 }
 
+// Elements of scratch for one thread of the CPU; a device's kernels take their own.
 template <class T>
-int64_t attention_scratch_size(const Attention<T>& a) {
+int64_t attention_thread_scratch_size(const Attention<T>& a) {
   const int64_t block = attention_block(a), group = a.heads / a.key_heads;
   const int64_t tangents = a.L > block || group > 1 ? a.V : 1;
   const int64_t keys = gemm_packed_size<T>(a.E, a.S) + gemm_packed_size<T>(a.S, a.E),
                 values = gemm_packed_size<T>(a.S, a.F) + gemm_packed_size<T>(a.F, a.S);
   const int64_t chunks = 2 * block * a.S + (1 + tangents) * (keys + values) + gemm_packed_size<T>(block, a.E) + gemm_packed_size<T>(block, a.F);
   return chunks + 16 * 8;  // each chunk aligned
+}
+
+template <class T>
+int64_t attention_scratch_size(const Context& ctx, const Attention<T>& a) {
+  return ctx.device == Device::cpu ? ctx.num_threads * attention_thread_scratch_size(a) : 0;
 }
 
 // o from q, k, v and mask; fills p if it is given.

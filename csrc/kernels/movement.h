@@ -74,16 +74,42 @@ template <class T>
 inline KernelStub<void(const Context&, int64_t rows, int64_t width, const T* x, int64_t x_ld, T* y, int64_t y_ld, bool accumulate)> copy_rows_stub{
     "copy_rows"};
 
+template <class T>
+void copy(const Context& ctx, int64_t size, const T* x, T* y) {
+  copy_rows_stub<T>(ctx, 1, size, x, 0, y, 0, false);
+}
+
+template <class T>
+void fill_zero(const Context& ctx, int64_t size, T* y) {
+  copy_rows_stub<T>(ctx, 1, size, nullptr, 0, y, 0, false);
+}
+
 // y[r, j] = x[r, index[j]], or `fill` where index[j] < 0; r < rows, j < size.
 template <class T>
 inline KernelStub<void(const Context&, int64_t rows, int64_t size, const int64_t* index, T fill, const T* x, int64_t x_ld, T* y, int64_t y_ld)>
     index_gather_stub{"index_gather"};
 
-// The transpose: x[r, index[j]] += y[r, j], after x[r, 0:width] = 0 without `accumulate`; negative indices give nothing.
+// The transpose, given the index map's inverse: x[r, i] = Σ_k y[r, sources[k]], k from begin[i] to begin[i + 1], in order; or += with accumulate.
 template <class T>
-inline KernelStub<void(const Context&, int64_t rows, int64_t size, const int64_t* index, const T* y, int64_t y_ld, T* x, int64_t x_ld, int64_t width,
-                       bool accumulate)>
+inline KernelStub<void(const Context&, int64_t rows, int64_t width, const int64_t* begin, const int64_t* sources, const T* y, int64_t y_ld, T* x,
+                       int64_t x_ld, bool accumulate)>
     index_scatter_stub{"index_scatter"};
+
+// begin [width + 1], then sources, of an index map into [0, width); negative indices are nowhere.
+inline std::vector<int64_t> inverse_of_index(const std::vector<int64_t>& index, int64_t width) {
+  std::vector<int64_t> inverse(width + 1, 0);
+  for (int64_t i : index) {
+    if (i >= 0) ++inverse[i + 1];
+  }
+  for (int64_t i = 0; i < width; ++i) inverse[i + 1] += inverse[i];
+  const int64_t used = inverse[width];
+  std::vector<int64_t> next(inverse.begin(), inverse.end() - 1);
+  inverse.resize(width + 1 + used);
+  for (size_t j = 0; j < index.size(); ++j) {
+    if (index[j] >= 0) inverse[width + 1 + next[index[j]]++] = static_cast<int64_t>(j);
+  }
+  return inverse;
+}
 
 // Selection along an axis by indices that differ between examples and come as numbers of T:
 //   y[v, n, o, j, i] = x[v, n, o, k, i],  k = index[n, o·index_outer + j·index_count + i·index_inner]  (k < 0 counts from the end),

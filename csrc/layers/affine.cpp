@@ -11,6 +11,7 @@
 // How a slot is broadcast: lists scale_shape and scale_strides (of one example, 0 = broadcast), integer scale_offset; likewise shift_…; without
 // them the slot has an example's elements in order. A slot that only repeats along leading axes (a bias [C] under [T, C]) is read as it lies, with
 // rows of C elements; any other is expanded to an example's width, once per linearisation (values) or product (tangents).
+#include "common/scratch.h"
 #include "kernels/arithmetic.h"
 #include "kernels/elementwise.h"
 #include "kernels/movement.h"
@@ -107,14 +108,13 @@ class SlotRule : public Rule<T> {
     const T a = factor(tile);
     for (SlotRole role : {kScale, kShift}) {
       if (!b.present[role] || g_theta[role] == nullptr) continue;
-      static thread_local Buffer<T> whole;  // [V, width], before the sum over what the slot is broadcast over
+      Scratch<T> whole(tile.ctx, b.expanded[role] ? tile.V * b.width : 0);  // before the sum over what the slot is broadcast over
       T* to = g_theta[role] + b.map[role].offset;
       int64_t ld = stride;
       if (b.expanded[role]) {
-        whole.resize(tile.V * b.width);
         to = whole.data();
         ld = b.width;
-        copy_rows_stub<T>(tile.ctx, 1, tile.V * b.width, nullptr, 0, to, 0, false);
+        fill_zero<T>(tile.ctx, tile.V * b.width, to);
       }
       if (role == kScale) {
         column_dot_stub<T>(tile.ctx, tile.V, tile.n * b.repeat, b.width, a, g_y, tile.x[0], to, ld);

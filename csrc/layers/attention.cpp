@@ -12,7 +12,7 @@
 // number scale; lists q, k, v, y: strides of head and row within an example, features being contiguous; mask: one
 // offset a head, then the strides of row and column (0: broadcast).
 #include "kernels/attention.h"
-#include "common/buffer.h"
+#include "common/scratch.h"
 #include "layers/rule.h"
 
 namespace infl {
@@ -53,7 +53,7 @@ class AttentionRule final : public Rule<T> {
     return storage;
   }
 
-  void forward(const Tile<T>& tile, T* y) const override { attention_forward_stub<T>(tile.ctx, attention(tile, 1), y); }
+  void forward(const Tile<T>& tile, T* y) const override { attention_forward_stub<T>(tile.ctx, Arguments(tile, 1).a, y); }
 
   void jvp(const Tile<T>& tile, const T* const* t_x, const ParameterTangents<T>& t_theta, const T* /*scale*/, T* t_y) const override {
     const Node& node = tile.node;
@@ -65,7 +65,7 @@ class AttentionRule final : public Rule<T> {
       t.mask = t_theta.theta[0];
       t.mask_stride = t_theta.stride;
     }
-    attention_jvp_stub<T>(tile.ctx, attention(tile, tile.V), t, t_y);
+    attention_jvp_stub<T>(tile.ctx, Arguments(tile, tile.V).a, t, t_y);
   }
 
   void vjp_input(const Tile<T>& tile, int i, const T* g_y, const T* /*scale*/, T* g_x, bool accumulate) const override {
@@ -76,7 +76,7 @@ class AttentionRule final : public Rule<T> {
       g.mask_size = g.mask_example = tile.node.input_widths[kMask];
       g.mask_stride = tile.n * g.mask_example;
     }
-    attention_vjp_stub<T>(tile.ctx, attention(tile, tile.V), g_y, g);
+    attention_vjp_stub<T>(tile.ctx, Arguments(tile, tile.V).a, g_y, g);
   }
 
   void vjp_params(const Tile<T>& tile, const T* g_y, T* const* g_theta, int64_t stride) const override {
@@ -85,7 +85,7 @@ class AttentionRule final : public Rule<T> {
     g.accumulate = true;
     g.mask = g_theta[0];
     g.mask_stride = stride;
-    attention_vjp_stub<T>(tile.ctx, attention(tile, tile.V), g_y, g);
+    attention_vjp_stub<T>(tile.ctx, Arguments(tile, tile.V).a, g_y, g);
   }
 
   void per_example(const Tile<T>& tile, const T* g_y, FactorSink<T>& factors) const override {
@@ -94,7 +94,7 @@ class AttentionRule final : public Rule<T> {
     g.mask_size = g.mask_example = tile.node.slot_sizes[0];
     g.mask_stride = tile.n * g.mask_size;
     g.mask = factors.allocate(tile.V * g.mask_stride);
-    attention_vjp_stub<T>(tile.ctx, attention(tile, tile.V), g_y, g);
+    attention_vjp_stub<T>(tile.ctx, Arguments(tile, tile.V).a, g_y, g);
     factors.add({.slot = tile.node.slots[0], .positions = 1, .rows = g.mask_size, .cols = 1, .row = g.mask});
   }
 
@@ -132,6 +132,15 @@ class AttentionRule final : public Rule<T> {
     return {width, list[0], list[1]};
   }
 
+  // The kernel's arguments, and the memory that they point to.
+  struct Arguments {
+    Arguments(const Tile<T>& tile, int64_t V) : a(attention(tile, V)), scratch(tile.ctx, attention_scratch_size(tile.ctx, a)) {
+      a.scratch = scratch.data();
+    }
+    Attention<T> a;
+    Scratch<T> scratch;
+  };
+
   static Attention<T> attention(const Tile<T>& tile, int64_t V) {
     const Node& node = tile.node;
     Attention<T> a = shape(node);
@@ -148,12 +157,9 @@ class AttentionRule final : public Rule<T> {
       const auto& list = node.list("mask");
       const bool is_input = node.inputs.size() == 4;
       a.mask = is_input ? tile.x[kMask] : tile.theta[0];
-      a.mask_at = {is_input ? node.input_widths[kMask] : 0, list.data(), list[list.size() - 2], list[list.size() - 1]};
+      a.mask_at = {is_input ? node.input_widths[kMask] : 0, node.list_on(tile.ctx, "mask"), list[list.size() - 2], list[list.size() - 1]};
     }
     if (keeps(a)) a.p = tile.state[0];
-    static thread_local Buffer<T> scratch;
-    scratch.resize(tile.ctx.num_threads * attention_scratch_size(a));
-    a.scratch = scratch.data();
     return a;
   }
 };

@@ -9,10 +9,9 @@
 //   vjp_params   g_W += Σ_n Σ_q g_y[o, q] x[c, ...],  g_b += Σ_n Σ_q g_y
 //   per_example  W: outer products of g_y and the columns of x if there are few positions, else dense;  b: dense
 //   tape         x if W is differentiated; W packed both ways, shared by all tiles
-#include <cstring>
-
 #include "kernels/convolution.h"
 #include "kernels/convolution_weights.h"
+#include "kernels/movement.h"
 #include "layers/rule.h"
 
 namespace infl {
@@ -96,7 +95,7 @@ class ConvolutionRule final : public Rule<T> {
         factors.add({.slot = tile.node.slots[0], .positions = positions, .rows = s.out_channels, .cols = cols, .row = row, .col = col});
       } else {
         T* sums = factors.allocate(V * n * size);
-        std::memset(sums, 0, V * n * size * sizeof(T));
+        fill_zero<T>(tile.ctx, V * n * size, sums);
         weights(s, tile, g_y, s.images, sums, n * size, size);
         factors.add({.slot = tile.node.slots[0], .positions = 1, .rows = size, .cols = 1, .row = sums});
       }
@@ -105,7 +104,7 @@ class ConvolutionRule final : public Rule<T> {
       const T* row = g_y;
       if (s.images * s.out_plane > 1) {
         T* sums = factors.allocate(V * n * s.out_channels);
-        std::memset(sums, 0, V * n * s.out_channels * sizeof(T));
+        fill_zero<T>(tile.ctx, V * n * s.out_channels, sums);
         channel_sum_stub<T>(tile.ctx, V, n * s.images, s.out_channels, s.out_plane, g_y, s.images, sums, n * s.out_channels, s.out_channels);
         row = sums;
       }

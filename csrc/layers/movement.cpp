@@ -116,13 +116,14 @@ class Gather final : public Rule<T> {
 
   void vjp_input(const Tile<T>& tile, int /*i*/, const T* g_y, const T* /*scale*/, T* g_x, bool accumulate) const override {
     const int64_t width = tile.node.input_widths[0];
-    index_scatter_stub<T>(tile.ctx, tile.V * tile.n, tile.node.width, tile.node.list("index").data(), g_y, tile.node.width, g_x, width, width,
-                          accumulate);
+    const int64_t* inverse = tile.node.derived_on(tile.ctx, "inverse of index", [&] { return inverse_of_index(tile.node.list("index"), width); });
+    index_scatter_stub<T>(tile.ctx, tile.V * tile.n, width, inverse, inverse + width + 1, g_y, tile.node.width, g_x, width, accumulate);
   }
 
  private:
   static void gather(const Tile<T>& tile, int64_t rows, T fill, const T* x, T* y) {
-    index_gather_stub<T>(tile.ctx, rows, tile.node.width, tile.node.list("index").data(), fill, x, tile.node.input_widths[0], y, tile.node.width);
+    index_gather_stub<T>(tile.ctx, rows, tile.node.width, tile.node.list_on(tile.ctx, "index"), fill, x, tile.node.input_widths[0], y,
+                         tile.node.width);
   }
 };
 

@@ -3,13 +3,33 @@
 
 #include <cstdint>
 #include <map>
+#include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "common/buffer.h"
 #include "common/slot.h"
 
 namespace infl {
+
+// A node's lists where kernels read them, each made at its first use.
+class ListsOnDevices {
+ public:
+  template <class Make>
+  const int64_t* get(const Context& ctx, const std::string& key, const Make& make) {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    const auto place = std::make_pair(ctx.runtime, key);
+    auto it = copies_.find(place);
+    if (it == copies_.end()) it = copies_.emplace(place, upload(ctx, make())).first;
+    return it->second.data();
+  }
+
+ private:
+  std::mutex mutex_;
+  std::map<std::pair<DeviceRuntime*, std::string>, Buffer<int64_t>> copies_;
+};
 
 struct Node {
   std::string rule;
@@ -25,6 +45,7 @@ struct Node {
   std::vector<bool> needs_tangent;  // per input: does a differentiated parameter influence it?
   std::vector<bool> trainable;      // per entry of `slots`: is it differentiated?
   std::vector<int64_t> slot_sizes;  // per entry of `slots`: its elements, 0 where absent
+  std::shared_ptr<ListsOnDevices> on_devices = std::make_shared<ListsOnDevices>();
 
   int64_t attribute(const std::string& key) const {
     const auto it = ints.find(key);
@@ -40,6 +61,16 @@ struct Node {
     const auto it = lists.find(key);
     if (it == lists.end()) throw std::invalid_argument(rule + " (" + name + "): expected a list attribute '" + key + "', got none.");
     return it->second;
+  }
+  // A list for kernels to read, on the device they run on.
+  const int64_t* list_on(const Context& ctx, const std::string& key) const {
+    const std::vector<int64_t>& values = list(key);
+    return ctx.runtime == nullptr ? values.data() : on_devices->get(ctx, key, [&] { return values; });
+  }
+  // A list that is made of others, likewise; `key` names it.
+  template <class Make>
+  const int64_t* derived_on(const Context& ctx, const std::string& key, const Make& make) const {
+    return on_devices->get(ctx, key, make);
   }
   bool has_slot(size_t k) const { return k < slots.size() && slots[k] >= 0; }
   bool is_trainable(size_t k) const { return k < trainable.size() && trainable[k]; }

@@ -5,6 +5,7 @@
 //   vjp_params  g_w += Σ_n Σ_inner g_y ∘ m
 //   per_example dense: the same without the sum over n
 //   tape        d; m if w is trainable
+#include "common/scratch.h"
 #include "kernels/arithmetic.h"
 #include "kernels/elementwise.h"
 #include "kernels/movement.h"
@@ -59,9 +60,8 @@ class Prelu final : public Rule<T> {
   void vjp_params(const Tile<T>& tile, const T* g_y, T* const* g_theta, int64_t stride) const override {
     if (g_theta[0] == nullptr) return;
     const int64_t width = tile.node.width;
-    static thread_local Buffer<T> whole;  // [V, width], before the sum over a channel
-    whole.resize(tile.V * width);
-    copy_rows_stub<T>(tile.ctx, 1, tile.V * width, nullptr, 0, whole.data(), 0, false);
+    Scratch<T> whole(tile.ctx, tile.V * width);  // before the sum over a channel
+    fill_zero<T>(tile.ctx, tile.V * width, whole.data());
     column_dot_stub<T>(tile.ctx, tile.V, tile.n, width, T(1), g_y, tile.state[1], whole.data(), width);
     strided_scatter_stub<T>(tile.ctx, tile.V, weight_map(tile.node), whole.data(), width, g_theta[0], stride, tile.node.slot_sizes[0], true);
   }

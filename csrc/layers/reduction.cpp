@@ -18,7 +18,7 @@
 // None has parameters.
 #include "kernels/reduction.h"
 
-#include "common/buffer.h"
+#include "common/scratch.h"
 #include "kernels/elementwise.h"
 #include "layers/rule.h"
 
@@ -72,11 +72,12 @@ class Reduce final : public Rule<T> {
     const int64_t rows = tile.V * tile.n;
     const std::vector<Pass> all = passes(tile.node);
     if (all.empty()) return combine_stub<T>(tile.ctx, rows * tile.node.width, T(1), g_y, T(0), nullptr, g_x, accumulate);
+    Between between(tile.ctx, rows, all);
     const T* from = g_y;
     for (size_t k = all.size(); k-- > 0;) {
       const Pass& p = all[k];
       const bool last = k == 0;
-      T* to = last ? g_x : scratch(k % 2, rows * p.outer * p.size * p.inner);
+      T* to = last ? g_x : between.after(k - 1);
       broadcast_axis_stub<T>(tile.ctx, rows * p.outer, p.size, p.inner, last ? factor(tile.node) : T(1), from, to, last && accumulate);
       from = to;
     }
@@ -84,6 +85,17 @@ class Reduce final : public Rule<T> {
 
  private:
   static T factor(const Node& node) { return node.attribute("mean") ? T(node.width) / T(node.input_widths[0]) : T(1); }
+
+  // What lies between the passes, two buffers in turn: a pass reads one and writes the other, and later passes leave less.
+  class Between {
+   public:
+    Between(const Context& ctx, int64_t rows, const std::vector<Pass>& all)
+        : even_(ctx, all.size() > 1 ? rows * all[0].outer * all[0].inner : 0), odd_(ctx, all.size() > 2 ? rows * all[1].outer * all[1].inner : 0) {}
+    T* after(size_t pass) { return (pass % 2 == 0 ? even_ : odd_).data(); }
+
+   private:
+    Scratch<T> even_, odd_;
+  };
 
   // The passes of a sum, last block of axes first, so that later ones are over less.
   static std::vector<Pass> passes(const Node& node) {
@@ -106,20 +118,14 @@ class Reduce final : public Rule<T> {
   static void sum(const Tile<T>& tile, int64_t rows, const T* x, T* y) {
     const std::vector<Pass> all = passes(tile.node);
     if (all.empty()) return combine_stub<T>(tile.ctx, rows * tile.node.width, T(1), x, T(0), nullptr, y, false);
+    Between between(tile.ctx, rows, all);
     for (size_t k = 0; k < all.size(); ++k) {
       const Pass& p = all[k];
       const bool last = k + 1 == all.size();
-      T* to = last ? y : scratch(k % 2, rows * p.outer * p.inner);
+      T* to = last ? y : between.after(k);
       sum_axis_stub<T>(tile.ctx, rows * p.outer, p.size, p.inner, last ? factor(tile.node) : T(1), x, to);
       x = to;
     }
-  }
-
-  // Two buffers in turn: a pass reads one and writes the other.
-  static T* scratch(int which, int64_t size) {
-    static thread_local Buffer<T> buffers[2];
-    buffers[which].resize(size);
-    return buffers[which].data();
   }
 };
 

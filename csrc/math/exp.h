@@ -53,7 +53,7 @@ __attribute__((always_inline)) INFL_HD T exp_nonpositive(T x) {
   const T n = shifted - C::shifter;
   const T r = (inside - n * C::ln2_high) - n * C::ln2_low;
   T sum = kInverseFactorial[C::degree];
-#pragma GCC unroll 16
+  INFL_UNROLL(16)
   for (int k = C::degree - 1; k >= 0; --k) sum = sum * r + kInverseFactorial[k];
   Bits bits;
   std::memcpy(&bits, &shifted, sizeof(bits));

@@ -54,7 +54,7 @@ __attribute__((always_inline)) INFL_HD T exp_tail_within_one(T x) {
       T(1.0 / 2432902008176640000.0),
   };
   T sum = k_inverse_factorial[last - 2];
-#pragma GCC unroll 20
+  INFL_UNROLL(20)
   for (int k = last - 3; k >= 0; --k) sum = sum * x + k_inverse_factorial[k];
   return x * x * sum;
 }

@@ -8,12 +8,12 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 #include <functional>
 #include <utility>
 #include <vector>
 
 #include "common/buffer.h"
+#include "kernels/movement.h"
 
 namespace infl {
 
@@ -37,7 +37,7 @@ struct Factor {
 template <class T>
 class FactorSink {
  public:
-  explicit FactorSink(std::vector<Buffer<T>>& storage) : storage_(storage) {}
+  FactorSink(const Context& ctx, std::vector<Buffer<T>>& storage) : ctx_(ctx), storage_(storage) {}
 
   // What lies in [begin, begin + size) will be overwritten: factors that point there get a copy, one for all of them.
   void passing(const T* begin, int64_t size) {
@@ -51,7 +51,7 @@ class FactorSink {
     factors_.push_back(factor);
   }
   T* allocate(int64_t size) {
-    storage_.emplace_back(size);
+    storage_.emplace_back(ctx_, size);
     return storage_.back().data();
   }
   std::vector<Factor<T>> take() { return std::move(factors_); }
@@ -62,12 +62,13 @@ class FactorSink {
     if (p == nullptr || before(p, begin_) || !before(p, begin_ + size_)) return p;
     if (copy_ == nullptr) {
       T* copy = allocate(size_);
-      std::memcpy(copy, begin_, size_ * sizeof(T));
+      copy_rows_stub<T>(ctx_, 1, size_, begin_, 0, copy, 0, false);
       copy_ = copy;
     }
     return copy_ + (p - begin_);
   }
 
+  const Context& ctx_;
   const T* begin_ = nullptr;
   int64_t size_ = 0;
   const T* copy_ = nullptr;

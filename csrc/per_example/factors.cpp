@@ -1,8 +1,8 @@
 #include "per_example/factors.h"
 
 #include <algorithm>
-#include <cstring>
 
+#include "common/scratch.h"
 #include "kernels/elementwise.h"
 #include "kernels/embedding.h"
 #include "kernels/gemm.h"
@@ -68,9 +68,7 @@ void FactorSet<T>::materialise(const Context& ctx, T* out, int64_t stride) const
   covered[num_parameters_] = 0;
   int64_t at = 0;
   for (const auto& [offset, size] : covered) {
-    if (offset > at) {
-      for (int64_t i = 0; i < V_ * N_; ++i) std::memset(out + i * stride + at, 0, (offset - at) * sizeof(T));
-    }
+    if (offset > at) copy_rows_stub<T>(ctx, V_ * N_, offset - at, nullptr, 0, out + at, stride, false);
     at = offset + size;
   }
   for (const auto& [slot, group] : groups_) {
@@ -80,19 +78,19 @@ void FactorSet<T>::materialise(const Context& ctx, T* out, int64_t stride) const
 
 template <class T>
 void FactorSet<T>::square_norms(const Context& ctx, T* out) const {
-  std::memset(out, 0, V_ * N_ * sizeof(T));
+  fill_zero<T>(ctx, V_ * N_, out);
   for (const auto& [slot, group] : groups_) {
     if (is_simple(group)) {
       // ‖row colᵀ‖² = ‖row‖² ‖col‖²
       const Factor<T>& f = group[0];
       const bool row_first = f.row_has_v;
       const T* mine = row_first ? f.row : f.col;
-      Buffer<T> norms(V_ * N_);
+      Scratch<T> norms(ctx, V_ * N_);
       square_norm_stub<T>(ctx, V_ * N_, row_first ? f.rows : f.cols, mine, row_first ? f.rows : f.cols, norms.data(), false);
       if (f.is_dense()) {
         combine_stub<T>(ctx, V_ * N_, T(1), norms.data(), T(0), nullptr, out, true);
       } else {
-        Buffer<T> shared(N_);
+        Scratch<T> shared(ctx, N_);
         const int64_t width = row_first ? f.cols : f.rows;
         square_norm_stub<T>(ctx, N_, width, row_first ? f.col : f.row, width, shared.data(), false);
         multiply_accumulate_stub<T>(ctx, V_ * N_, norms.data(), shared.data(), N_, out);
@@ -105,7 +103,7 @@ void FactorSet<T>::square_norms(const Context& ctx, T* out) const {
     }
     const int64_t size = slots_[slot].size;
     const int64_t block = std::clamp<int64_t>(kBlockBytes / (size * static_cast<int64_t>(sizeof(T))), 1, N_);
-    Buffer<T> formed(block * size);
+    Scratch<T> formed(ctx, block * size);
     for (int64_t v = 0; v < V_; ++v) {
       for (int64_t n0 = 0; n0 < N_; n0 += block) {
         const int64_t n = std::min(block, N_ - n0);
@@ -118,7 +116,7 @@ void FactorSet<T>::square_norms(const Context& ctx, T* out) const {
 
 template <class T>
 void FactorSet<T>::square_sum(const Context& ctx, T* out) const {
-  std::memset(out, 0, num_parameters_ * sizeof(T));
+  fill_zero<T>(ctx, num_parameters_, out);
   for (const auto& [slot, group] : groups_) {
     const int64_t size = slots_[slot].size;
     T* to = out + slots_[slot].offset;
@@ -134,7 +132,7 @@ void FactorSet<T>::square_sum(const Context& ctx, T* out) const {
     if (is_simple(group)) {
       // Σ_{v,n} (row_r col_c)² = Σ_n (Σ_v row²) col²: one product of squares
       const int64_t mine = f.row_has_v ? f.rows : f.cols, shared = f.row_has_v ? f.cols : f.rows;
-      Buffer<T> a(N_ * mine), b(N_ * shared);
+      Scratch<T> a(ctx, N_ * mine), b(ctx, N_ * shared);
       square_accumulate_stub<T>(ctx, V_, N_ * mine, f.row_has_v ? f.row : f.col, a.data(), false);
       square_accumulate_stub<T>(ctx, 1, N_ * shared, f.row_has_v ? f.col : f.row, b.data(), false);
       Gemm<T> g;
@@ -154,7 +152,7 @@ void FactorSet<T>::square_sum(const Context& ctx, T* out) const {
       continue;
     }
     const int64_t block = std::clamp<int64_t>(kBlockBytes / (size * static_cast<int64_t>(sizeof(T))), 1, N_);
-    Buffer<T> formed(block * size);
+    Scratch<T> formed(ctx, block * size);
     for (int64_t v = 0; v < V_; ++v) {
       for (int64_t n0 = 0; n0 < N_; n0 += block) {
         const int64_t n = std::min(block, N_ - n0);
@@ -167,7 +165,7 @@ void FactorSet<T>::square_sum(const Context& ctx, T* out) const {
 
 template <class T>
 void FactorSet<T>::gram(const Context& ctx, const FactorSet& other, T* out) const {
-  std::memset(out, 0, V_ * N_ * other.V_ * other.N_ * sizeof(T));
+  fill_zero<T>(ctx, V_ * N_ * other.V_ * other.N_, out);
   for (const auto& [slot, group] : groups_) {
     const auto it = other.groups_.find(slot);
     if (it != other.groups_.end()) add_gram(ctx, group, other, it->second, slots_[slot].size, out);
@@ -185,7 +183,7 @@ void FactorSet<T>::add_gram(const Context& ctx, const Group& mine, const FactorS
     const T* f_vector = f.row_has_v ? f.row : f.col;
     const T* g_vector = g.row_has_v ? g.row : g.col;
     const int64_t block = std::clamp<int64_t>(kBlockBytes / (cols * static_cast<int64_t>(sizeof(T))), 1, N_);
-    Buffer<T> inner(block * cols), common(f.is_dense() ? 0 : block * other.N_);
+    Scratch<T> inner(ctx, block * cols), common(ctx, f.is_dense() ? 0 : block * other.N_);
     for (int64_t n0 = 0; n0 < N_; n0 += block) {
       const int64_t n = std::min(block, N_ - n0);
       if (!f.is_dense()) {
@@ -210,7 +208,7 @@ void FactorSet<T>::add_gram(const Context& ctx, const Group& mine, const FactorS
   // Blocks of formed gradients against each other.
   const int64_t block = std::clamp<int64_t>(kBlockBytes / gradient_bytes, 1, N_);
   const int64_t other_block = std::clamp<int64_t>(kBlockBytes / gradient_bytes, 1, other.N_);
-  Buffer<T> a(block * size), b(other_block * size);
+  Scratch<T> a(ctx, block * size), b(ctx, other_block * size);
   for (int64_t v = 0; v < V_; ++v) {
     for (int64_t n0 = 0; n0 < N_; n0 += block) {
       const int64_t n = std::min(block, N_ - n0);

@@ -30,7 +30,8 @@ class RowScatter {
 
   int64_t V_, N_, cols_;
   std::vector<int64_t> row_, example_;  // per entry
-  Buffer<T> value_;                     // [V, entries, cols]
+  Buffer<int64_t> example_on_device_;
+  Buffer<T> value_;  // [V, entries, cols]
 };
 
 extern template class RowScatter<float>;

@@ -3,11 +3,12 @@
 #include <omp.h>
 
 #include <algorithm>
-#include <cstring>
 #include <exception>
 #include <stdexcept>
 
+#include "common/scratch.h"
 #include "kernels/elementwise.h"
+#include "kernels/movement.h"
 
 namespace infl {
 
@@ -17,14 +18,15 @@ namespace {
 constexpr int64_t kTileBytes = 448 << 10;
 constexpr int64_t kAccumulatorBytes = 1 << 20;
 constexpr int64_t kSmallestTile = 8, kLargestTile = 240;
-constexpr int64_t kWholeWorkspaceBytes = 64 << 20;  // by operator: workspace of one tile; by example: accumulators of all threads
+constexpr int64_t kWholeWorkspaceBytes = 64 << 20;           // by operator: workspace of one tile; by example: accumulators of all threads
+constexpr int64_t kDeviceWorkspaceBytes = int64_t{2} << 30;  // few, large launches
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 
 template <class T>
-Tape<T>::Tape(std::shared_ptr<const Plan<T>> plan, int64_t N, std::vector<const T*> inputs)
+Tape<T>::Tape(const Context& ctx, std::shared_ptr<const Plan<T>> plan, int64_t N, std::vector<const T*> inputs)
     : plan_(std::move(plan)),
       N_(N),
       inputs_(std::move(inputs)),
@@ -33,14 +35,14 @@ Tape<T>::Tape(std::shared_ptr<const Plan<T>> plan, int64_t N, std::vector<const 
       packed_(plan_->nodes().size()),
       theta_(plan_->slots().size()) {
   for (int id = 0; id < plan_->num_values(); ++id) {
-    if (plan_->canonical(id) == id && plan_->is_kept(id)) values_[id].resize(N_ * plan_->width(id));
+    if (plan_->canonical(id) == id && plan_->is_kept(id)) values_[id].resize(ctx, N_ * plan_->width(id));
   }
   for (size_t i = 0; i < states_.size(); ++i) {
     const Storage& storage = plan_->storage(static_cast<int>(i));
-    for (int64_t width : storage.state_widths) states_[i].emplace_back(N_ * width);
-    packed_[i].resize(storage.packed_size);
+    for (int64_t width : storage.state_widths) states_[i].emplace_back(ctx, N_ * width);
+    packed_[i].resize(ctx, storage.packed_size);
   }
-  for (size_t s = 0; s < theta_.size(); ++s) theta_[s].resize(plan_->slots()[s].size);
+  for (size_t s = 0; s < theta_.size(); ++s) theta_[s].resize(ctx, plan_->slots()[s].size);
 }
 
 template <class T>
@@ -99,7 +101,7 @@ struct Tape<T>::Sweep {
 
 template <class T>
 void Tape<T>::linearize(const Context& ctx, const std::vector<const T*>& theta) {
-  for (size_t s = 0; s < theta_.size(); ++s) std::memcpy(theta_[s].data(), theta[s], plan_->slots()[s].size * sizeof(T));
+  for (size_t s = 0; s < theta_.size(); ++s) copy<T>(ctx, plan_->slots()[s].size, theta[s], theta_[s].data());
   for (size_t i = 0; i < packed_.size(); ++i) {
     Sweep sweep(*this, ctx, static_cast<int>(i), 1, 0, 0);
     plan_->rule(static_cast<int>(i)).pack(sweep.tile);
@@ -173,7 +175,9 @@ void Tape<T>::cotangent_tile(const Context& ctx, int64_t V, int64_t n0, int64_t 
 }
 
 template <class T>
-Tiling Tape<T>::tiling(int64_t V, int num_threads) const {
+Tiling Tape<T>::tiling(const Context& ctx, int64_t V) const {
+  const int num_threads = ctx.num_threads;
+  const bool on_device = ctx.device != Device::cpu;
   const Schedules& s = plan_->schedules();
   int64_t kept = 0;  // tape elements per example that a sweep reads
   for (size_t i = 0; i < plan_->nodes().size(); ++i) {
@@ -191,7 +195,7 @@ Tiling Tape<T>::tiling(int64_t V, int num_threads) const {
   bool by_example = accumulator <= kAccumulatorBytes ||
                     (accumulator_traffic < 2 * N_ * example_bytes && num_threads * accumulator <= kWholeWorkspaceBytes && N_ >= 2 * num_threads);
   if (choice_ != ScheduleChoice::automatic) by_example = choice_ == ScheduleChoice::by_example;
-  if (plan_->on_calling_thread()) by_example = false;
+  if (plan_->on_calling_thread() || on_device) by_example = false;
   Tiling tiling;
   tiling.num_threads = num_threads;
   tiling.by_example = by_example;
@@ -201,7 +205,8 @@ Tiling Tape<T>::tiling(int64_t V, int num_threads) const {
     const int64_t tiles = ceil_div(ceil_div(std::max<int64_t>(N_, 1), tiling.tile), num_threads) * num_threads;
     tiling.tile = std::max<int64_t>(1, ceil_div(N_, tiles));
   } else {
-    tiling.tile = std::clamp<int64_t>(kWholeWorkspaceBytes / sweep_bytes, std::min<int64_t>(64, std::max<int64_t>(N_, 1)), 2048);
+    const int64_t budget = on_device ? kDeviceWorkspaceBytes : kWholeWorkspaceBytes;
+    tiling.tile = std::clamp<int64_t>(budget / sweep_bytes, std::min<int64_t>(64, std::max<int64_t>(N_, 1)), on_device ? N_ + 1 : 2048);
     const int64_t tiles = ceil_div(std::max<int64_t>(N_, 1), tiling.tile);
     tiling.tile = std::max<int64_t>(1, ceil_div(N_, tiles));
   }
@@ -221,10 +226,10 @@ int64_t Tape<T>::cached_bytes() const {
 }
 
 template <class T>
-int64_t Tape<T>::workspace_bytes(int64_t V, int num_threads) const {
-  const Tiling t = tiling(V, num_threads);
+int64_t Tape<T>::workspace_bytes(const Context& ctx, int64_t V) const {
+  const Tiling t = tiling(ctx, V);
   const int64_t sweep = plan_->schedules().sweep_width * V * t.tile;
-  const int64_t per_thread = t.by_example ? num_threads * (sweep + V * plan_->num_parameters()) : sweep;
+  const int64_t per_thread = t.by_example ? ctx.num_threads * (sweep + V * plan_->num_parameters()) : sweep;
   return (per_thread + V * tangent_packed_size()) * static_cast<int64_t>(sizeof(T));
 }
 
@@ -234,21 +239,19 @@ template <class T>
 template <class Body>
 void Tape<T>::run_tiles(const Context& ctx, int64_t V, T* out, const Body& body) const {
   const Schedules& s = plan_->schedules();
-  const Tiling t = tiling(V, ctx.num_threads);
+  const Tiling t = tiling(ctx, V);
   const int64_t size = V * plan_->num_parameters();
   const int64_t workspace_size = std::max(s.sweep_width * V, s.forward_width) * t.tile;
   const int64_t num_tiles = ceil_div(N_, t.tile);
-  if (out) std::memset(out, 0, size * sizeof(T));
+  if (out) fill_zero<T>(ctx, size, out);
   if (!t.by_example || t.num_threads == 1 || num_tiles <= 1) {
     Context inner = ctx;
     if (t.by_example && num_tiles > 1) inner.num_threads = 1;
-    static thread_local Buffer<T> workspace;
-    workspace.resize(workspace_size);
+    Scratch<T> workspace(ctx, workspace_size);
     for (int64_t i = 0; i < num_tiles; ++i) body(inner, i * t.tile, std::min(t.tile, N_ - i * t.tile), workspace.data(), out);
     return;
   }
-  static thread_local Buffer<T> accumulators;  // of the calling thread: [threads, V, P]
-  if (out) accumulators.resize(t.num_threads * size);
+  Scratch<T> accumulators(ctx, out ? t.num_threads * size : 0);  // [threads, V, P]
   T* sums = accumulators.data();
   std::exception_ptr error;
 #pragma omp parallel num_threads(t.num_threads)
@@ -258,9 +261,8 @@ void Tape<T>::run_tiles(const Context& ctx, int64_t V, T* out, const Body& body)
     inner.num_threads = 1;
     T* sum = out ? sums + me * size : nullptr;
     try {
-      static thread_local Buffer<T> workspace;
-      workspace.resize(workspace_size);
-      if (out) std::memset(sum, 0, size * sizeof(T));
+      Scratch<T> workspace(inner, workspace_size);
+      if (out) fill_zero<T>(inner, size, sum);
       for (int64_t i = me; i < num_tiles; i += count) body(inner, i * t.tile, std::min(t.tile, N_ - i * t.tile), workspace.data(), sum);
     } catch (...) {
 #pragma omp critical
@@ -279,14 +281,13 @@ template <class T>
 void Tape<T>::jvp(const Context& ctx, int64_t V, const T* v, T* t_out) const {
   const int64_t C = plan_->output_width();
   const auto t_theta = slot_rows(v);
-  static thread_local Buffer<T> packed;
-  packed.resize(V * tangent_packed_size());
+  Scratch<T> packed(ctx, V * tangent_packed_size());
   const T* packed_data = packed.data();
   pack_tangents(ctx, V, t_theta, packed.data());
   run_tiles(ctx, V, nullptr, [&](const Context& inner, int64_t n0, int64_t n, T* workspace, T*) {
     tangent_tile(inner, V, n0, n, t_theta, packed_data, workspace);
     const T* t_z = workspace + plan_->schedules().output * V * n;
-    for (int64_t k = 0; k < V; ++k) std::memcpy(t_out + (k * N_ + n0) * C, t_z + k * n * C, n * C * sizeof(T));
+    copy_rows_stub<T>(inner, V, n * C, t_z, n * C, t_out + n0 * C, N_ * C, false);
   });
 }
 
@@ -295,7 +296,7 @@ void Tape<T>::vjp(const Context& ctx, int64_t V, const T* g, T* out) const {
   const int64_t C = plan_->output_width();
   run_tiles(ctx, V, out, [&](const Context& inner, int64_t n0, int64_t n, T* workspace, T* sum) {
     T* g_z = workspace + plan_->schedules().output * V * n;
-    for (int64_t k = 0; k < V; ++k) std::memcpy(g_z + k * n * C, g + (k * N_ + n0) * C, n * C * sizeof(T));
+    copy_rows_stub<T>(inner, V, n * C, g + n0 * C, N_ * C, g_z, n * C, false);
     cotangent_tile(inner, V, n0, n, slot_rows(sum), workspace);
   });
 }
@@ -303,8 +304,7 @@ void Tape<T>::vjp(const Context& ctx, int64_t V, const T* g, T* out) const {
 template <class T>
 void Tape<T>::ggn(const Context& ctx, int64_t V, const T* v, const OutputHessian<T>& h, T* out) const {
   const auto t_theta = slot_rows(v);
-  static thread_local Buffer<T> packed;
-  packed.resize(V * tangent_packed_size());
+  Scratch<T> packed(ctx, V * tangent_packed_size());
   const T* packed_data = packed.data();
   pack_tangents(ctx, V, t_theta, packed.data());
   run_tiles(ctx, V, out, [&](const Context& inner, int64_t n0, int64_t n, T* workspace, T* sum) {
@@ -319,14 +319,9 @@ std::vector<Factor<T>> Tape<T>::factors(const Context& ctx, int64_t V, const T* 
   const Schedules& s = plan_->schedules();
   const int64_t C = plan_->output_width();
   const int64_t workspace_size = s.sweep_width * V * N_;
-  // Memory that was touched before is several times faster than fresh pages; more than this is not worth holding on to.
-  static thread_local Buffer<T> held;
-  Buffer<T> own;
-  const bool hold = workspace_size * static_cast<int64_t>(sizeof(T)) <= kWholeWorkspaceBytes;
-  Buffer<T>& workspace = hold ? held : own;
-  workspace.resize(workspace_size);
-  std::memcpy(workspace.data() + s.output * V * N_, g, V * N_ * C * sizeof(T));
-  FactorSink<T> sink(storage);
+  Scratch<T> workspace(ctx, workspace_size);
+  copy<T>(ctx, V * N_ * C, g, workspace.data() + s.output * V * N_);
+  FactorSink<T> sink(ctx, storage);
   for (const CotangentStep& step : s.cotangent) {
     Sweep sweep(*this, ctx, step.node, V, 0, N_);
     const Rule<T>& rule = plan_->rule(step.node);

@@ -3,7 +3,7 @@
 // Products run by one of two schedules (the same plan, rules and numbers up to the order of sums over examples):
 //   by example   each thread takes tiles of examples whose whole state fits its cache through all steps, alone, into its own accumulator
 //   by operator  one tile at a time, all threads inside each kernel, one accumulator
-// Both are deterministic for a given number of threads.
+// Both are deterministic for a given number of threads. A device runs by operator: its threads are inside its kernels.
 #pragma once
 
 #include <cstdint>
@@ -29,7 +29,7 @@ template <class T>
 class Tape {
  public:
   // `inputs`: one array [N, width] per plan input; must outlive the tape.
-  Tape(std::shared_ptr<const Plan<T>> plan, int64_t N, std::vector<const T*> inputs);
+  Tape(const Context& ctx, std::shared_ptr<const Plan<T>> plan, int64_t N, std::vector<const T*> inputs);
 
   // The same number of other examples; linearize is to follow.
   void rebind(std::vector<const T*> inputs) { inputs_ = std::move(inputs); }
@@ -42,9 +42,9 @@ class Tape {
   const T* outputs() const { return value(plan_->output(), 0); }  // [N, C]
 
   void set_schedule(ScheduleChoice choice) { choice_ = choice; }
-  Tiling tiling(int64_t V, int num_threads) const;
+  Tiling tiling(const Context& ctx, int64_t V) const;
   int64_t cached_bytes() const;
-  int64_t workspace_bytes(int64_t V, int num_threads) const;  // of one product onto V vectors, beyond operand and result
+  int64_t workspace_bytes(const Context& ctx, int64_t V) const;  // of one product onto V vectors, beyond operand and result
 
   void jvp(const Context& ctx, int64_t V, const T* v, T* t_out) const;                           // [V, P] -> [V, N, C]
   void vjp(const Context& ctx, int64_t V, const T* g, T* out) const;                             // [V, N, C] -> [V, P], summed over N

@@ -173,7 +173,7 @@ int threads_for(const Context& ctx, const Attention<T>& a) {
 template <class T, class Body>
 void for_items(const Context& ctx, const Attention<T>& a, const Body& body) {
   const int threads = threads_for(ctx, a);
-  const int64_t size = attention_scratch_size(a), items = a.n * a.key_heads;
+  const int64_t size = attention_thread_scratch_size(a), items = a.n * a.key_heads;
   if (threads <= 1) {
     for (int64_t i = 0; i < items; ++i) body(i / a.key_heads, i % a.key_heads, a.scratch);
     return;
@@ -311,7 +311,7 @@ void attention_vjp(const Context& ctx, const Attention<T>& a, const T* g_o, cons
   }
   // Items may share elements of the mask: threads take right-hand sides.
   const int threads = threads_for(ctx, a);
-  const int64_t size = attention_scratch_size(a);
+  const int64_t size = attention_thread_scratch_size(a);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t i = 0; i < a.V; ++i) {
     T* mask = g.mask + i * g.mask_stride;

@@ -66,7 +66,7 @@ void batched_matmul(const Context& ctx, const BatchedMatmul<T>& given) {
     p.c = given.c.transposed();
   }
   const int threads = p.V * p.n * p.M * p.N * p.K < 65536 ? 1 : ctx.num_threads;
-  const Context alone{ctx.device, 1, ctx.stream};
+  const Context alone{.num_threads = 1};
   if (threads > 1 && p.c.n_stride != 0 && p.n >= threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t n = 0; n < p.n; ++n) example(alone, p, 0, p.V, n);

@@ -286,7 +286,7 @@ void gemm(const Context& ctx, const Gemm<T>& g) {
     if (terms[t].K == 0 || terms[t].packed) continue;
     const int64_t num = terms[t].b_batch ? g.V : 1;
     const int64_t size = gemm_packed_size<T>(terms[t].K, g.N);
-    gemm_pack<T>(Context{Device::cpu, threads, nullptr}, num, terms[t].K, g.N, terms[t].b, terms[t].b_batch, terms[t].b_row, terms[t].b_col, packed);
+    gemm_pack<T>(Context{.num_threads = threads}, num, terms[t].K, g.N, terms[t].b, terms[t].b_batch, terms[t].b_row, terms[t].b_col, packed);
     terms[t].packed = packed;
     terms[t].packed_batch = terms[t].b_batch ? size : 0;
     packed += num * size;

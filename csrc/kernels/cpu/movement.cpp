@@ -188,16 +188,17 @@ void index_gather(const Context& ctx, int64_t rows, int64_t size, const int64_t*
 }
 
 template <class T>
-void index_scatter(const Context& ctx, int64_t rows, int64_t size, const int64_t* index, const T* y, int64_t y_ld, T* x, int64_t x_ld, int64_t width,
-                   bool accumulate) {
-  const int threads = threads_for(ctx, rows * size);
+void index_scatter(const Context& ctx, int64_t rows, int64_t width, const int64_t* begin, const int64_t* sources, const T* y, int64_t y_ld, T* x,
+                   int64_t x_ld, bool accumulate) {
+  const int threads = threads_for(ctx, rows * width);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t r = 0; r < rows; ++r) {
     const T* from = y + r * y_ld;
     T* to = x + r * x_ld;
-    if (!accumulate) std::memset(to, 0, width * sizeof(T));
-    for (int64_t j = 0; j < size; ++j) {
-      if (index[j] >= 0) to[index[j]] += from[j];
+    for (int64_t i = 0; i < width; ++i) {
+      T sum = accumulate ? to[i] : T(0);
+      for (int64_t k = begin[i]; k < begin[i + 1]; ++k) sum += from[sources[k]];
+      to[i] = sum;
     }
   }
 }

@@ -1,0 +1,142 @@
+// The CUDA language on a CPU, as far as kernels/cuda uses it: every thread of a block is a fiber that runs until it ends or waits at a barrier.
+//
+// Slow and exact. What it finds: wrong indices, arithmetic, launch sizes, barriers that not all threads reach, reads of memory nobody wrote (device
+// memory and dynamic shared memory start as NaN). With INFL_EMULATION_ORDER=reversed threads and blocks run in the opposite order, so a missing
+// barrier, or blocks that depend on each other, show as results that differ.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "common/dispatch.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __shared__ static thread_local
+#define __launch_bounds__(...)
+#define __align__(n) alignas(n)
+#define INFL_DYNAMIC_SHARED(T, name) T* name = static_cast<T*>(::infl::emulation::dynamic_shared())
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(16) double2 {
+  double x, y;
+};
+struct alignas(16) int4 {
+  int x, y, z, w;
+};
+
+namespace infl::emulation {
+
+struct Place {
+  dim3 thread, block;
+};
+
+// Of the running thread.
+const Place& here();
+const dim3& block_shape();
+const dim3& grid_shape();
+void* dynamic_shared();
+
+void block_barrier();
+void warp_barrier();
+
+// 8 bytes of each lane of the running warp; meaningful between two warp barriers.
+uint64_t& exchange(int lane);
+int lane();
+bool is_alive(int lane);
+
+void launch(const char* who, dim3 blocks, dim3 threads, size_t shared, const std::function<void()>& kernel);
+
+template <class T>
+T shuffle(T value, int from) {
+  static_assert(sizeof(T) <= sizeof(uint64_t));
+  std::memcpy(&exchange(lane()), &value, sizeof(T));
+  warp_barrier();
+  T result = value;
+  if (from >= 0 && from < 32 && is_alive(from)) std::memcpy(&result, &exchange(from), sizeof(T));
+  warp_barrier();
+  return result;
+}
+
+// The kernels of this library, for the table it exports.
+std::vector<DeviceKernel>& kernels();
+
+}  // namespace infl::emulation
+
+#define threadIdx (::infl::emulation::here().thread)
+#define blockIdx (::infl::emulation::here().block)
+#define blockDim (::infl::emulation::block_shape())
+#define gridDim (::infl::emulation::grid_shape())
+#define __syncthreads() ::infl::emulation::block_barrier()
+#define __syncwarp(...) ::infl::emulation::warp_barrier()
+
+template <class T>
+T __shfl_sync(unsigned, T value, int from, int width = 32) {
+  return ::infl::emulation::shuffle(value, ::infl::emulation::lane() / width * width + from % width);
+}
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  return ::infl::emulation::shuffle(value, ::infl::emulation::lane() ^ mask);
+}
+template <class T>
+T __shfl_down_sync(unsigned, T value, unsigned step) {
+  return ::infl::emulation::shuffle(value, ::infl::emulation::lane() + static_cast<int>(step));
+}
+template <class T>
+T __shfl_up_sync(unsigned, T value, unsigned step) {
+  return ::infl::emulation::shuffle(value, ::infl::emulation::lane() - static_cast<int>(step));
+}
+template <class T>
+T __ldg(const T* p) {
+  return *p;
+}
+// Blocks and threads run one at a time, so nothing interferes.
+template <class T>
+T atomicAdd(T* p, T value) {
+  const T before = *p;
+  *p += value;
+  return before;
+}
+template <class T>
+T atomicMax(T* p, T value) {
+  const T before = *p;
+  if (value > before) *p = value;
+  return before;
+}
+
+#define INFL_REGISTER_CUDA(stub, fn)                                                                                                          \
+  [[maybe_unused]] static const bool INFL_CONCAT(fn, _is_registered) = [] {                                                                   \
+    ::infl::stub<float>.set_cuda(&fn<float>);                                                                                                 \
+    ::infl::stub<double>.set_cuda(&fn<double>);                                                                                               \
+    ::infl::emulation::kernels().push_back(                                                                                                   \
+        {::infl::stub<float>.name(), reinterpret_cast<::infl::AnyFunction>(&fn<float>), reinterpret_cast<::infl::AnyFunction>(&fn<double>)}); \
+    return true;                                                                                                                              \
+  }();
+
+namespace infl::cuda {
+
+template <class... Parameters, class... Arguments>
+void launch(const Context&, const char* who, void (*kernel)(Parameters...), dim3 blocks, dim3 threads, size_t shared, Arguments... arguments) {
+  emulation::launch(who, blocks, threads, shared, [&] { kernel(static_cast<Parameters>(arguments)...); });
+}
+
+}  // namespace infl::cuda

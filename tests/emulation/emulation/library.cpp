@@ -1,0 +1,263 @@
+// Fibers for the threads of a block, memory and matrix products of the emulated device, and the table that the extension loads.
+#include <cstdlib>
+#include <memory>
+
+#include "common/device_library.h"
+#include "emulation/cuda.h"
+
+namespace infl::emulation {
+
+namespace {
+
+// swap_stacks(save, load): keeps the registers that a call must keep on the running stack, stores its top in *save, and goes on where `load` stood.
+extern "C" void infl_swap_stacks(void** save, void* load);
+#if defined(__x86_64__)
+asm(R"(
+.text
+.type infl_swap_stacks, @function
+infl_swap_stacks:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size infl_swap_stacks, . - infl_swap_stacks
+)");
+#elif defined(__aarch64__)
+asm(R"(
+.text
+.type infl_swap_stacks, @function
+infl_swap_stacks:
+  sub sp, sp, #160
+  stp x19, x20, [sp, #0]
+  stp x21, x22, [sp, #16]
+  stp x23, x24, [sp, #32]
+  stp x25, x26, [sp, #48]
+  stp x27, x28, [sp, #64]
+  stp x29, x30, [sp, #80]
+  stp d8, d9, [sp, #96]
+  stp d10, d11, [sp, #112]
+  stp d12, d13, [sp, #128]
+  stp d14, d15, [sp, #144]
+  mov x2, sp
+  str x2, [x0]
+  mov sp, x1
+  ldp x19, x20, [sp, #0]
+  ldp x21, x22, [sp, #16]
+  ldp x23, x24, [sp, #32]
+  ldp x25, x26, [sp, #48]
+  ldp x27, x28, [sp, #64]
+  ldp x29, x30, [sp, #80]
+  ldp d8, d9, [sp, #96]
+  ldp d10, d11, [sp, #112]
+  ldp d12, d13, [sp, #128]
+  ldp d14, d15, [sp, #144]
+  add sp, sp, #160
+  ret
+.size infl_swap_stacks, . - infl_swap_stacks
+)");
+#else
+#error "the emulation switches stacks on x86-64 and AArch64 only"
+#endif
+
+constexpr size_t kStackBytes = 64 << 10;
+
+enum class State { ready, at_block_barrier, at_warp_barrier, done };
+
+struct Fiber {
+  std::unique_ptr<unsigned char[]> stack{new unsigned char[kStackBytes]};
+  void* top = nullptr;
+  Place place;
+  State state = State::ready;
+};
+
+struct Block {
+  dim3 shape, grid;
+  std::vector<Fiber> fibers;
+  int count = 0;  // threads of the block in hand
+  int running = 0;
+  void* scheduler = nullptr;
+  const std::function<void()>* kernel = nullptr;
+  std::vector<uint64_t> exchanged;
+  std::vector<unsigned char> shared;
+};
+
+thread_local Block block;
+
+Fiber& current() { return block.fibers[block.running]; }
+
+void leave(State state) {
+  Fiber& fiber = current();
+  fiber.state = state;
+  infl_swap_stacks(&fiber.top, block.scheduler);
+}
+
+void fiber_main() {
+  for (;;) {
+    (*block.kernel)();
+    leave(State::done);
+  }
+}
+
+void prepare(Fiber& fiber) {
+  // As if it had been left at the start of fiber_main.
+  auto top = reinterpret_cast<uintptr_t>(fiber.stack.get() + kStackBytes) & ~uintptr_t{15};
+#if defined(__x86_64__)
+  auto* frame = reinterpret_cast<void**>(top) - 2;  // where a call leaves the stack: 8 bytes off a multiple of 16
+  *frame = reinterpret_cast<void*>(&fiber_main);
+  fiber.top = frame - 6;
+#else
+  auto* frame = reinterpret_cast<void**>(top - 160);
+  frame[11] = reinterpret_cast<void*>(&fiber_main);
+  fiber.top = frame;
+#endif
+}
+
+bool reversed() {
+  static const bool value = [] {
+    const char* order = std::getenv("INFL_EMULATION_ORDER");
+    return order != nullptr && std::string(order) == "reversed";
+  }();
+  return value;
+}
+
+void resume(int index) {
+  block.running = index;
+  infl_swap_stacks(&block.scheduler, current().top);
+}
+
+[[noreturn]] void stuck(const char* who, const std::string& what) { throw std::runtime_error(std::string(who) + ": " + what + "."); }
+
+// Runs the lanes of one warp until all have ended or wait for the block.
+void run_warp(const char* who, int begin, int end) {
+  for (;;) {
+    for (int k = begin; k < end; ++k) {
+      const int i = reversed() ? begin + end - 1 - k : k;
+      if (block.fibers[i].state == State::ready) resume(i);
+    }
+    int at_warp = 0, at_block = 0;
+    for (int i = begin; i < end; ++i) {
+      at_warp += block.fibers[i].state == State::at_warp_barrier;
+      at_block += block.fibers[i].state == State::at_block_barrier;
+    }
+    if (at_warp == 0) return;
+    if (at_block > 0) stuck(who, "lanes of one warp wait at a warp's and at the block's barrier");
+    for (int i = begin; i < end; ++i) {
+      if (block.fibers[i].state == State::at_warp_barrier) block.fibers[i].state = State::ready;
+    }
+  }
+}
+
+void run_block(const char* who) {
+  for (int i = 0; i < block.count; ++i) block.fibers[i].state = State::ready;
+  const int warps = (block.count + 31) / 32;
+  for (;;) {
+    for (int k = 0; k < warps; ++k) {
+      const int w = reversed() ? warps - 1 - k : k;
+      run_warp(who, w * 32, std::min(block.count, w * 32 + 32));
+    }
+    bool waiting = false;
+    for (int i = 0; i < block.count; ++i) waiting = waiting || block.fibers[i].state == State::at_block_barrier;
+    if (!waiting) return;
+    for (int i = 0; i < block.count; ++i) {
+      if (block.fibers[i].state == State::at_block_barrier) block.fibers[i].state = State::ready;
+    }
+  }
+}
+
+class HostRuntime final : public DeviceRuntime {
+ public:
+  void* allocate(int64_t bytes, void*) override {
+    void* p = std::aligned_alloc(256, static_cast<size_t>((bytes + 255) / 256 * 256));
+    if (p == nullptr) throw std::runtime_error("emulation: expected " + std::to_string(bytes) + " bytes of memory, got none.");
+    std::memset(p, 0xff, static_cast<size_t>(bytes));  // NaN
+    return p;
+  }
+  void release(void* p) noexcept override { std::free(p); }
+  void upload(void* to, const void* from, int64_t bytes, void*) override { std::memcpy(to, from, static_cast<size_t>(bytes)); }
+  void download(void* to, const void* from, int64_t bytes, void*) override { std::memcpy(to, from, static_cast<size_t>(bytes)); }
+  void multiply(const MatrixProduct<float>& p, Precision, void*) override { product(p); }
+  void multiply(const MatrixProduct<double>& p, Precision, void*) override { product(p); }
+
+ private:
+  template <class T>
+  static void product(const MatrixProduct<T>& p) {
+    for (int64_t i = 0; i < p.batch; ++i) {
+      const T *a = p.a + i * p.a_batch, *b = p.b + i * p.b_batch;
+      for (int64_t m = 0; m < p.M; ++m) {
+        for (int64_t n = 0; n < p.N; ++n) {
+          T sum = 0;
+          for (int64_t k = 0; k < p.K; ++k) {
+            sum += (p.a_transposed ? a[k * p.lda + m] : a[m * p.lda + k]) * (p.b_transposed ? b[n * p.ldb + k] : b[k * p.ldb + n]);
+          }
+          T& c = p.c[i * p.c_batch + m * p.ldc + n];
+          c = p.accumulate ? c + sum : sum;
+        }
+      }
+    }
+  }
+};
+
+}  // namespace
+
+const Place& here() { return current().place; }
+const dim3& block_shape() { return block.shape; }
+const dim3& grid_shape() { return block.grid; }
+void* dynamic_shared() { return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(block.shared.data()) + 15) & ~uintptr_t{15}); }
+void block_barrier() { leave(State::at_block_barrier); }
+void warp_barrier() { leave(State::at_warp_barrier); }
+uint64_t& exchange(int lane) { return block.exchanged[block.running / 32 * 32 + lane]; }
+int lane() { return block.running % 32; }
+bool is_alive(int lane) {
+  const int i = block.running / 32 * 32 + lane;
+  return i < block.count && block.fibers[i].state != State::done;
+}
+
+void launch(const char* who, dim3 blocks, dim3 threads, size_t shared, const std::function<void()>& kernel) {
+  block.count = static_cast<int>(threads.x * threads.y * threads.z);
+  if (block.count < 1 || block.count > 1024) stuck(who, "expected 1 to 1024 threads a block, got " + std::to_string(block.count));
+  if (shared > (227 << 10)) stuck(who, "expected at most 227 KB of shared memory, got " + std::to_string(shared) + " bytes");
+  if (blocks.x < 1 || blocks.y < 1 || blocks.z < 1 || blocks.y > 65535 || blocks.z > 65535) stuck(who, "grid out of range");
+  block.shape = threads;
+  block.grid = blocks;
+  block.kernel = &kernel;
+  block.exchanged.resize((block.count + 31) / 32 * 32);
+  while (static_cast<int>(block.fibers.size()) < block.count) {
+    block.fibers.emplace_back();
+    prepare(block.fibers.back());
+  }
+  const uint64_t total = uint64_t{blocks.x} * blocks.y * blocks.z;
+  for (uint64_t k = 0; k < total; ++k) {
+    const uint64_t b = reversed() ? total - 1 - k : k;
+    block.shared.assign(shared + 16, 0xff);
+    for (int i = 0; i < block.count; ++i) {
+      Place& place = block.fibers[i].place;
+      place.block = {static_cast<unsigned>(b % blocks.x), static_cast<unsigned>(b / blocks.x % blocks.y),
+                     static_cast<unsigned>(b / blocks.x / blocks.y)};
+      place.thread = {i % threads.x, i / threads.x % threads.y, i / threads.x / threads.y};
+    }
+    run_block(who);
+  }
+}
+
+std::vector<DeviceKernel>& kernels() {
+  static std::vector<DeviceKernel> all;
+  return all;
+}
+
+}  // namespace infl::emulation
+
+extern "C" __attribute__((visibility("default"))) infl::DeviceLibrary influence_ext_device_library() {
+  static infl::emulation::HostRuntime runtime;
+  return {&runtime, infl::emulation::kernels().data(), static_cast<int64_t>(infl::emulation::kernels().size())};
+}

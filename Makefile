@@ -24,7 +24,12 @@ SAY := printf '\033[1m==>\033[0m %s\n'
 SOURCES := $(shell find csrc -type d -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 CPP_FILES := $(shell find csrc tests/emulation -name "*.cpp" -o -name "*.h" -o -name "*.cu")
 
-.PHONY: help demo test test-all bench bench-micro lint format clean
+CUDA_ARCHITECTURES ?= 80 90a 100
+CUDA_OBJECTS := $(patsubst csrc/kernels/cuda/%.cu,build/cuda/%.o,$(wildcard csrc/kernels/cuda/*.cu))
+CUDA_VENV ?= .venv-cuda
+CUDA_TORCH ?= torch==2.11.0
+
+.PHONY: help demo test test-all bench bench-micro cuda-compile cuda-build gpu lint format clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -44,6 +49,19 @@ bench: $(DONE)/extension $(DONE)/bench ## against torch.func, torch.compile and 
 
 bench-micro: $(DONE)/extension $(DONE)/bench ## single operations under pytest-benchmark
 	@$(PY) -m pytest -q bench/micro.py --benchmark-only $(ARGS)
+
+cuda-compile: $(CUDA_OBJECTS) ## nvcc alone over all kernels, for CUDA_ARCHITECTURES (80 90a 100): no GPU, no torch
+	@$(SAY) "$(words $(CUDA_OBJECTS)) files of CUDA kernels compiled for sm: $(CUDA_ARCHITECTURES)"
+
+build/cuda/%.o: csrc/kernels/cuda/%.cu $(shell find csrc -name '*.h')
+	@mkdir -p build/cuda
+	@nvcc -std=c++20 -O3 -Icsrc -Werror all-warnings $(foreach a,$(CUDA_ARCHITECTURES),-gencode arch=compute_$(a),code=sm_$(a)) -c $< -o $@
+
+cuda-build: ## the extension against a CUDA build of torch in CUDA_VENV (gigabytes; needs nvcc, no GPU), imported at the end
+	@bash tools/cuda_build.sh $(CUDA_VENV) "$(CUDA_TORCH)"
+
+gpu: ## on a machine with a GPU and torch: build, device tests, compute-sanitizer, benchmark (the machine's own Python; no network)
+	@PYTHON=$(PYTHON) bash tools/gpu.sh $(ARGS)
 
 lint: $(DONE)/test $(DONE)/lint ## ruff, mypy, clang-format (mypy reads the types of the demo's and the tests' packages)
 	@$(SAY) "ruff" && $(PY) -m ruff check --quiet . && $(PY) -m ruff format --quiet --check .

@@ -125,7 +125,7 @@ def extension() -> CppExtension:
         name="influence_ext._C",
         sources=sources,
         include_dirs=[str(CSRC)],
-        libraries=["dl", "cublas"],
+        libraries=["dl"],  # cuBLAS comes with libtorch_cuda; torch's wheels hold no file that the linker could name
         extra_compile_args={
             "cxx": [*CXX_FLAGS, "-DINFL_WITH_CUDA"],
             "nvcc": ["-std=c++20", "-O3", "-DINFL_WITH_CUDA"],
@@ -139,7 +139,7 @@ class build_ext(BuildExtension):
 
     def finalize_options(self) -> None:
         super().finalize_options()
-        self.build_temp = str(ROOT / "build" / "temp")
+        self.build_temp = str(ROOT / "build" / ("temp-cuda" if cuda_wanted() else "temp"))
 
 
 setup(ext_modules=[extension()], cmdclass={"build_ext": build_ext})

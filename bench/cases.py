@@ -39,6 +39,11 @@ class Problem:
     def loss_fn(self) -> Callable[[Tensor, Tensor], Tensor]:
         return LOSSES[self.loss]
 
+    def on(self, device: torch.device) -> Problem:
+        """The same problem in the memory of ``device``."""
+        model = copy.deepcopy(self.model).to(device)
+        return replace(self, model=model, X=self.X.to(device), y=self.y.to(device), vectors=self.vectors.to(device))
+
     def to(self, dtype: torch.dtype) -> Problem:
         """The same problem, rounded to or extended from its float32 or float64 numbers."""
         y = self.y.to(dtype) if self.y.is_floating_point() else self.y
@@ -151,7 +156,7 @@ def reference(case: Case, problem: Problem) -> Tensor:
 
 def error(case: Case, problem: Problem, answer: Tensor, expected: Tensor) -> float:
     """Relative Frobenius error; for ``solve`` the largest relative residual over the right-hand sides."""
-    answer = answer.double()
+    answer = answer.double().to(expected.device)
     if answer.shape != expected.shape:
         raise ValueError(f"{case.name}: expected an answer of shape {list(expected.shape)}, got {list(answer.shape)}")
     if case.quantity == "solve":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -43,19 +44,30 @@ class Floor:
     seconds: float
 
 
-def measure_rates(dtype: torch.dtype = torch.float32, sizes: tuple[int, ...] = (1024, 2048), seconds: float = 0.4) -> Rates:
-    """Best of ``at::mm`` and, where this torch has it, oneDNN, over square matrices."""
+CPU = torch.device("cpu")
+
+
+def waiter(device: torch.device) -> Callable[[], None]:
+    """What returns when the device has done what it was given."""
+    return partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+
+
+def measure_rates(
+    dtype: torch.dtype = torch.float32, sizes: tuple[int, ...] = (), seconds: float = 0.4, device: torch.device = CPU
+) -> Rates:
+    """Best of ``at::mm`` and, where this torch has it, oneDNN, over square matrices, in the full precision of ``dtype``."""
     best, route = 0.0, ""
-    for size in sizes:
-        a, b, bias = torch.randn(size, size, dtype=dtype), torch.randn(size, size, dtype=dtype), torch.zeros(size, dtype=dtype)
-        out = torch.empty(size, size, dtype=dtype)
+    wait = waiter(device)
+    for size in sizes or ((1024, 2048) if device.type == "cpu" else (4096, 8192)):
+        a, b = torch.randn(2, size, size, dtype=dtype, device=device)
+        bias, out = torch.zeros(size, dtype=dtype, device=device), torch.empty(size, size, dtype=dtype, device=device)
         for name, product in _routes(a, b, bias, out).items():
-            rate = 2 * size**3 / fastest(product, seconds)
+            rate = 2 * size**3 / fastest(product, seconds, wait)
             if rate > best:
                 best, route = rate, f"{name} {size}³"
-    source, target = torch.ones(2**26, dtype=torch.float32), torch.empty(2**26, dtype=torch.float32)
-    copy = 2 * source.nbytes / fastest(lambda: target.copy_(source), seconds)
-    write = target.nbytes / fastest(lambda: target.fill_(1.0), seconds)
+    source, target = torch.ones(2**26, device=device), torch.empty(2**26, device=device)
+    copy = 2 * source.nbytes / fastest(lambda: target.copy_(source), seconds, wait)
+    write = target.nbytes / fastest(lambda: target.fill_(1.0), seconds, wait)
     return Rates(best, route, copy, write)
 
 
@@ -64,18 +76,20 @@ def _routes(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor, out: torch.Ten
         "at::mm": lambda: torch.mm(a, b, out=out),
         "F.linear": lambda: F.linear(a, b, bias),
     }
-    if torch.backends.mkldnn.is_available() and a.dtype == torch.float32:
+    if a.device.type == "cpu" and torch.backends.mkldnn.is_available() and a.dtype == torch.float32:
         routes["oneDNN"] = lambda: torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
     return routes
 
 
-def fastest(function: Callable[[], object], seconds: float) -> float:
+def fastest(function: Callable[[], object], seconds: float, wait: Callable[[], None] = lambda: None) -> float:
     """The shortest of as many calls as fit into ``seconds``, at least three: a rate is what the machine can do at its best."""
     function()
+    wait()
     times: list[float] = []
     while len(times) < 3 or sum(times) < seconds:
         start = time.perf_counter()
         function()
+        wait()
         times.append(time.perf_counter() - start)
     return min(times)
 

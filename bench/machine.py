@@ -10,6 +10,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import torch
+
 PACKAGES = ("torch", "numpy", "curvlinops-for-pytorch", "influence-ext")
 
 
@@ -36,10 +38,12 @@ def machine_name() -> str:
     return slug(cpu_model(), num_cores())
 
 
-def description() -> dict[str, Any]:
+def description(device: torch.device) -> dict[str, Any]:
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
-        "name": machine_name(),
+        "name": re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") if gpu else machine_name(),
         "cpu": cpu_model(),
+        "gpu": gpu,
         "cores": num_cores(),
         "system": f"{platform.system()} {platform.machine()}",
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,

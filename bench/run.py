@@ -23,7 +23,7 @@ import torch
 
 from bench import machine, memory
 from bench.cases import Case, error, reference, select
-from bench.floor import Rates, floor, measure_rates
+from bench.floor import Rates, floor, measure_rates, waiter
 from bench.peers import Call, Contender, contenders
 from bench.timing import interleave
 
@@ -46,19 +46,19 @@ def main(argv: list[str] | None = None) -> int:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", "-m", "bench.run", *(sys.argv[1:] if argv is None else argv)]),
         "commit": machine.commit(ROOT),
-        "machine": machine.description(),
+        "machine": machine.description(args.device),
         "versions": machine.versions(),
         "threads": torch.get_num_threads(),
         "seed": args.seed,
     }
-    rates = measure_rates(**({"sizes": (64,), "seconds": 0.01} if args.smoke else {}))
+    rates = measure_rates(device=args.device, **({"sizes": (64,), "seconds": 0.01} if args.smoke else {}))
     say = (lambda text: print(text, file=sys.stderr)) if args.json else print
     say(describe(header, rates))
     path = Path(args.out) if args.out else RESULTS / header["machine"]["name"] / "results.jsonl"
     failed = False
     for case in cases:
         if not args.smoke:
-            rates = rates.best(measure_rates(seconds=0.1))
+            rates = rates.best(measure_rates(seconds=0.1, device=args.device))
         record = header | {"rates": asdict(rates)} | run_case(case, rates, args)
         failed |= any(c["ours"] and c["failure"] for c in record["contenders"])
         say(summary(record))
@@ -81,20 +81,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=20.0, help="time for all turns of a case (default 20)")
     parser.add_argument("--threads", type=int, default=0, help="torch threads (default: torch's own choice)")
     parser.add_argument("--seed", type=int, default=0, help="of networks, data and vectors (default 0)")
-    parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
+    parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory (of the CPU alone)")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--device", type=torch.device, default="cpu", help="where data and networks lie: cpu (default), cuda, cuda:1")
     parser.add_argument("--out", help="file to append to (default bench/results/<machine>/results.jsonl)")
     parser.add_argument("--json", action="store_true", help="print the records on stdout, everything else on stderr")
     args = parser.parse_args(argv)
     if args.seconds <= 0:
         parser.error("--seconds must be positive")
+    if args.device.type not in ("cpu", "cuda") or (args.device.type == "cuda" and not torch.cuda.is_available()):
+        parser.error(f"expected --device cpu, or cuda where torch sees a GPU, got {args.device}")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # peers compute in full precision too
     return args
 
 
 def run_case(case: Case, rates: Rates, args: argparse.Namespace) -> dict[str, Any]:
     """Verify, time and weigh the contenders of one case."""
     torch._dynamo.reset()
-    problem = case.problem(args.seed)
+    problem = case.problem(args.seed).on(args.device)
     expected = reference(case, problem)
     calls: dict[str, Call] = {}
     rows: dict[str, dict[str, Any]] = {}
@@ -108,11 +112,12 @@ def run_case(case: Case, rates: Rates, args: argparse.Namespace) -> dict[str, An
             row["failure"] = f"{type(problem_found).__name__}: {str(problem_found).strip().splitlines()[0]}"
     del expected
     if calls:
-        timings = interleave(calls, seconds=args.seconds, **({"min_sample": 0.0, "max_rounds": 5} if args.smoke else {}))
+        short = {"min_sample": 0.0, "max_rounds": 5} if args.smoke else {}
+        timings = interleave(calls, seconds=args.seconds, wait=waiter(args.device), **short)
         for name, timing in timings.items():
             rows[name] |= asdict(timing)
     calls.clear()
-    if not (args.no_memory or args.smoke):
+    if not (args.no_memory or args.smoke or args.device.type != "cpu"):
         for name, row in rows.items():
             if row["failure"] is None:
                 row["peak_bytes"] = weighed(case, name, args.seed)

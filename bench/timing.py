@@ -31,6 +31,7 @@ def interleave(
     min_rounds: int = 5,
     max_rounds: int = 40,
     clock: Callable[[], float] = time.perf_counter,
+    wait: Callable[[], None] = lambda: None,
 ) -> dict[str, Timing]:
     """Time the calls in turn, A B C A B C ..., for about ``seconds`` altogether.
 
@@ -41,11 +42,12 @@ def interleave(
         min_rounds: Fewest turns each.
         max_rounds: Most turns each.
         clock: The time source.
+        wait: Returns when what the calls have started is done; asked once before and after each turn.
     """
     repeats: dict[str, int] = {}
     round_seconds = 0.0
     for name, call in calls.items():
-        duration = max(_time(call, 1, clock), 1e-7)
+        duration = max(_time(call, 1, clock, wait), 1e-7)
         repeats[name] = max(1, math.ceil(min_sample / duration))
         round_seconds += duration * repeats[name]
     rounds = min(max_rounds, max(min_rounds, round(seconds / round_seconds)))
@@ -55,7 +57,7 @@ def interleave(
     try:
         for _ in range(rounds):
             for name, call in calls.items():
-                samples[name].append(_time(call, repeats[name], clock) / repeats[name])
+                samples[name].append(_time(call, repeats[name], clock, wait) / repeats[name])
             gc.collect()
     finally:
         if collecting:
@@ -68,8 +70,10 @@ def summarise(values: list[float], calls_per_sample: int) -> Timing:
     return Timing(median, q1, q3, min(values), len(values), calls_per_sample)
 
 
-def _time(call: Callable[[], Any], repeats: int, clock: Callable[[], float]) -> float:
+def _time(call: Callable[[], Any], repeats: int, clock: Callable[[], float], wait: Callable[[], None]) -> float:
+    wait()
     start = clock()
     for _ in range(repeats):
         call()
+    wait()
     return clock() - start

@@ -1,7 +1,7 @@
 """The CUDA kernels on a CPU: ``csrc/kernels/cuda`` compiled as C++ over ``emulation/cuda.h`` and installed into the extension.
 
-``with emulated_device():`` every plan made inside runs the device's kernels on CPU tensors, one thread at a time. What a GPU adds (speed, its memory
-model, the vendor's matrix product) is not tested by it; indices, arithmetic, launch sizes, barriers and uninitialised reads are.
+``with emulated_device():`` every plan made inside runs the device's kernels on CPU tensors, one thread at a time. What a GPU adds (speed,
+its memory model, the vendor's matrix product) is not tested by it; indices, arithmetic, launch sizes, barriers, uninitialised reads are.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BUILD = ROOT / "build" / "emulation"
 
 _RULES = """
 cxx = {cxx}
-flags = -std=c++20 -O1 -g0 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-unknown-pragmas -DINFL_EMULATED_CUDA -I{root}/csrc -I{root}/tests/emulation
+flags = -std=c++20 -O1 -g0 -fPIC -fvisibility=hidden -Wall -Wextra -DINFL_EMULATED_CUDA -I{root}/csrc -I{root}/tests/emulation
 rule compile
   command = $cxx $flags -MMD -MF $out.d -x c++ -c $in -o $out
   depfile = $out.d
@@ -35,7 +35,8 @@ rule link
 
 def sources() -> list[Path]:
     """The kernels of the device, and what they run on."""
-    return [*sorted((ROOT / "csrc/kernels/cuda").glob("*.cu")), ROOT / "tests/emulation/emulation/library.cpp", ROOT / "csrc/common/context.cpp"]
+    kernels = sorted((ROOT / "csrc/kernels/cuda").glob("*.cu"))
+    return [*kernels, ROOT / "tests/emulation/emulation/library.cpp", ROOT / "csrc/common/context.cpp"]
 
 
 @cache

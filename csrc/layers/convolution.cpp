@@ -8,7 +8,7 @@
 //   vjp_input    g_x = convᵀ(g_y, W)
 //   vjp_params   g_W += Σ_n Σ_q g_y[o, q] x[c, ...],  g_b += Σ_n Σ_q g_y
 //   per_example  W: outer products of g_y and the columns of x if there are few positions, else dense;  b: dense
-//   tape         x if W is differentiated; W packed both ways, shared by all tiles
+//   tape         x if W is differentiated, prepared as the kernels read it unless `transposed`; W packed both ways, shared by all tiles
 #include "kernels/convolution.h"
 #include "kernels/convolution_weights.h"
 #include "kernels/movement.h"
@@ -23,10 +23,11 @@ class ConvolutionRule final : public Rule<T> {
   Storage storage(const Node& node) const override {
     check(node);
     const Shape s(node);
-    return {.keeps_input = {node.is_trainable(0)},
-            .state_widths = {},
-            .packed_size = convolution_packed_size(s.conv, false) + convolution_packed_size(s.conv, true),
-            .tangent_packed_size = node.is_trainable(0) ? convolution_packed_size(s.conv, s.transposed) : 0};
+    Storage storage{.keeps_input = {node.is_trainable(0) && s.transposed}, .state_widths = {}};
+    if (prepares(node, s)) storage.state_widths = {s.images * prepared_size(s)};
+    storage.packed_size = convolution_packed_size(s.conv, false) + convolution_packed_size(s.conv, true);
+    if (node.is_trainable(0)) storage.tangent_packed_size = convolution_packed_size(s.conv, s.transposed);
+    return storage;
   }
 
   bool fuses_scale() const override { return true; }
@@ -45,7 +46,9 @@ class ConvolutionRule final : public Rule<T> {
   void forward(const Tile<T>& tile, T* y) const override {
     const Shape s(tile.node);
     ConvolutionProduct<T> p = product(s, tile, s.transposed, 1, y);
-    p.terms[0] = {tile.x[0], 0, packed(s, tile, s.transposed), 0};
+    if (prepares(tile.node, s)) convolution_prepare_stub<T>(tile.ctx, s.conv, p.n, tile.x[0], tile.state[0]);
+    p.terms[0] = input(s, tile);
+    p.terms[0].packed = packed(s, tile, s.transposed);
     p.bias = tile.theta[1];
     convolution_product_stub<T>(tile.ctx, s.conv, p);
   }
@@ -53,8 +56,12 @@ class ConvolutionRule final : public Rule<T> {
   void jvp(const Tile<T>& tile, const T* const* t_x, const ParameterTangents<T>& t_theta, const T* scale, T* t_y) const override {
     const Shape s(tile.node);
     ConvolutionProduct<T> p = product(s, tile, s.transposed, tile.V, t_y);
-    if (t_x[0]) p.terms[0] = {t_x[0], tile.n * tile.node.input_widths[0], packed(s, tile, s.transposed), 0};
-    if (t_theta.theta[0]) p.terms[1] = {tile.x[0], 0, t_theta.packed, convolution_packed_size(s.conv, s.transposed)};
+    if (t_x[0]) p.terms[0] = {t_x[0], tile.n * tile.node.input_widths[0], false, packed(s, tile, s.transposed), 0};
+    if (t_theta.theta[0]) {
+      p.terms[1] = input(s, tile);
+      p.terms[1].packed = t_theta.packed;
+      p.terms[1].packed_batch = convolution_packed_size(s.conv, s.transposed);
+    }
     p.bias = t_theta.theta[1];
     p.bias_batch = t_theta.stride;
     p.scale = scale;
@@ -64,7 +71,7 @@ class ConvolutionRule final : public Rule<T> {
   void vjp_input(const Tile<T>& tile, int /*i*/, const T* g_y, const T* scale, T* g_x, bool accumulate) const override {
     const Shape s(tile.node);
     ConvolutionProduct<T> p = product(s, tile, !s.transposed, tile.V, g_x);
-    p.terms[0] = {g_y, tile.n * tile.node.width, packed(s, tile, !s.transposed), 0};
+    p.terms[0] = {g_y, tile.n * tile.node.width, false, packed(s, tile, !s.transposed), 0};
     p.scale = scale;
     p.accumulate = accumulate;
     convolution_product_stub<T>(tile.ctx, s.conv, p);
@@ -85,11 +92,11 @@ class ConvolutionRule final : public Rule<T> {
       const int64_t size = s.conv.weight_size(), cols = s.conv.x_channels * s.conv.taps(), positions = s.images * s.conv.y_plane();
       if (s.conv.groups == 1 && !s.transposed && positions <= kFewPositions && 2 * positions * (cols + V * s.out_channels) <= V * size) {
         T* col = factors.allocate(n * positions * cols);
-        convolution_columns_stub<T>(tile.ctx, s.conv, n * s.images, tile.x[0], col);
+        convolution_columns_stub<T>(tile.ctx, s.conv, n * s.images, tile.state[0], true, col);
         const T* row = g_y;
         if (s.out_plane > 1) {
           T* turned = factors.allocate(V * n * positions * s.out_channels);
-          convolution_columns_stub<T>(tile.ctx, s.pixels(), V * n * s.images, g_y, turned);
+          convolution_columns_stub<T>(tile.ctx, s.pixels(), V * n * s.images, g_y, false, turned);
           row = turned;
         }
         factors.add({.slot = tile.node.slots[0], .positions = positions, .rows = s.out_channels, .cols = cols, .row = row, .col = col});
@@ -177,15 +184,29 @@ class ConvolutionRule final : public Rule<T> {
     return p;
   }
 
+  // x is multiplied in every product, by the kernel's tangent and by the cotangent.
+  static bool prepares(const Node& node, const Shape& s) { return node.is_trainable(0) && !s.transposed; }
+
+  static int64_t prepared_size(const Shape& s) {
+    int64_t size = 0;
+    convolution_prepared_size_stub<T>(Context{}, s.conv, &size);
+    return size;
+  }
+
+  static ConvolutionTerm<T> input(const Shape& s, const Tile<T>& tile) {
+    if (prepares(tile.node, s)) return {.in = tile.state[0], .prepared = true};
+    return {.in = tile.x[0]};
+  }
+
   static const T* packed(const Shape& s, const Tile<T>& tile, bool up) { return tile.packed + (up ? convolution_packed_size(s.conv, false) : 0); }
 
   // The kernel's gradient, one for each `images` images.
   static void weights(const Shape& s, const Tile<T>& tile, const T* g_y, int64_t images, T* out, int64_t batch, int64_t example) {
     const int64_t n = tile.n * s.images, width = tile.n * tile.node.width;
     if (s.transposed) {
-      convolution_weights_stub<T>(tile.ctx, s.conv, tile.V, n, g_y, width, tile.x[0], 0, images, out, batch, example);
+      convolution_weights_stub<T>(tile.ctx, s.conv, tile.V, n, g_y, width, false, tile.x[0], 0, images, out, batch, example);
     } else {
-      convolution_weights_stub<T>(tile.ctx, s.conv, tile.V, n, tile.x[0], 0, g_y, width, images, out, batch, example);
+      convolution_weights_stub<T>(tile.ctx, s.conv, tile.V, n, tile.state[0], 0, true, g_y, width, images, out, batch, example);
     }
   }
 };

@@ -355,8 +355,13 @@ void convolution_product(const Context& ctx, const Convolution& conv, const Conv
   const int threads = flops < 5e5 ? 1 : ctx.num_threads;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t i = 0; i < p.n; ++i) {
+    const T* shared[2] = {nullptr, nullptr};
     T* buffers[2] = {nullptr, nullptr};
     for (int t = 0; t < num_terms; ++t) {
+      if (terms[t].prepared) {
+        shared[t] = terms[t].in + i * geometry.prepared();
+        continue;
+      }
       buffers[t] = scratch<T>(geometry.padded + kLanes<T>, t);
       geometry.fill_end(buffers[t] + geometry.padded);
       if (terms[t].in_batch == 0) geometry.fill(terms[t].in + i * in_width, buffers[t]);
@@ -364,8 +369,8 @@ void convolution_product(const Context& ctx, const Convolution& conv, const Conv
     for (int64_t v = 0; v < p.V; ++v) {
       Operand<T> operands[2];
       for (int t = 0; t < num_terms; ++t) {
-        if (terms[t].in_batch != 0) geometry.fill(terms[t].in + v * terms[t].in_batch + i * in_width, buffers[t]);
-        operands[t] = {buffers[t], terms[t].packed + v * terms[t].packed_batch};
+        if (!terms[t].prepared && terms[t].in_batch != 0) geometry.fill(terms[t].in + v * terms[t].in_batch + i * in_width, buffers[t]);
+        operands[t] = {terms[t].prepared ? shared[t] : buffers[t], terms[t].packed + v * terms[t].packed_batch};
       }
       product.run(operands, p.bias ? p.bias + v * p.bias_batch : nullptr, p.scale ? p.scale + i * out_width : nullptr,
                   p.out + (v * p.n + i) * out_width, p.accumulate);
@@ -373,6 +378,22 @@ void convolution_product(const Context& ctx, const Convolution& conv, const Conv
   }
 }
 
+template <class T>
+void convolution_prepared_size(const Context&, const Convolution& conv, int64_t* size) {
+  *size = Geometry<T>(conv, false).prepared();
+}
+
+template <class T>
+void convolution_prepare(const Context& ctx, const Convolution& conv, int64_t n, const T* x, T* prepared) {
+  const Geometry<T> geometry(conv, false);
+  const int64_t in_width = geometry.in_channels * geometry.in_plane;
+  const int threads = n * geometry.padded < 16384 ? 1 : ctx.num_threads;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int64_t i = 0; i < n; ++i) geometry.prepare(x + i * in_width, prepared + i * geometry.prepared());
+}
+
+INFL_REGISTER_CPU(convolution_prepared_size_stub, convolution_prepared_size)
+INFL_REGISTER_CPU(convolution_prepare_stub, convolution_prepare)
 INFL_REGISTER_CPU(convolution_pack_stub, convolution_pack)
 INFL_REGISTER_CPU(convolution_product_stub, convolution_product)
 

@@ -142,6 +142,13 @@ struct Geometry {
     }
   }
 
+  // A copy by itself: with zeros behind it, and its successor aligned as it is.
+  int64_t prepared() const { return padded + 64 / static_cast<int64_t>(sizeof(T)); }
+  void prepare(const T* in, T* out) const {
+    fill(in, out);
+    for (T* end = out + padded; end < out + prepared(); ++end) *end = T(0);
+  }
+
   // Vectors may reach beyond the last line: a vector of zeros behind the last copy.
   void fill_end(T* end) const {
     for (int64_t i = 0; i < kLanes<T>; ++i) end[i] = T(0);

@@ -134,8 +134,8 @@ struct Lines {
 };
 
 template <class T>
-void convolution_weights(const Context& ctx, const Convolution& conv, int64_t V, int64_t n, const T* x, int64_t x_batch, const T* y, int64_t y_batch,
-                         int64_t images, T* out, int64_t out_batch, int64_t out_example) {
+void convolution_weights(const Context& ctx, const Convolution& conv, int64_t V, int64_t n, const T* x, int64_t x_batch, bool prepared, const T* y,
+                         int64_t y_batch, int64_t images, T* out, int64_t out_batch, int64_t out_example) {
   const Geometry<T> geometry(conv, false);
   const Phase& phase = geometry.phases[0];
   const Lines<T> lines(geometry, phase.count);
@@ -154,16 +154,17 @@ void convolution_weights(const Context& ctx, const Convolution& conv, int64_t V,
   const int threads = flops < 5e5 ? 1 : ctx.num_threads;
   if (threads > 1) chunk = std::max<int64_t>(chunk, threads);
   chunk = std::clamp<int64_t>(chunk, 1, images);
-  T* padded = scratch<T>(chunk * geometry.padded + kLanes<T>, 0);
+  T* padded = prepared ? nullptr : scratch<T>(chunk * geometry.padded + kLanes<T>, 0);
+  const int64_t x_example = prepared ? geometry.prepared() : geometry.padded;
   T* copies = lines.in_place ? nullptr : scratch<T>(chunk * conv.y_channels * lines.channel, 1);
   const int64_t y_example = lines.in_place ? y_width : conv.y_channels * lines.channel;
-  geometry.fill_end(padded + chunk * geometry.padded);
+  if (!prepared) geometry.fill_end(padded + chunk * geometry.padded);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   for (int64_t block = 0; block < n; block += images) {
     for (int64_t i0 = block; i0 < block + images; i0 += chunk) {
       const int64_t count = std::min(chunk, block + images - i0);
       for (int64_t v = 0; v < V; ++v) {
-        if (v == 0 || x_batch != 0) {
+        if (!prepared && (v == 0 || x_batch != 0)) {
 #pragma omp for schedule(static)
           for (int64_t i = 0; i < count; ++i) geometry.fill(x + v * x_batch + (i0 + i) * x_width, padded + i * geometry.padded);
         }
@@ -184,8 +185,8 @@ void convolution_weights(const Context& ctx, const Convolution& conv, int64_t V,
           job.planes = phase.count[0];
           job.lines = lines.lines;
           job.vectors = lines.vectors;
-          job.x = padded + g * inner * geometry.channel;
-          job.x_example = geometry.padded;
+          job.x = (prepared ? x + i0 * x_example : padded) + g * inner * geometry.channel;
+          job.x_example = x_example;
           job.x_plane = geometry.plane;
           job.x_line = geometry.line;
           job.y = y_begin + (g * rows + r) * lines.channel;
@@ -227,15 +228,19 @@ void channel_sum(const Context& ctx, int64_t V, int64_t n, int64_t channels, int
 }
 
 template <class T>
-void convolution_columns(const Context& ctx, const Convolution& conv, int64_t n, const T* x, T* columns) {
+void convolution_columns(const Context& ctx, const Convolution& conv, int64_t n, const T* x, bool prepared, T* columns) {
   const Geometry<T> geometry(conv, false);
   const int64_t taps = conv.taps(), cols = conv.x_channels * taps, plane = conv.y_plane();
   const int64_t* count = geometry.phases[0].count;
   const int threads = n * plane * cols < 16384 ? 1 : ctx.num_threads;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t i = 0; i < n; ++i) {
-    T* padded = scratch<T>(geometry.padded + kLanes<T>, 0);
-    geometry.fill(x + i * conv.x_channels * conv.x_plane(), padded);
+    const T* padded = x + i * geometry.prepared();
+    if (!prepared) {
+      T* copy = scratch<T>(geometry.padded + kLanes<T>, 0);
+      geometry.fill(x + i * conv.x_channels * conv.x_plane(), copy);
+      padded = copy;
+    }
     T* to = columns + i * plane * cols;
     for (int64_t d = 0; d < count[0]; ++d) {
       for (int64_t h = 0; h < count[1]; ++h) {

@@ -67,7 +67,7 @@ class EmpiricalFisher(_OuterProducts):
 
     def _prepare(self) -> None:
         gradients = self.loss.gradient(self._tape.outputs, self.examples.targets)
-        self._rows = (gradients * self._factor**0.5)[None].contiguous()
+        self._rows = self._weighted(gradients, 0.5)[None].contiguous()
         self.num_roots = self.num_examples
 
 
@@ -103,15 +103,17 @@ class MonteCarloFisher(_OuterProducts):
         memory_budget: int | None = None,
         reduction: str | None = None,
         schedule: Schedule = "auto",
+        weights: Tensor | None = None,
     ):
         if num_samples < 1:
             raise ArgumentError(f"MonteCarloFisher: expected num_samples >= 1, got {num_samples}; draw at least one target an example.")
         self.num_samples, self.seed = int(num_samples), int(seed)
-        super().__init__(model, loss, data, damping, params=params, memory_budget=memory_budget, reduction=reduction, schedule=schedule)
+        options: dict[str, Any] = {"memory_budget": memory_budget, "reduction": reduction, "schedule": schedule, "weights": weights}
+        super().__init__(model, loss, data, damping, params=params, **options)
 
     def _prepare(self) -> None:
         z = self._tape.outputs
-        hessian = self.loss.hessian(z, self.examples.targets).scaled(self._factor / self.num_samples)
+        hessian = self.loss.hessian(z, self.examples.targets, self.weights).scaled(self._factor / self.num_samples)
         generator = torch.Generator(device=z.device).manual_seed(self.seed)
         noise = torch.randn(self.num_samples, *z.shape, generator=generator, dtype=z.dtype, device=z.device)
         self._rows = hessian.root_matmat(noise)

@@ -30,7 +30,7 @@ class GGN(LinearisedOperator, CurvatureOperator):
     """
 
     def _prepare(self) -> None:
-        self._hessian: OutputHessian = self.loss.hessian(self._tape.outputs, self.examples.targets).scaled(self._factor)
+        self._hessian: OutputHessian = self.loss.hessian(self._tape.outputs, self.examples.targets, self.weights).scaled(self._factor)
         self.num_roots = self._tape.outputs.numel()
 
     def _undamped(self, V: Tensor) -> Tensor:

@@ -33,10 +33,12 @@ class Hessian(LinearisedOperator):
 
     def _prepare(self) -> None:
         z, targets = self._tape.outputs, self.examples.targets
-        self._hessian: OutputHessian | None = None if self.loss.is_linear else self.loss.hessian(z, targets).scaled(self._factor)
+        self._hessian: OutputHessian | None = (
+            None if self.loss.is_linear else self.loss.hessian(z, targets, self.weights).scaled(self._factor)
+        )
         if "_network" not in self.__dict__:
             self._network = self._tape.plan.network()
-        self._gradients = self.loss.gradient(z, targets) * self._factor
+        self._gradients = self._weighted(self.loss.gradient(z, targets))
 
     def _undamped(self, V: Tensor) -> Tensor:
         product = torch.zeros_like(V) if self._hessian is None else self._tape.ggn(V, self._hessian)

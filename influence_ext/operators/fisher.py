@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from influence_ext.context import standalone
 from influence_ext.errors import ArgumentError
 from influence_ext.losses import Loss, LossLike
 from influence_ext.operators.base import CurvatureOperator
@@ -27,11 +28,13 @@ class _OuterProducts(LinearisedOperator, CurvatureOperator):
     def _undamped(self, V: Tensor) -> Tensor:
         return self.root_rmatmat(self.root_matmat(V))
 
+    @standalone
     def diagonal(self) -> Tensor:
         """``[P]``, exact, from per-example factors. Cost: K cotangent sweeps and a product of squares a layer."""
         diagonal: Tensor = self._tape.factors(self._rows).square_sum()
         return diagonal.add_(self.damping)
 
+    @standalone
     def root_matmat(self, V: Tensor) -> Tensor:
         """``U v``: ``[V, P] -> [V, R]`` with ``R = K·N``, draws first. Cost: V tangent sweeps."""
         self._check(V, "[V, P]", V.dim() == 2 and V.shape[1] == self.num_parameters)
@@ -39,6 +42,7 @@ class _OuterProducts(LinearisedOperator, CurvatureOperator):
         rows = self._rows.reshape(self._num_draws, self.num_examples, -1)
         return torch.einsum("vnc,knc->vkn", tangents, rows).reshape(V.shape[0], -1)
 
+    @standalone
     def root_rmatmat(self, Y: Tensor) -> Tensor:
         """``Uᵀ y``: ``[V, R] -> [V, P]``. Cost: V cotangent sweeps."""
         y = Y.detach().reshape(Y.shape[0], self._num_draws, self.num_examples)
@@ -46,6 +50,7 @@ class _OuterProducts(LinearisedOperator, CurvatureOperator):
         cotangents = torch.einsum("vkn,knc->vnc", y, rows)
         return self._tape.vjp(cotangents.reshape(Y.shape[0], *self._rows.shape[1:]).contiguous())
 
+    @standalone
     def root_gram(self) -> Tensor:
         """``U Uᵀ [R, R]`` from per-example factors. Cost: K cotangent sweeps and two products ``[R, width]·[width, R]`` a layer."""
         factors = self._tape.factors(self._rows)

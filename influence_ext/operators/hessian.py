@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from influence_ext.context import exclusive
 from influence_ext.data import Examples
 from influence_ext.losses import OutputHessian
 from influence_ext.operators.linearised import LinearisedOperator
@@ -60,4 +61,5 @@ def _curvature(function: Callable[[Tensor], Tensor], theta: Tensor, gradients: T
     def pulled(at: Tensor) -> Tensor:
         return torch.func.vjp(function, at)[1](gradients)[0]
 
-    return torch.stack([torch.func.jvp(pulled, (theta,), (v,))[1] for v in V]).detach()
+    with exclusive:
+        return torch.stack([torch.func.jvp(pulled, (theta,), (v,))[1] for v in V]).detach()

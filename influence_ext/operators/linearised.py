@@ -7,6 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from influence_ext.context import standalone
 from influence_ext.data import Examples, load
 from influence_ext.errors import ArgumentError
 from influence_ext.losses import Loss, LossLike, resolve
@@ -41,6 +42,7 @@ class LinearisedOperator(LinearOperator):
         ArgumentError: negative damping, weights that are not ``[N]`` or negative, or a ``memory_budget`` that holds not even one example.
     """
 
+    @standalone
     def __init__(
         self,
         model: nn.Module,
@@ -117,6 +119,7 @@ class LinearisedOperator(LinearOperator):
         other.damping = check_damping(damping, type(self).__name__)
         return other
 
+    @standalone
     def sample(self, generator: torch.Generator, batch_size: int) -> Self:
         """``A_B + λI`` on ``batch_size`` examples drawn without replacement; its expectation is this operator.
 

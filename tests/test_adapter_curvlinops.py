@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import UserDict
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import curvlinops
@@ -431,6 +432,21 @@ def test_float32() -> None:
     ours, theirs = both("GGNLinearOperator", model, loss, list(model.parameters()), data)
     v = random(43).float()
     assert float((ours @ v - theirs @ v).norm() / (theirs @ v).norm()) < 1e-5
+
+
+def test_the_script_of_the_guide_before_and_after() -> None:
+    guide = (Path(__file__).parents[1] / "docs" / "peers" / "curvlinops.md").read_text(encoding="utf-8")
+    script = guide.split("```python\n")[1].split("```")[0]
+    assert script.count("# before") == script.count("# after") == 1
+    found = []
+    for other in ("# after", "# before"):
+        torch.manual_seed(0)
+        names: dict[str, Any] = {}
+        exec("\n".join(line for line in script.splitlines() if other not in line), names)
+        found.append((names["G"] @ names["v"], names["H"] @ names["v"]))
+    assert type(names["G"]) is adapter.GGNLinearOperator
+    for before, after in zip(*found, strict=True):
+        assert float((before - after).norm() / before.norm()) < 1e-5
 
 
 WITHOUT = """

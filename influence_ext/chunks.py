@@ -39,7 +39,7 @@ class ChunkedTape:
         self._values: list[Tensor] = []
         self._schedule = 0
         self._outputs: Tensor | None = None
-        self._spare: Any = None
+        self._spares: list[Any] = []
 
     def linearize(self, theta: Sequence[Tensor]) -> None:
         """Move to other parameters; one forward pass over the data, which keeps the outputs alone."""
@@ -57,9 +57,12 @@ class ChunkedTape:
     def tapes(self) -> Iterator[tuple[int, Any]]:
         """``(first example, linearised tape)`` of each chunk; a tape is valid until the next one is asked for.
 
-        One tape's memory serves all chunks of one size; a second pass inside the first takes a second one.
+        One tape's memory serves all chunks of one size; a second pass inside the first, or in another thread, takes a second one.
         """
-        tape, self._spare = self._spare, None
+        try:
+            tape = self._spares.pop()  # whoever gets it has it alone
+        except IndexError:
+            tape = None
         for start, inputs in self._blocks(self.chunk):
             sources = self._prepare(inputs)
             if tape is not None and tape.num_examples == sources[0].shape[0]:
@@ -70,7 +73,7 @@ class ChunkedTape:
                 tape.set_schedule(self._schedule)
             tape.linearize(self._values)
             yield start, tape
-        self._spare = tape
+        self._spares[:] = [tape]
 
     def outputs(self) -> Tensor:
         """``[N, C]``."""

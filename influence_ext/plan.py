@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import influence_ext._C as _C
 from influence_ext.capture import CapturedGraph, capture, differentiable, format_table, named_tensors, only_tensor
 from influence_ext.chunks import ChunkedTape
+from influence_ext.context import about_to_start_threads, exclusive
 from influence_ext.data import Examples, StreamedExamples, call_arguments
 from influence_ext.derived import DerivedFactors, DerivedParameters
 from influence_ext.errors import ArgumentError, DataError, DeviceError, DTypeError, ShapeError, UnsupportedModelError
@@ -80,8 +81,9 @@ class Plan:
 
         Cost: one ``torch.export`` the first time a structure is seen (about a second), microseconds after that.
         """
-        space = ParameterSpace.of(model, params, who)
-        graph = capture(model, X, trainable=space.names, who=who)
+        with exclusive:
+            space = ParameterSpace.of(model, params, who)
+            graph = capture(model, X, trainable=space.names, who=who)
         return cls(model, graph, space)
 
     def linearize(self, X: Any, theta: Tensor | None = None, *, memory_budget: int | None = None) -> Tape:
@@ -100,6 +102,10 @@ class Plan:
 
         Cost: one forward pass; memory ``Tape.cached_bytes``.
         """
+        with exclusive:
+            return self._linearize(X, theta, memory_budget)
+
+    def _linearize(self, X: Any, theta: Tensor | None, memory_budget: int | None) -> Tape:
         if theta is None:
             theta = self.space.values(self._model)
         examples = X if isinstance(X, Examples) else None
@@ -223,6 +229,7 @@ class Tape:
     """
 
     def __init__(self, plan: Plan, native: Any, theta: Tensor):
+        about_to_start_threads()
         self.plan = plan
         self._constants = plan._slot_tensors()
         self._native = native

@@ -159,3 +159,55 @@ def test_influence_with_the_empirical_fisher() -> None:
     )
     with pytest.raises(errors.ArgumentError, match="among 'ggn', 'empirical_fisher', got 'hessian'"):
         ie.Influence(network.model, network.loss, network.data, curvature="hessian")
+
+
+def weighted_dense(network: Network, weights: Tensor, kind: str) -> Tensor:
+    """The matrix of ``c Σ w_n ℓ_n`` in float64, example by example."""
+    model, loss = double_copy(network.model), network.loss_case.reduced()
+    trained = list(reference.trainable(model).values())
+    total = torch.zeros(network.P, network.P, dtype=F64)
+    for w, x, t in zip(weights, double(network.X), double(network.y), strict=True):
+        z = call(model, x[None])
+        gradients = torch.autograd.grad(loss(z, t[None]), trained, create_graph=True, allow_unused=True, materialize_grads=True)
+        g = torch.cat([g.reshape(-1) for g in gradients])
+        if kind == "EmpiricalFisher":
+            total += w * torch.outer(g, g).detach()
+            continue
+        for p in range(network.P):
+            second = torch.autograd.grad(g[p], trained, retain_graph=True, allow_unused=True, materialize_grads=True)
+            total[p] += w * torch.cat([s.reshape(-1) for s in second]).detach()
+    return total / len(weights)
+
+
+@pytest.mark.parametrize("kind", ["Hessian", "EmpiricalFisher"])
+@pytest.mark.parametrize("name", ["mlp-tanh", "mlp-ce"])
+def test_weights_multiply_the_losses(name: str, kind: str) -> None:
+    network = build(NETWORKS[name], F64)
+    weights = torch.linspace(0, 2, network.N, dtype=F64)
+    A = getattr(ie, kind)(network.model, network.loss, network.data, weights=weights)
+    V = network.random("V", 3, network.P)
+    assert_close(A.matmat(V), V @ weighted_dense(network, weights, kind))
+
+
+def test_weights_of_the_gauss_newton_matrices() -> None:
+    network = build(NETWORKS["mlp-ce"], F64)
+    weights = torch.linspace(0, 2, network.N, dtype=F64)
+    V, J = network.random("V", 3, network.P), reference.jacobian(network.model, network.X)
+    H = reference.loss_hessian(network.loss_case.reduced(), reference.outputs(network.model, network.X), network.y)
+    dense = torch.einsum("n,ncp,ncd,ndq->pq", weights / network.N, J, H, J)
+    G = ie.GGN(network.model, network.loss, network.data, weights=weights)
+    assert_close(G.matmat(V), V @ dense)
+    assert_close(G.diagonal(), dense.diagonal())
+    assert_close(G.root_rmatmat(G.root_matmat(V)), V @ dense)
+    half = ie.GGN(network.model, network.loss, network.data, weights=weights / 2)
+    batch = [A.sample(torch.Generator().manual_seed(0), 5) @ V[0] for A in (G, half)]
+    assert_close(batch[0], 2 * batch[1])
+    drawn = [ie.MonteCarloFisher(network.model, network.loss, network.data, weights=w) @ V[0] for w in (weights, weights / 2)]
+    assert_close(drawn[0], 2 * drawn[1])
+
+
+@pytest.mark.parametrize("weights", [torch.ones(3), -torch.ones(12)])
+def test_weights_are_checked(weights: Tensor) -> None:
+    network = build(NETWORKS["mlp-tanh"], F64)
+    with pytest.raises(errors.ArgumentError, match="weights"):
+        ie.GGN(network.model, network.loss, network.data, weights=weights)

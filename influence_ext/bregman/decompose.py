@@ -20,6 +20,7 @@ from influence_ext.bregman.progress import Progress, reporter
 from influence_ext.bregman.recipe import Run
 from influence_ext.bregman.response import Response, TrainedNetwork, in_double, removed_indices
 from influence_ext.bregman.retrain import Branches
+from influence_ext.context import standalone
 from influence_ext.data import load
 from influence_ext.errors import ArgumentError, DataError
 from influence_ext.plan import Plan
@@ -222,6 +223,7 @@ class Decomposition:
         return line
 
 
+@standalone
 def decompose(
     run: Run,
     remove: Iterable[Iterable[int]],

@@ -17,6 +17,7 @@ from influence_ext.bregman.objective import BregmanObjective, Reference
 from influence_ext.bregman.progress import Progress, reporter
 from influence_ext.bregman.recipe import Run
 from influence_ext.bregman.response import Response, ResponseStatus, TrainedNetwork, removed_indices
+from influence_ext.context import standalone
 from influence_ext.errors import ArgumentError, DivergenceError, NumericalWarning
 
 EXACT = {torch.float64: 1e-9, torch.float32: 1e-5}
@@ -26,6 +27,7 @@ MAX_REFINEMENTS = 8
 OnFailure = Literal["raise", "return"]
 
 
+@standalone
 def pbrf(
     model_or_run: nn.Module | Run,
     loss: Any = None,
@@ -115,6 +117,7 @@ def solve_pbrf(
     return response_at(minimum, "pbrf", removed, network)
 
 
+@standalone
 def linearized_pbrf(
     model_or_run: nn.Module | Run,
     loss: Any = None,

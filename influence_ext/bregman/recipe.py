@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from influence_ext.bregman.progress import Progress, reporter
 from influence_ext.bregman.training import Trainer, TrainingPoint, isolated_random_state, seed_everything, seeded
+from influence_ext.context import standalone
 from influence_ext.data import Examples, load
 from influence_ext.errors import ArgumentError, DTypeError
 from influence_ext.losses import Loss, resolve
@@ -174,6 +175,7 @@ class Run:
         return self.recipe.batch_order(epoch, self.data.num_examples)
 
 
+@standalone
 def train(recipe: Recipe, data: Any, progress: bool | Progress = False) -> Run:
     """Train the recipe's network on ``data``.
 

@@ -15,6 +15,7 @@ from torch.func import functional_call
 
 from influence_ext.bregman.recipe import Run
 from influence_ext.bregman.training import CHUNK
+from influence_ext.context import standalone
 from influence_ext.data import Examples, check_indices, load
 from influence_ext.errors import ArgumentError
 from influence_ext.losses import Loss, resolve
@@ -212,6 +213,7 @@ class Response:
         """``[N, *out]`` in float64, the response's outputs on the training set."""
         return self.network.outputs_at(self.exact_params, self.buffers)
 
+    @standalone
     def loss_change(self, test_data: Any) -> Tensor:
         """``ℓ_t(response) − ℓ_t(θs)`` of every test example: ``[n_test]`` in float64; positive means that the test loss rose."""
         examples = load(test_data, who="Response.loss_change")

@@ -16,11 +16,13 @@ from influence_ext.bregman.progress import Progress, reporter
 from influence_ext.bregman.recipe import Run
 from influence_ext.bregman.response import Response, ResponseStatus, TrainedNetwork, removed_indices
 from influence_ext.bregman.training import Proximity, Trainer, TrainingPoint
+from influence_ext.context import standalone
 from influence_ext.errors import ArgumentError
 
 Start = Literal["cold", "warm"]
 
 
+@standalone
 def retrain(
     run: Run,
     remove: Iterable[int] = (),
@@ -72,6 +74,7 @@ def retrain(
     return checked(response, "raise", who="retrain")
 
 
+@standalone
 def proximal_response(
     run: Run,
     remove: Iterable[int] = (),

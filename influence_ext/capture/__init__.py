@@ -17,6 +17,7 @@ from influence_ext.capture.probe import mixing_node
 from influence_ext.capture.report import format_table
 from influence_ext.capture.signature import structure_key
 from influence_ext.capture.whole import only_tensor, whole_model
+from influence_ext.context import exclusive
 from influence_ext.errors import DeviceError, DTypeError, ShapeError, UnsupportedModelError
 
 __all__ = [
@@ -79,17 +80,18 @@ def capture(
     key = structure_key(model, inputs, by_name=keys is not None)
     if trainable is None:
         trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    graph = _cache.get(key)
-    if graph is not None:
-        _cache.move_to_end(key)
-        problems = [*batch_norm_problems(model), *graph.conditions]
-    else:
-        graph, problems = _capture(model, tensors, keys, names, dtype, who)
+    with exclusive:
+        graph = _cache.get(key)
         if graph is not None:
-            _cache[key] = graph
-            while len(_cache) > _CACHE_SIZE:
-                _cache.popitem(last=False)
-            _log_generic(graph)
+            _cache.move_to_end(key)
+            problems = [*batch_norm_problems(model), *graph.conditions]
+        else:
+            graph, problems = _capture(model, tensors, keys, names, dtype, who)
+            if graph is not None:
+                _cache[key] = graph
+                while len(_cache) > _CACHE_SIZE:
+                    _cache.popitem(last=False)
+                _log_generic(graph)
     standing = [problem.text for problem in problems if problem.applies(trainable)]
     if graph is None or standing:
         raise UnsupportedModelError(_problems_text(who, model, standing))

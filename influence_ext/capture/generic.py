@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from influence_ext.capture.layout import Layout
+from influence_ext.context import exclusive
 
 _log = logging.getLogger("influence_ext")
 
@@ -30,7 +31,7 @@ Function = Callable[..., Tensor]
 @contextmanager
 def differentiable() -> Iterator[None]:
     """Make torch take kernels that can be differentiated twice and in forward mode: no fused attention, no oneDNN recurrent layers."""
-    with torch.enable_grad(), sdpa_kernel([SDPBackend.MATH]), torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
+    with exclusive, torch.enable_grad(), sdpa_kernel([SDPBackend.MATH]), torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
         yield
 
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from influence_ext.context import standalone
 from influence_ext.data import Examples, check_indices, load
 from influence_ext.errors import ArgumentError
 from influence_ext.influence.scores import Scores
@@ -57,6 +58,7 @@ class Influence:
     Reference: Koh and Liang 2017; Bae et al. 2022, "If Influence Functions are the Answer, Then What is the Question?".
     """
 
+    @standalone
     def __init__(
         self,
         model: nn.Module,
@@ -98,6 +100,7 @@ class Influence:
             return self._chosen.reason
         return repr(self.solver) if self.solver else "chosen at the first solve"
 
+    @standalone
     def scores(self, test_data: Any) -> Scores:
         """Scores of all training examples on all test examples.
 
@@ -127,6 +130,7 @@ class Influence:
             bound[start:stop] = self.factor / self.damping * torch.outer(distance, self._norms())
         return Scores(values, bound, residuals, self._info(num_test))
 
+    @standalone
     def self_influence(self, indices: Iterable[int] | None = None) -> Tensor:
         """``s(i, i) ≥ 0`` of each training example (``[n_train]``), or of those at ``indices``. Mislabelled examples rank high.
 
@@ -146,6 +150,7 @@ class Influence:
             result[start:stop] = self.factor * (gradients * solution.value).sum(dim=1)
         return result
 
+    @standalone
     def parameter_change(self, group: Iterable[int]) -> Tensor:
         """``Δθ``, ``[P]``: the parameters after removing the training examples ``group`` minus the present ones, to first order.
 

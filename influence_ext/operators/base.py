@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from influence_ext.context import standalone
 from influence_ext.errors import ArgumentError, DeviceError, DTypeError, ShapeError
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class LinearOperator(abc.ABC):
     def _matmat(self, V: Tensor) -> Tensor:
         """``[V, P] -> [V, P]``; the argument is checked, contiguous, of the operator's dtype and device, and not to be modified."""
 
+    @standalone
     def matmat(self, V: Tensor) -> Tensor:
         """Multiply onto many vectors at once.
 
@@ -53,6 +55,7 @@ class LinearOperator(abc.ABC):
         self._check(V, "[V, P]", V.dim() == 2 and V.shape[1] == self.num_parameters)
         return self._matmat(V.detach().contiguous())
 
+    @standalone
     def matvec(self, v: Tensor) -> Tensor:
         """Multiply onto one vector ``[P] -> [P]``."""
         self._check(v, "[P]", v.dim() == 1 and v.shape[0] == self.num_parameters)
@@ -67,6 +70,7 @@ class LinearOperator(abc.ABC):
         self._check(v, "[P] or [P, V]", v.dim() in (1, 2) and v.shape[0] == self.num_parameters)
         return self.matvec(v) if v.dim() == 1 else self.matmat(v.T).T
 
+    @standalone
     def diagonal(self) -> Tensor:
         """``[P]``, the exact diagonal. Cost: P products unless a subclass knows better."""
         return self.to_dense().diagonal().clone()
@@ -75,6 +79,7 @@ class LinearOperator(abc.ABC):
         """Scalar tensor: the exact trace."""
         return self.diagonal().sum()
 
+    @standalone
     def to_dense(self, block_size: int = 64) -> Tensor:
         """``[P, P]``, assembled by products onto unit vectors, ``block_size`` at a time.
 
@@ -116,6 +121,17 @@ class LinearOperator(abc.ABC):
             rmatmat=columns,
         )
 
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """``torch.lobpcg(operator, ...)``, and products ``torch.matmul(operator, x)`` with ``[P]`` or ``[P, V]``."""
+        if func in (torch.matmul, torch.mm, torch.mv) and isinstance(args[0], LinearOperator):
+            return args[0] @ args[1]
+        if func is not torch.lobpcg:
+            return NotImplemented
+        operands: list[Any] = [OperatorTensor(a) if isinstance(a, LinearOperator) else a for a in args]
+        named: dict[str, Any] = {key: OperatorTensor(a) if isinstance(a, LinearOperator) else a for key, a in (kwargs or {}).items()}
+        return torch._lobpcg._lobpcg(*operands, **named)  # what torch.lobpcg calls once it has looked for this very method
+
     def _check(self, v: Tensor, expected: str, shape_ok: bool) -> None:
         who = type(self).__name__
         if not shape_ok:
@@ -127,6 +143,30 @@ class LinearOperator(abc.ABC):
 
     def _hint(self) -> str:
         return ""
+
+
+class OperatorTensor(Tensor):
+    """A linear operator for functions that insist on a tensor: ``[P, P]`` without numbers, known by its products ``A x`` and ``A X``."""
+
+    operator: LinearOperator
+
+    @staticmethod
+    def __new__(cls, operator: LinearOperator) -> OperatorTensor:  # noqa: D102
+        tensor: OperatorTensor = torch.Tensor._make_wrapper_subclass(cls, operator.shape, dtype=operator.dtype, device=operator.device)
+        tensor.operator = operator
+        return tensor
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Products go to the operator, above autograd, whose forward mode it may need."""
+        if func is torch.matmul and isinstance(args[0], OperatorTensor):
+            return args[0].operator @ args[1]
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        """There are no numbers to compute with."""
+        return NotImplemented
 
 
 class CurvatureOperator(LinearOperator):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from influence_ext.context import standalone
 from influence_ext.errors import ArgumentError
 from influence_ext.losses import Loss, LossLike
 from influence_ext.operators.base import CurvatureOperator
@@ -27,11 +28,13 @@ class _OuterProducts(LinearisedOperator, CurvatureOperator):
     def _undamped(self, V: Tensor) -> Tensor:
         return self.root_rmatmat(self.root_matmat(V))
 
+    @standalone
     def diagonal(self) -> Tensor:
         """``[P]``, exact, from per-example factors. Cost: K cotangent sweeps and a product of squares a layer."""
         diagonal: Tensor = self._tape.factors(self._rows).square_sum()
         return diagonal.add_(self.damping)
 
+    @standalone
     def root_matmat(self, V: Tensor) -> Tensor:
         """``U v``: ``[V, P] -> [V, R]`` with ``R = K·N``, draws first. Cost: V tangent sweeps."""
         self._check(V, "[V, P]", V.dim() == 2 and V.shape[1] == self.num_parameters)
@@ -39,6 +42,7 @@ class _OuterProducts(LinearisedOperator, CurvatureOperator):
         rows = self._rows.reshape(self._num_draws, self.num_examples, -1)
         return torch.einsum("vnc,knc->vkn", tangents, rows).reshape(V.shape[0], -1)
 
+    @standalone
     def root_rmatmat(self, Y: Tensor) -> Tensor:
         """``Uᵀ y``: ``[V, R] -> [V, P]``. Cost: V cotangent sweeps."""
         y = Y.detach().reshape(Y.shape[0], self._num_draws, self.num_examples)
@@ -46,6 +50,7 @@ class _OuterProducts(LinearisedOperator, CurvatureOperator):
         cotangents = torch.einsum("vkn,knc->vnc", y, rows)
         return self._tape.vjp(cotangents.reshape(Y.shape[0], *self._rows.shape[1:]).contiguous())
 
+    @standalone
     def root_gram(self) -> Tensor:
         """``U Uᵀ [R, R]`` from per-example factors. Cost: K cotangent sweeps and two products ``[R, width]·[width, R]`` a layer."""
         factors = self._tape.factors(self._rows)
@@ -67,7 +72,7 @@ class EmpiricalFisher(_OuterProducts):
 
     def _prepare(self) -> None:
         gradients = self.loss.gradient(self._tape.outputs, self.examples.targets)
-        self._rows = (gradients * self._factor**0.5)[None].contiguous()
+        self._rows = self._weighted(gradients, 0.5)[None].contiguous()
         self.num_roots = self.num_examples
 
 
@@ -103,15 +108,17 @@ class MonteCarloFisher(_OuterProducts):
         memory_budget: int | None = None,
         reduction: str | None = None,
         schedule: Schedule = "auto",
+        weights: Tensor | None = None,
     ):
         if num_samples < 1:
             raise ArgumentError(f"MonteCarloFisher: expected num_samples >= 1, got {num_samples}; draw at least one target an example.")
         self.num_samples, self.seed = int(num_samples), int(seed)
-        super().__init__(model, loss, data, damping, params=params, memory_budget=memory_budget, reduction=reduction, schedule=schedule)
+        options: dict[str, Any] = {"memory_budget": memory_budget, "reduction": reduction, "schedule": schedule, "weights": weights}
+        super().__init__(model, loss, data, damping, params=params, **options)
 
     def _prepare(self) -> None:
         z = self._tape.outputs
-        hessian = self.loss.hessian(z, self.examples.targets).scaled(self._factor / self.num_samples)
+        hessian = self.loss.hessian(z, self.examples.targets, self.weights).scaled(self._factor / self.num_samples)
         generator = torch.Generator(device=z.device).manual_seed(self.seed)
         noise = torch.randn(self.num_samples, *z.shape, generator=generator, dtype=z.dtype, device=z.device)
         self._rows = hessian.root_matmat(noise)

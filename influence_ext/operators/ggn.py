@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from influence_ext.context import standalone
 from influence_ext.losses import OutputHessian
 from influence_ext.operators.base import CurvatureOperator
 from influence_ext.operators.linearised import LinearisedOperator
@@ -30,12 +31,13 @@ class GGN(LinearisedOperator, CurvatureOperator):
     """
 
     def _prepare(self) -> None:
-        self._hessian: OutputHessian = self.loss.hessian(self._tape.outputs, self.examples.targets).scaled(self._factor)
+        self._hessian: OutputHessian = self.loss.hessian(self._tape.outputs, self.examples.targets, self.weights).scaled(self._factor)
         self.num_roots = self._tape.outputs.numel()
 
     def _undamped(self, V: Tensor) -> Tensor:
         return self._tape.ggn(V, self._hessian)
 
+    @standalone
     def diagonal(self) -> Tensor:
         """``[P]``, exact, from per-example factors.
 
@@ -47,12 +49,14 @@ class GGN(LinearisedOperator, CurvatureOperator):
             total += self._tape.factors(roots).square_sum()
         return total.add_(self.damping)
 
+    @standalone
     def root_matmat(self, V: Tensor) -> Tensor:
         """``U v``: ``[V, P] -> [V, R]`` with ``R = C·N`` ordered output first, ``U = [√c S_nᵀ J_n]``."""
         self._check(V, "[V, P]", V.dim() == 2 and V.shape[1] == self.num_parameters)
         outputs = self._hessian.root_rmatmat(self._tape.jvp(V.detach().contiguous()))
         return outputs.reshape(V.shape[0], self.num_examples, -1).transpose(1, 2).reshape(V.shape[0], -1)
 
+    @standalone
     def root_rmatmat(self, Y: Tensor) -> Tensor:
         """``Uᵀ y``: ``[V, R] -> [V, P]``."""
         N = self.num_examples
@@ -60,6 +64,7 @@ class GGN(LinearisedOperator, CurvatureOperator):
         cotangents = cotangents.view(Y.shape[0], N, *self._tape.plan.output_shape)
         return self._tape.vjp(self._hessian.root_matmat(cotangents))
 
+    @standalone
     def root_gram(self) -> Tensor:
         """``U Uᵀ [R, R]`` from per-example factors. Cost: C cotangent sweeps and two products ``[R, width]·[width, R]`` a layer."""
         N = self.num_examples

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from influence_ext.context import exclusive
 from influence_ext.data import Examples
 from influence_ext.losses import OutputHessian
 from influence_ext.operators.linearised import LinearisedOperator
@@ -33,10 +34,12 @@ class Hessian(LinearisedOperator):
 
     def _prepare(self) -> None:
         z, targets = self._tape.outputs, self.examples.targets
-        self._hessian: OutputHessian | None = None if self.loss.is_linear else self.loss.hessian(z, targets).scaled(self._factor)
+        self._hessian: OutputHessian | None = (
+            None if self.loss.is_linear else self.loss.hessian(z, targets, self.weights).scaled(self._factor)
+        )
         if "_network" not in self.__dict__:
             self._network = self._tape.plan.network()
-        self._gradients = self.loss.gradient(z, targets) * self._factor
+        self._gradients = self._weighted(self.loss.gradient(z, targets))
 
     def _undamped(self, V: Tensor) -> Tensor:
         product = torch.zeros_like(V) if self._hessian is None else self._tape.ggn(V, self._hessian)
@@ -58,4 +61,5 @@ def _curvature(function: Callable[[Tensor], Tensor], theta: Tensor, gradients: T
     def pulled(at: Tensor) -> Tensor:
         return torch.func.vjp(function, at)[1](gradients)[0]
 
-    return torch.stack([torch.func.jvp(pulled, (theta,), (v,))[1] for v in V]).detach()
+    with exclusive:
+        return torch.stack([torch.func.jvp(pulled, (theta,), (v,))[1] for v in V]).detach()

@@ -6,12 +6,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from influence_ext.context import standalone
 from influence_ext.data import load_inputs
 from influence_ext.errors import DeviceError, DTypeError, ShapeError
 from influence_ext.params import ParameterSpace, Selection
 from influence_ext.plan import Plan
 
 
+@standalone
 def jvp(model: nn.Module, X: Any, v: Any, *, params: Selection | None = None) -> Tensor:
     """``J_n v`` for every example.
 
@@ -38,6 +40,7 @@ def jvp(model: nn.Module, X: Any, v: Any, *, params: Selection | None = None) ->
     return tangents[0] if flat.dim() == 1 else tangents
 
 
+@standalone
 def vjp(model: nn.Module, X: Any, g: Tensor, *, params: Selection | None = None) -> Tensor:
     """``Σ_n J_nᵀ g_n``.
 

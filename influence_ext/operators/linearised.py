@@ -7,9 +7,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from influence_ext.context import standalone
 from influence_ext.data import Examples, load
 from influence_ext.errors import ArgumentError
 from influence_ext.losses import Loss, LossLike, resolve
+from influence_ext.losses.base import check_weights
 from influence_ext.operators.base import LinearOperator
 from influence_ext.params import ParameterSpace, Selection
 from influence_ext.plan import Plan, Schedule, Tape
@@ -31,13 +33,16 @@ class LinearisedOperator(LinearOperator):
             chunk in every product, and batches that do not fit are read again. None: no limit.
         reduction: overrides the loss's own.
         schedule: "auto", or "by_example" / "by_operator" to force how products run (see docs/design.md).
+        weights: ``[N]``, w_n >= 0, multiplies the loss of example n: the matrix is that of ``c Σ w_n ℓ_n``. c stays what it is without
+            them, ``1/N`` for a mean. None: ones.
 
     Raises:
         UnsupportedModelError, UnsupportedLossError: see :meth:`Plan.of`, :func:`resolve`.
         DataError, ShapeError, DTypeError, DeviceError: data or targets do not fit.
-        ArgumentError: negative damping, or a ``memory_budget`` that holds not even one example.
+        ArgumentError: negative damping, weights that are not ``[N]`` or negative, or a ``memory_budget`` that holds not even one example.
     """
 
+    @standalone
     def __init__(
         self,
         model: nn.Module,
@@ -49,6 +54,7 @@ class LinearisedOperator(LinearOperator):
         memory_budget: int | None = None,
         reduction: str | None = None,
         schedule: Schedule = "auto",
+        weights: Tensor | None = None,
     ):
         who = type(self).__name__
         self.loss = resolve(loss, reduction, who)
@@ -60,6 +66,7 @@ class LinearisedOperator(LinearOperator):
         self._tape.check_outputs(who)
         self.loss.check(self._tape.outputs, self.examples.targets, who)
         self._factor = self.loss.factor(self.examples.targets)
+        self.weights = check_weights(weights, self._tape.outputs, who)
         self.num_parameters = plan.space.num_parameters
         self.dtype, self.device = plan.space.dtype, plan.space.device
         self._prepare()
@@ -67,6 +74,11 @@ class LinearisedOperator(LinearOperator):
     def _prepare(self) -> None:
         """Compute what products need of the loss at the tape's outputs; ``self._factor`` is the c of ``J = c Σ ℓ_n``."""
         raise NotImplementedError
+
+    def _weighted(self, gradients: Tensor, power: float = 1.0) -> Tensor:
+        """``(c w_n)^power`` times the rows of ``gradients [N, *out]``."""
+        scaled = gradients * self._factor**power
+        return scaled if self.weights is None else scaled * self.weights.pow(power).view(-1, *[1] * (gradients.dim() - 1))
 
     def _undamped(self, V: Tensor) -> Tensor:
         """``A v``: ``[V, P] -> [V, P]``, a new tensor."""
@@ -107,6 +119,7 @@ class LinearisedOperator(LinearOperator):
         other.damping = check_damping(damping, type(self).__name__)
         return other
 
+    @standalone
     def sample(self, generator: torch.Generator, batch_size: int) -> Self:
         """``A_B + λI`` on ``batch_size`` examples drawn without replacement; its expectation is this operator.
 
@@ -125,6 +138,7 @@ class LinearisedOperator(LinearOperator):
         index = torch.randperm(N, generator=generator)[:batch_size]
         batch = self._copy()
         batch.examples = self.examples.subset(index)
+        batch.weights = None if self.weights is None else self.weights[index]
         batch._tape = self._tape.plan.linearize(batch.examples.X, self._tape.theta)
         # c/|B| instead of c/N for a mean loss, N/|B| instead of 1 for a sum: the same factor N/|B| on c.
         batch._factor = self._factor * N / batch_size

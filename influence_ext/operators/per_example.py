@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from influence_ext.context import standalone
 from influence_ext.data import Examples, load
 from influence_ext.errors import DeviceError, DTypeError, ShapeError
 from influence_ext.losses import Loss, LossLike, resolve
@@ -76,6 +77,7 @@ class ExampleGradients:
         return gram
 
 
+@standalone
 def per_example_grads(
     model: nn.Module, loss: LossLike | Loss, data: Any, *, params: Selection | None = None, out: Tensor | None = None
 ) -> dict[str, Tensor]:
@@ -112,6 +114,7 @@ def per_example_grads(
     return space.unflatten(gradients.materialise(out))
 
 
+@standalone
 def per_example_dots(model: nn.Module, loss: LossLike | Loss, data: Any, V: Tensor, *, params: Selection | None = None) -> Tensor:
     """``⟨∇ℓ_n, v⟩`` for many vectors, without forming gradients.
 
@@ -145,6 +148,7 @@ def per_example_dots(model: nn.Module, loss: LossLike | Loss, data: Any, V: Tens
     return dots[:, 0] if V.dim() == 1 else dots
 
 
+@standalone
 def per_example_norms(model: nn.Module, loss: LossLike | Loss, data: Any, *, params: Selection | None = None) -> Tensor:
     """``‖∇ℓ_n‖₂`` of every example, ``[N]``, from layer factors. Arguments and errors as :func:`per_example_grads`.
 
@@ -153,6 +157,7 @@ def per_example_norms(model: nn.Module, loss: LossLike | Loss, data: Any, *, par
     return ExampleGradients.of(model, loss, data, params, "per_example_norms").norms()
 
 
+@standalone
 def grad_gram(model: nn.Module, loss: LossLike | Loss, data: Any, other: Any = None, *, params: Selection | None = None) -> Tensor:
     """Inner products of per-example gradients, ``[N, M]``: of ``data`` with ``other``, or with itself.
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from influence_ext.context import standalone
 from influence_ext.errors import ArgumentError, DataError, DeviceError, DTypeError, ShapeError, SolverFailure
 from influence_ext.operators.base import LinearOperator
 
@@ -238,6 +239,7 @@ class Solver(abc.ABC):
         self._require(rtol is None or 0 < rtol < 1, "rtol to be between 0 and 1", rtol, fix)
 
 
+@standalone
 def run(solver: Solver, operator: LinearOperator, B: Tensor, method: Callable[..., Outcome], x0: Tensor | None = None) -> Solution:
     """Check the input, call ``method(operator, B)`` (or ``B, x0``) on the non-zero rows, put the answer together.
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from influence_ext.context import standalone
 from influence_ext.errors import ArgumentError
 from influence_ext.operators.base import LinearOperator
 from influence_ext.solvers.base import CountedOperator
@@ -39,6 +40,7 @@ class Direct(FactorisingSolver):
         super().__post_init__()
         self._require_count("max_parameters", self.max_parameters)
 
+    @standalone
     def factorise(self, operator: LinearOperator) -> DirectFactorisation:
         """The Cholesky factor, to solve with again and again.
 

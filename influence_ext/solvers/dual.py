@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from influence_ext.context import standalone
 from influence_ext.errors import ArgumentError
 from influence_ext.operators.base import CurvatureOperator, LinearOperator
 from influence_ext.solvers.base import Status
@@ -47,6 +48,7 @@ class Dual(FactorisingSolver):
         super().__post_init__()
         self._require_count("max_roots", self.max_roots)
 
+    @standalone
     def factorise(self, operator: LinearOperator) -> DualFactorisation:
         """The factorised Gram matrix, to solve with again and again.
 

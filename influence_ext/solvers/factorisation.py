@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from influence_ext.context import standalone
 from influence_ext.operators.base import LinearOperator
 from influence_ext.solvers.base import CountedOperator, Outcome, Solution, Solver, Status, norm, run
 
@@ -61,6 +62,7 @@ class Factorisation(abc.ABC):
 
     max_refinements = 1
 
+    @standalone
     def solve(self, B: Tensor) -> Solution:
         """As :meth:`Solver.solve` with the matrix at hand; counts only what this solve costs.
 

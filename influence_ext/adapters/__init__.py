@@ -1,0 +1,1 @@
+"""Drop-in replacements for other libraries, under their names and conventions."""

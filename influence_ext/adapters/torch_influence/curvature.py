@@ -1,0 +1,248 @@
+"""Products with the curvature of an objective's training risk: natively, or in torch batch by batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, RandomSampler
+
+from influence_ext.adapters.torch_influence.batches import Block, NotNative
+from influence_ext.adapters.torch_influence.network import (
+    Network,
+    affine_network,
+    as_not_native,
+    hessian_rows_of,
+    native_form,
+    outputs_network,
+)
+from influence_ext.adapters.torch_influence.regulariser import Product, Regulariser, hessian_rows
+from influence_ext.operators.base import LinearOperator
+
+if TYPE_CHECKING:
+    from influence_ext.adapters.torch_influence.base import BaseInfluenceModule
+
+_log = logging.getLogger("influence_ext")
+
+GRAPH_BYTES = 2**30
+"""What autograd graphs that are kept for products may hold; beyond it, each product builds them again."""
+WHOLE_DATA_FACTOR = 4
+"""Up to this many batches' worth of examples, a sampled product weighs the linearised data set instead of linearising the batch."""
+
+
+class Curvature(ABC):
+    """The Hessian of the training risk, or with ``gnh`` its Gauss-Newton part and the regulariser's Hessian, at the present parameters."""
+
+    @abstractmethod
+    def full(self) -> Product:
+        """``[V, P] -> [V, P]``, on the whole training set."""
+
+    @abstractmethod
+    def sampled(self, num_batches: int) -> Iterator[Product]:
+        """The same on batches drawn with replacement, as many of the loader's size."""
+
+
+class DampedRisk(LinearOperator):
+    """A curvature's product with ``damp`` on the diagonal, for solvers."""
+
+    def __init__(self, module: BaseInfluenceModule, product: Product, damp: float):
+        theta = module._theta()
+        self.num_parameters, self.dtype, self.device = theta.numel(), theta.dtype, theta.device
+        self._product, self._damp = product, damp
+
+    def _matmat(self, V: Tensor) -> Tensor:
+        return self._product(V) + self._damp * V
+
+
+def curvature_of(module: BaseInfluenceModule, gnh: bool) -> Curvature:
+    """The fastest exact way there is; what stands against a faster one is logged."""
+    try:
+        block = module._training_block()
+        if not gnh and not module._has_default_train_loss():
+            raise NotNative("train_loss is overridden")
+        return _separable(module, block, gnh)
+    except NotNative as reason:
+        _log.info("torch_influence: products run in torch, batch by batch (%s)", reason)
+        return GraphCurvature(module, gnh, None)
+
+
+def _separable(module: BaseInfluenceModule, block: Block, gnh: bool) -> Curvature:
+    if not gnh:
+        try:
+            return NativeCurvature(module, affine_network(module, block))
+        except NotNative as reason:
+            _log.info("torch_influence: second derivatives run in torch (%s)", reason)
+    network = outputs_network(module, block)
+    if gnh:
+        return NativeCurvature(module, network)
+    network.check_mean(network.linearize().outputs)
+    return GraphCurvature(module, gnh, block)
+
+
+class NativeCurvature(Curvature):
+    """The Gauss-Newton matrix of a captured network, and the regulariser's Hessian."""
+
+    def __init__(self, module: BaseInfluenceModule, network: Network):
+        self._loader, self._network = module.train_loader, network
+        with as_not_native():
+            self._tape = network.linearize()
+            network.check_mean(self._tape.outputs)
+            z = self._tape.outputs
+            self._hessian = native_form(network.loss.hessian(z, network.indices()), z)
+        self._regulariser = module._regulariser()
+
+    def full(self) -> Product:
+        """See :meth:`Curvature.full`."""
+        tape, regulariser, hessian = self._tape, self._regulariser, self._hessian.scaled(1 / self._network.num_examples)
+        return lambda V: tape.ggn(V, hessian) + regulariser.product(V)
+
+    def sampled(self, num_batches: int) -> Iterator[Product]:
+        """See :meth:`Curvature.sampled`."""
+        for drawn in sampled_indices(self._loader, num_batches):
+            index = torch.tensor(drawn, dtype=torch.long, device=self._tape.theta.device)
+            yield self._on(index)
+
+    def _on(self, index: Tensor) -> Product:
+        """On the examples at ``index``."""
+        network, regulariser, count = self._network, self._regulariser, len(index)
+        tape = self._tape
+        rows = hessian_rows_of(self._hessian, index)
+        if rows is not None and network.num_examples <= WHOLE_DATA_FACTOR * count:
+            weights = torch.bincount(index, minlength=network.num_examples).to(tape.theta.dtype)
+            hessian = dataclasses.replace(self._hessian, weights=weights).scaled(1 / count)
+        else:
+            tape = network.linearize(index, tape.theta)
+            hessian = (network.loss.hessian(tape.outputs, index) if rows is None else rows).scaled(1 / count)
+        return lambda V: tape.ggn(V, hessian) + regulariser.product(V)
+
+
+class GraphCurvature(Curvature):
+    """Products by torch, which differentiates graphs of first derivatives; these are kept where memory allows.
+
+    Args:
+        module: whose objective, model and loaders count.
+        gnh: Gauss-Newton instead of Hessian.
+        block: the training set, if the loss of a batch is the mean over its examples; None: batches as the loader yields them.
+    """
+
+    def __init__(self, module: BaseInfluenceModule, gnh: bool, block: Block | None):
+        self._module, self._gnh, self._block = module, gnh, block
+        self._regulariser = module._regulariser() if gnh else None
+
+    def full(self) -> Product:
+        """See :meth:`Curvature.full`."""
+        kept: list[tuple[Product, float]] = []
+        held = 0
+        for batch, share in self._batches():
+            product, nbytes = self._measured(batch)
+            held += nbytes
+            if held > GRAPH_BYTES:
+                return self._recomputed
+            kept.append((product, share))
+        return lambda V: sum((share * product(V) for product, share in kept), torch.zeros_like(V))
+
+    def sampled(self, num_batches: int) -> Iterator[Product]:
+        """See :meth:`Curvature.sampled`."""
+        module = self._module
+        if self._block is None:
+            for batch, _ in module._loader_wrapper(train=True, sample_n_batches=num_batches):
+                yield self._product(batch)
+        else:
+            for drawn in sampled_indices(module.train_loader, num_batches):
+                yield self._product(self._block.rows(torch.tensor(drawn, dtype=torch.long, device=self._block.leaves[0].device)).batch)
+
+    def _recomputed(self, V: Tensor) -> Tensor:
+        total = torch.zeros_like(V)
+        for batch, share in self._batches():
+            total += share * self._product(batch)(V)
+        return total
+
+    def _batches(self) -> Iterator[tuple[Any, float]]:
+        """Batches with their share of the training set; those of a block are as large as a graph may be."""
+        module, block = self._module, self._block
+        if block is None:
+            count = len(module.train_loader.dataset)  # type: ignore[arg-type]
+            for batch, size in module._loader_wrapper(train=True):
+                yield batch, size / count
+            return
+        few = block.rows(slice(0, min(block.size, 16)))
+        each = self._measured(few.batch)[1] / few.size
+        size = max(16, int(GRAPH_BYTES / 2 / max(each, 1.0)))
+        for start in range(0, block.size, size):
+            rows = block.rows(slice(start, start + size))
+            yield rows.batch, rows.size / block.size
+
+    def _measured(self, batch: Any) -> tuple[Product, int]:
+        """A product and the bytes that its graphs hold."""
+        storages: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            product = self._product(batch)
+        return product, sum(storages.values())
+
+    def _product(self, batch: Any) -> Product:
+        module, theta = self._module, self._module._theta().requires_grad_()
+        with module._at(theta) as call:
+            if not self._gnh:
+                loss = call(lambda model: module.objective.train_loss(model, theta, batch))
+                return hessian_product(loss, theta)
+            z = call(lambda model: module.objective.train_outputs(model, batch))
+            product = gauss_newton_product(z, theta, lambda out: module.objective.train_loss_on_outputs(out, batch))
+        regulariser = self._regulariser
+        assert regulariser is not None
+        return lambda V: product(V) + regulariser.product(V)
+
+
+def hessian_product(value: Tensor, theta: Tensor) -> Product:
+    """``∇²value v`` from the graph of ``∇value``."""
+    if not value.requires_grad:
+        return torch.zeros_like
+    (gradient,) = torch.autograd.grad(value.sum(), theta, create_graph=True, materialize_grads=True)
+    return lambda V: hessian_rows(gradient, theta, V)
+
+
+def gauss_newton_product(z: Tensor, theta: Tensor, loss: Callable[[Tensor], Tensor]) -> Product:
+    """``Jᵀ H J v`` with the loss's Hessian ``H`` at outputs of any shape.
+
+    ``Jᵀu`` is linear in u, so its derivative by u, transposed, is ``J``.
+    """
+    if not z.requires_grad:
+        return torch.zeros_like
+    u = torch.zeros_like(z, requires_grad=True)
+    (pulled,) = torch.autograd.grad(z, theta, u, create_graph=True, materialize_grads=True)
+    leaf = z.detach().requires_grad_()
+    value = loss(leaf)
+    if not value.requires_grad:
+        return torch.zeros_like
+    (gradient,) = torch.autograd.grad(value.sum(), leaf, create_graph=True)
+
+    def product(V: Tensor) -> Tensor:
+        tangents = hessian_rows(pulled, u, V)
+        return hessian_rows(z, theta, hessian_rows(gradient, leaf, tangents))
+
+    return product
+
+
+def sampled_indices(loader: DataLoader, num_batches: int) -> Iterator[list[int]]:
+    """Batches of the loader's size, drawn with replacement; the global generator gives the seed.
+
+    An iterator over a ``DataLoader`` draws a number of its own before its sampler does. It is drawn here too, so that one seed gives the
+    batches that a loader with this sampler would yield.
+    """
+    dataset: Any = loader.dataset
+    size = loader.batch_size
+    assert size is not None
+    sampler = RandomSampler(dataset, replacement=True, num_samples=num_batches * size)
+    drawing: DataLoader = DataLoader(dataset, batch_size=size, sampler=sampler)
+    iter(drawing)
+    assert drawing.batch_sampler is not None
+    yield from drawing.batch_sampler

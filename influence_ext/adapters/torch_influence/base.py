@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils import data
 
 from influence_ext.adapters.torch_influence.batches import Block, NotNative, check_subset, read_block, to_device
+from influence_ext.adapters.torch_influence.captures import Captures
 from influence_ext.adapters.torch_influence.curvature import gauss_newton_product, hessian_product
-from influence_ext.adapters.torch_influence.network import Network, affine_network, as_not_native, outputs_network
 from influence_ext.adapters.torch_influence.regulariser import Regulariser
 from influence_ext.capture import differentiable
 from influence_ext.errors import ArgumentError, ShapeError
@@ -84,6 +84,7 @@ class BaseInfluenceModule(abc.ABC):
         self.test_loader = test_loader
         self._originals: dict[str, nn.Parameter] = {}
         self._block: Block | NotNative | None = None
+        self._captures = Captures(self)
 
     @abc.abstractmethod
     def inverse_hvp(self, vec: Tensor) -> Tensor:
@@ -148,20 +149,12 @@ class BaseInfluenceModule(abc.ABC):
     def _native_dots(self, indices: list[int], vectors: Tensor) -> Tensor:
         if not self._has_default_train_loss():
             raise NotNative("train_loss is overridden")
-        index = torch.tensor(indices, dtype=torch.long, device=self.device)
-        network = self._network(self._training_block().rows(index))
-        with as_not_native():
-            tape = network.linearize()
-            slopes = network.loss.gradient(tape.outputs, network.indices())
-        tangents = tape.jvp(vectors)
-        dots = torch.einsum("vnc,nc->nv", tangents.reshape(len(vectors), len(index), -1), slopes.reshape(len(index), -1))
-        return dots + vectors @ self._regulariser().gradient
-
-    def _network(self, block: Block) -> Network:
         try:
-            return affine_network(self, block)
+            linearised = self._captures.affine()
         except NotNative:
-            return outputs_network(self, block)
+            linearised = self._captures.outputs()
+        index = torch.tensor(indices, dtype=torch.long, device=self.device)
+        return linearised.gradient_dots(index, vectors) + vectors @ self._regulariser().gradient
 
     # What curvatures read
 

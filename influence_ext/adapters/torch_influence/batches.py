@@ -156,8 +156,8 @@ def _concatenated(batches: Iterator[tuple[Any, int]], count: int) -> Block:
 
 @contextmanager
 def random_state_kept() -> Iterator[None]:
-    """Readings of our own draw nothing from the generators that the caller's readings draw from."""
-    state, numpy_state = torch.get_rng_state(), np.random.get_state()  # noqa: NPY002: data sets use numpy's global generator
+    """Readings of our own draw nothing from the generators, torch's and numpy's, that the caller's readings draw from."""
+    state, numpy_state = torch.get_rng_state(), np.random.get_state()  # noqa: NPY002
     try:
         yield
     finally:

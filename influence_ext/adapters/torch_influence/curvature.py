@@ -13,15 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 
 from influence_ext.adapters.torch_influence.batches import Block, NotNative
-from influence_ext.adapters.torch_influence.network import (
-    Network,
-    affine_network,
-    as_not_native,
-    hessian_rows_of,
-    native_form,
-    outputs_network,
-)
-from influence_ext.adapters.torch_influence.regulariser import Product, Regulariser, hessian_rows
+from influence_ext.adapters.torch_influence.captures import Linearised
+from influence_ext.adapters.torch_influence.regulariser import Product, hessian_rows
 from influence_ext.operators.base import LinearOperator
 
 if TYPE_CHECKING:
@@ -31,8 +24,8 @@ _log = logging.getLogger("influence_ext")
 
 GRAPH_BYTES = 2**30
 """What autograd graphs that are kept for products may hold; beyond it, each product builds them again."""
-WHOLE_DATA_FACTOR = 4
-"""Up to this many batches' worth of examples, a sampled product weighs the linearised data set instead of linearising the batch."""
+SPARE_WORK = 1_000_000
+"""Multiplications in a product of the whole data set that are cheaper than linearising a batch anew."""
 
 
 class Curvature(ABC):
@@ -62,38 +55,32 @@ class DampedRisk(LinearOperator):
 def curvature_of(module: BaseInfluenceModule, gnh: bool) -> Curvature:
     """The fastest exact way there is; what stands against a faster one is logged."""
     try:
-        block = module._training_block()
         if not gnh and not module._has_default_train_loss():
             raise NotNative("train_loss is overridden")
-        return _separable(module, block, gnh)
+        return _separable(module, gnh)
     except NotNative as reason:
         _log.info("torch_influence: products run in torch, batch by batch (%s)", reason)
         return GraphCurvature(module, gnh, None)
 
 
-def _separable(module: BaseInfluenceModule, block: Block, gnh: bool) -> Curvature:
-    if not gnh:
-        try:
-            return NativeCurvature(module, affine_network(module, block))
-        except NotNative as reason:
-            _log.info("torch_influence: second derivatives run in torch (%s)", reason)
-    network = outputs_network(module, block)
+def _separable(module: BaseInfluenceModule, gnh: bool) -> Curvature:
+    captures = module._captures
     if gnh:
-        return NativeCurvature(module, network)
-    network.check_mean(network.linearize().outputs)
-    return GraphCurvature(module, gnh, block)
+        return NativeCurvature(module, captures.outputs())
+    try:
+        return NativeCurvature(module, captures.affine())
+    except NotNative as reason:
+        _log.info("torch_influence: second derivatives run in torch (%s)", reason)
+    assert captures.outputs().is_mean
+    return GraphCurvature(module, gnh, module._training_block())
 
 
 class NativeCurvature(Curvature):
     """The Gauss-Newton matrix of a captured network, and the regulariser's Hessian."""
 
-    def __init__(self, module: BaseInfluenceModule, network: Network):
-        self._loader, self._network = module.train_loader, network
-        with as_not_native():
-            self._tape = network.linearize()
-            network.check_mean(self._tape.outputs)
-            z = self._tape.outputs
-            self._hessian = native_form(network.loss.hessian(z, network.indices()), z)
+    def __init__(self, module: BaseInfluenceModule, linearised: Linearised):
+        self._loader, self._network = module.train_loader, linearised.network
+        self._tape, self._hessian = linearised.tape, linearised.hessian
         self._regulariser = module._regulariser()
 
     def full(self) -> Product:
@@ -104,20 +91,22 @@ class NativeCurvature(Curvature):
     def sampled(self, num_batches: int) -> Iterator[Product]:
         """See :meth:`Curvature.sampled`."""
         for drawn in sampled_indices(self._loader, num_batches):
-            index = torch.tensor(drawn, dtype=torch.long, device=self._tape.theta.device)
-            yield self._on(index)
+            yield self._on(drawn)
 
-    def _on(self, index: Tensor) -> Product:
-        """On the examples at ``index``."""
-        network, regulariser, count = self._network, self._regulariser, len(index)
-        tape = self._tape
-        rows = hessian_rows_of(self._hessian, index)
-        if rows is not None and network.num_examples <= WHOLE_DATA_FACTOR * count:
-            weights = torch.bincount(index, minlength=network.num_examples).to(tape.theta.dtype)
-            hessian = dataclasses.replace(self._hessian, weights=weights).scaled(1 / count)
+    def _on(self, drawn: list[int]) -> Product:
+        """On the examples at these indices."""
+        network, regulariser, hessian, tape = self._network, self._regulariser, self._hessian, self._tape
+        N, scale, theta = network.num_examples, hessian.scale / len(drawn), tape.theta
+        index = torch.tensor(drawn, dtype=torch.long, device=theta.device)
+        if hessian.state is not None and (N - 4 * len(drawn)) * theta.numel() <= SPARE_WORK:
+            # the whole set, each example weighed by how often it was drawn
+            weights = theta.new_zeros(N).index_add_(0, index, theta.new_ones(len(drawn)))
+            hessian = dataclasses.replace(hessian, weights=weights, scale=scale)
         else:
-            tape = network.linearize(index, tape.theta)
-            hessian = (network.loss.hessian(tape.outputs, index) if rows is None else rows).scaled(1 / count)
+            tape = network.linearize(index, theta)
+            state = None if hessian.state is None else hessian.state[index].contiguous()
+            hessian = network.loss.hessian(tape.outputs, index) if state is None else dataclasses.replace(hessian, state=state)
+            hessian = hessian.scaled(1 / len(drawn))
         return lambda V: tape.ggn(V, hessian) + regulariser.product(V)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ MEMORY_BUDGET = 4 * 2**30
 """Bytes of forward state that are kept; beyond it, products recompute it."""
 BLOCK = 1024
 """Examples whose inputs to the affine layer are computed at a time."""
-PROBE = 4
+PROBE = 2
 """Examples on which a capture is compared with the objective itself."""
 
 
@@ -51,7 +50,9 @@ class Network:
     def linearize(self, index: Tensor | None = None, theta: Tensor | None = None) -> Tape:
         """At the model's present parameters, on all examples, within a budget of memory, or on those at ``index``."""
         if index is None:
-            return self.plan.linearize(self.X, theta, memory_budget=MEMORY_BUDGET)
+            width = sum(node.width for node in self.plan.graph.nodes)
+            ample = 8 * self.num_examples * width * self.plan.space.dtype.itemsize <= MEMORY_BUDGET  # finding out costs two small tapes
+            return self.plan.linearize(self.X, theta, memory_budget=None if ample else MEMORY_BUDGET)
         return self.plan.linearize(self.X[index] if isinstance(self.X, Tensor) else tuple(x[index] for x in self.X), theta)
 
     def indices(self) -> Tensor:
@@ -78,7 +79,6 @@ def outputs_network(module: BaseInfluenceModule, block: Block) -> Network:
     Raises:
         NotNative: the function is not one that the library captures, or its capture gives something else.
     """
-    _check_mode(module)
     objective = module.objective
     used = _touched(module, block)
     wrapper = _Outputs(module.model, objective.train_outputs, block, used)
@@ -104,7 +104,6 @@ def affine_network(module: BaseInfluenceModule, block: Block) -> Network:
     Raises:
         NotNative: other layers are trained too, or the layer is used in another way than once by a call.
     """
-    _check_mode(module)
     model, objective = module.model, module.objective
     name, layer = _only_affine_layer(model)
     few = block.rows(slice(0, PROBE))
@@ -153,13 +152,6 @@ def native_form(hessian: OutputHessian, z: Tensor) -> OutputHessian:
     return hessian
 
 
-def hessian_rows_of(hessian: OutputHessian, index: Tensor) -> OutputHessian | None:
-    """The same for the examples at ``index``; None where the Hessian is a graph over all of them."""
-    if hessian.state is None:
-        return None
-    return dataclasses.replace(hessian, state=hessian.state[index].contiguous())
-
-
 @contextmanager
 def as_not_native() -> Any:
     """Refusals of the library become the reason to take torch's way, which is as exact."""
@@ -206,11 +198,6 @@ def _touched(module: BaseInfluenceModule, block: Block) -> list[int]:
     if not used:
         raise NotNative("train_outputs reads no tensor of the batch")
     return used
-
-
-def _check_mode(module: BaseInfluenceModule) -> None:
-    if any(m.training for m in module.model.modules()):
-        raise NotNative("a part of the model is in training mode")
 
 
 def _check_space(plan: Plan, names: tuple[str, ...]) -> None:

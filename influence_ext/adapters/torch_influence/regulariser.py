@@ -12,6 +12,8 @@ from influence_ext.errors import ShapeError
 
 Product = Callable[[Tensor], Tensor]
 NUM_PROBES = 2
+FEW = 6
+"""Vectors up to which single passes cost less than setting up a batched one."""
 
 
 class Regulariser:
@@ -72,11 +74,11 @@ class Regulariser:
 def hessian_rows(graph: Tensor, leaf: Tensor, V: Tensor) -> Tensor:
     """The derivative of ``graph`` by ``leaf`` transposed onto each v: ``[V, *graph] -> [V, *leaf]``; the graph stays.
 
-    One batched pass where ``vmap`` knows all operators, else one by one.
+    Many go in one batched pass where ``vmap`` knows all operators, else one by one.
     """
     if not graph.requires_grad:
         return leaf.new_zeros(V.shape[0], *leaf.shape)
-    if V.shape[0] > 1:
+    if V.shape[0] > FEW:
         try:
             return _grad(graph, leaf, V, batched=True)
         except (RuntimeError, NotImplementedError):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import TreeSpec, tree_leaves, tree_unflatten
 
 from influence_ext.adapters.torch_influence.batches import Block, NotNative
 from influence_ext.errors import InfluenceExtError
@@ -81,7 +81,7 @@ def outputs_network(module: BaseInfluenceModule, block: Block) -> Network:
     """
     objective = module.objective
     used = _touched(module, block)
-    wrapper = _Outputs(module.model, objective.train_outputs, block, used)
+    wrapper = _TrainOutputs(module.model, objective.train_outputs, block, used)
     X = tuple(block.leaves[i] for i in used)
     with as_not_native():
         plan = Plan.of(wrapper, X, who="torch_influence")
@@ -158,23 +158,33 @@ def as_not_native() -> Any:
     try:
         yield
     except InfluenceExtError as error:
-        raise NotNative(str(error).splitlines()[0]) from error
+        raise NotNative(" ".join(line.strip() for line in str(error).splitlines())) from error
 
 
-class _Outputs(nn.Module):
+@dataclass(frozen=True)
+class _Structure:
+    """Containers of a batch; copies of a module share it."""
+
+    spec: TreeSpec
+
+    def __deepcopy__(self, memo: Any) -> _Structure:
+        return self
+
+
+class _TrainOutputs(nn.Module):
     """``train_outputs`` as a module of the tensors that it reads."""
 
     def __init__(self, model: nn.Module, train_outputs: Callable[[nn.Module, Any], Tensor], block: Block, used: list[int]):
         super().__init__()
         self.model = model
         self.train(model.training)
-        self.train_outputs, self.spec, self.used = train_outputs, block.spec, used
+        self.train_outputs, self.structure, self.used = train_outputs, _Structure(block.spec), used
 
     def forward(self, *tensors: Tensor) -> Tensor:
-        leaves: list[Tensor | None] = [None] * self.spec.num_leaves
+        leaves: list[Tensor | None] = [None] * self.structure.spec.num_leaves
         for position, tensor in zip(self.used, tensors, strict=True):
             leaves[position] = tensor
-        return self.train_outputs(self.model, torch.utils._pytree.tree_unflatten(leaves, self.spec))
+        return self.train_outputs(self.model, tree_unflatten(leaves, self.structure.spec))
 
 
 class _Touch(TorchFunctionMode):

@@ -1,0 +1,1 @@
+"""The adapters against the libraries whose interface they have, a module each."""

@@ -90,23 +90,28 @@ class NativeCurvature(Curvature):
 
     def sampled(self, num_batches: int) -> Iterator[Product]:
         """See :meth:`Curvature.sampled`."""
-        for drawn in sampled_indices(self._loader, num_batches):
-            yield self._on(drawn)
+        for index in sampled_indices(self._loader, num_batches):
+            yield self._on(index.to(self._tape.theta.device))
 
-    def _on(self, drawn: list[int]) -> Product:
-        """On the examples at these indices."""
+    def _on(self, index: Tensor) -> Product:
+        """On the examples at ``index``."""
         network, regulariser, hessian, tape = self._network, self._regulariser, self._hessian, self._tape
-        N, scale, theta = network.num_examples, hessian.scale / len(drawn), tape.theta
-        index = torch.tensor(drawn, dtype=torch.long, device=theta.device)
-        if hessian.state is not None and (N - 4 * len(drawn)) * theta.numel() <= SPARE_WORK:
+        N, B, theta = network.num_examples, len(index), tape.theta
+        if hessian.state is not None and (N - 4 * B) * theta.numel() <= SPARE_WORK:
             # the whole set, each example weighed by how often it was drawn
-            weights = theta.new_zeros(N).index_add_(0, index, theta.new_ones(len(drawn)))
-            hessian = dataclasses.replace(hessian, weights=weights, scale=scale)
+            weights = theta.new_zeros(N).index_add_(0, index, theta.new_ones(B))
+            hessian = dataclasses.replace(hessian, weights=weights, scale=hessian.scale / B)
+            return lambda V: tape.ggn(V, hessian) + regulariser.product(V)
+        if hessian.state is not None:
+            hessian = dataclasses.replace(hessian, state=hessian.state.index_select(0, index), scale=hessian.scale / B)
+            if network.is_matrix:
+                # two products with a batch's rows cost less than a tape of them
+                x = network.X.index_select(0, index)
+                return lambda V: network.matrix_product(x, hessian, V) + regulariser.product(V)
+            tape = network.linearize(index, theta)
         else:
             tape = network.linearize(index, theta)
-            state = None if hessian.state is None else hessian.state[index].contiguous()
-            hessian = network.loss.hessian(tape.outputs, index) if state is None else dataclasses.replace(hessian, state=state)
-            hessian = hessian.scaled(1 / len(drawn))
+            hessian = network.loss.hessian(tape.outputs, index).scaled(1 / B)
         return lambda V: tape.ggn(V, hessian) + regulariser.product(V)
 
 
@@ -121,7 +126,7 @@ class GraphCurvature(Curvature):
 
     def __init__(self, module: BaseInfluenceModule, gnh: bool, block: Block | None):
         self._module, self._gnh, self._block = module, gnh, block
-        self._regulariser = module._regulariser() if gnh else None
+        self._regulariser = None if block is None and not gnh else module._regulariser()
 
     def full(self) -> Product:
         """See :meth:`Curvature.full`."""
@@ -142,8 +147,8 @@ class GraphCurvature(Curvature):
             for batch, _ in module._loader_wrapper(train=True, sample_n_batches=num_batches):
                 yield self._product(batch)
         else:
-            for drawn in sampled_indices(module.train_loader, num_batches):
-                yield self._product(self._block.rows(torch.tensor(drawn, dtype=torch.long, device=self._block.leaves[0].device)).batch)
+            for index in sampled_indices(module.train_loader, num_batches):
+                yield self._product(self._block.rows(index.to(self._block.leaves[0].device)).batch)
 
     def _recomputed(self, V: Tensor) -> Tensor:
         total = torch.zeros_like(V)
@@ -179,15 +184,15 @@ class GraphCurvature(Curvature):
         return product, sum(storages.values())
 
     def _product(self, batch: Any) -> Product:
-        module, theta = self._module, self._module._theta().requires_grad_()
-        with module._at(theta) as call:
-            if not self._gnh:
-                loss = call(lambda model: module.objective.train_loss(model, theta, batch))
-                return hessian_product(loss, theta)
-            z = call(lambda model: module.objective.train_outputs(model, batch))
-            product = gauss_newton_product(z, theta, lambda out: module.objective.train_loss_on_outputs(out, batch))
-        regulariser = self._regulariser
-        assert regulariser is not None
+        objective, regulariser, theta = self._module.objective, self._regulariser, self._module._theta().requires_grad_()
+        with self._module._at(theta) as call:
+            if regulariser is None:
+                return hessian_product(call(lambda model: objective.train_loss(model, theta, batch)), theta)
+            z = call(lambda model: objective.train_outputs(model, batch))
+            if self._gnh:
+                product = gauss_newton_product(z, theta, lambda out: objective.train_loss_on_outputs(out, batch))
+            else:
+                product = hessian_product(objective.train_loss_on_outputs(z, batch), theta)
         return lambda V: product(V) + regulariser.product(V)
 
 
@@ -221,8 +226,8 @@ def gauss_newton_product(z: Tensor, theta: Tensor, loss: Callable[[Tensor], Tens
     return product
 
 
-def sampled_indices(loader: DataLoader, num_batches: int) -> Iterator[list[int]]:
-    """Batches of the loader's size, drawn with replacement; the global generator gives the seed.
+def sampled_indices(loader: DataLoader, num_batches: int) -> tuple[Tensor, ...]:
+    """Batches of the loader's size, drawn with replacement, as indices ``[size]``; the global generator gives the seed.
 
     An iterator over a ``DataLoader`` draws a number of its own before its sampler does. It is drawn here too, so that one seed gives the
     batches that a loader with this sampler would yield.
@@ -231,7 +236,5 @@ def sampled_indices(loader: DataLoader, num_batches: int) -> Iterator[list[int]]
     size = loader.batch_size
     assert size is not None
     sampler = RandomSampler(dataset, replacement=True, num_samples=num_batches * size)
-    drawing: DataLoader = DataLoader(dataset, batch_size=size, sampler=sampler)
-    iter(drawing)
-    assert drawing.batch_sampler is not None
-    yield from drawing.batch_sampler
+    iter(DataLoader(dataset, batch_size=size, sampler=sampler))
+    return torch.tensor(list(sampler), dtype=torch.long).split(size)

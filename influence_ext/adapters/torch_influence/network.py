@@ -40,12 +40,14 @@ class Network:
         X: its inputs, a tensor or a tuple, ``[N, ...]`` each.
         loss: ``ℓ_n`` of outputs and indices ``[N]``.
         num_examples: N.
+        is_matrix: whether this is one ``nn.Linear`` on vectors, whose Jacobian is the matrix X, repeated.
     """
 
     plan: Plan
     X: Any
     loss: Loss
     num_examples: int
+    is_matrix: bool = False
 
     def linearize(self, index: Tensor | None = None, theta: Tensor | None = None) -> Tape:
         """At the model's present parameters, on all examples, within a budget of memory, or on those at ``index``."""
@@ -53,7 +55,20 @@ class Network:
             width = sum(node.width for node in self.plan.graph.nodes)
             ample = 8 * self.num_examples * width * self.plan.space.dtype.itemsize <= MEMORY_BUDGET  # finding out costs two small tapes
             return self.plan.linearize(self.X, theta, memory_budget=None if ample else MEMORY_BUDGET)
-        return self.plan.linearize(self.X[index] if isinstance(self.X, Tensor) else tuple(x[index] for x in self.X), theta)
+        return self.plan.linearize(self._rows(index), theta)
+
+    def matrix_product(self, x: Tensor, hessian: OutputHessian, V: Tensor) -> Tensor:
+        """``Jᵀ H J v`` for rows ``x [B, I]`` of a linear layer's inputs: ``[V, P] -> [V, P]``."""
+        moved = self.plan.space.unflatten(V)
+        tangents = x @ moved["weight"].mT if "weight" in moved else V.new_zeros(len(V), len(x), *self.plan.output_shape)
+        if "bias" in moved:
+            tangents = tangents + moved["bias"][:, None]
+        cotangents = hessian.matmat(tangents)
+        pulled = [cotangents.mT @ x if name == "weight" else cotangents.sum(dim=1) for name in moved]
+        return torch.cat([part.flatten(1) for part in pulled], dim=1)
+
+    def _rows(self, index: Tensor) -> Any:
+        return self.X.index_select(0, index) if isinstance(self.X, Tensor) else tuple(x.index_select(0, index) for x in self.X)
 
     def indices(self) -> Tensor:
         """All of them, the targets of the loss."""
@@ -122,7 +137,7 @@ def affine_network(module: BaseInfluenceModule, block: Block) -> Network:
             outputs = objective.train_outputs(model, batch)
         return objective.train_loss_on_outputs(outputs, batch)
 
-    network = Network(plan, x, resolve(loss, who="torch_influence"), block.size)
+    network = Network(plan, x, resolve(loss, who="torch_influence"), block.size, type(layer) is nn.Linear and x.dim() == 2)
     u = layer(x[: few.size]).detach().requires_grad_()
     with torch.enable_grad():
         value = loss(u, torch.arange(few.size, device=u.device))

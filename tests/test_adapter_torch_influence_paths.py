@@ -13,11 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from influence_ext.adapters.torch_influence import BaseInfluenceModule, CGInfluenceModule
+from bench.adapters import torch_influence as benchmark
+from influence_ext.adapters.torch_influence import BaseInfluenceModule, CGInfluenceModule, LiSSAInfluenceModule
 from influence_ext.adapters.torch_influence import batches as batches_module
 from influence_ext.adapters.torch_influence import curvature as curvature_module
 from influence_ext.adapters.torch_influence.regulariser import Regulariser
-from tests.objectives import CPU, D, N, Objective, close, damped, dense, gradient, linear, make, network, theta_of, vector
+from influence_ext.losses.hessian import DIAGONAL, SOFTMAX
+from tests.objectives import CPU, D, N, Objective, close, damped, dense, gradient, linear, logistic, make, network, theta_of, vector
 
 # What cannot run natively
 
@@ -128,6 +130,35 @@ def test_loaders(form: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogC
         expected = torch.stack([gradient(case, [i], train=True) @ v for i in range(N)]) / N
         close(module.influences(range(N), [0], stest=v), expected)
     assert ("batch by batch" in caplog.text) == (form in ("padded", "large"))
+
+
+@pytest.mark.parametrize(("problem", "shape"), [(linear, DIAGONAL), (logistic, DIAGONAL), (network, SOFTMAX)])
+def test_output_hessians_take_the_form_of_the_fused_product(problem: Callable[[], tuple], shape: int) -> None:
+    module = make(CGInfluenceModule, problem(), gnh=True)
+    hessian = module._captures.outputs().hessian
+    assert hessian.shape == shape
+    blocks = module._captures.outputs().network.loss.hessian(module._captures.outputs().tape.outputs, torch.arange(N))
+    U = vector(2 * module._captures.outputs().tape.outputs.numel()).view(2, *module._captures.outputs().tape.outputs.shape)
+    close(hessian.matmat(U), blocks.matmat(U), rtol=1e-13)
+
+
+def test_a_layer_with_a_frozen_part_in_lissa(monkeypatch: pytest.MonkeyPatch) -> None:
+    for frozen in ("weight", "bias"):
+        case = linear()
+        case[0].get_parameter(frozen).requires_grad_(False)
+        module = make(LiSSAInfluenceModule, case, 6, repeat=1, depth=4, scale=30.0)
+        v, found = vector(len(theta_of(case[0]))), []
+        for spare_work in (0, 10**9):  # rows of the batch, then the whole set weighed
+            monkeypatch.setattr(curvature_module, "SPARE_WORK", spare_work)
+            torch.manual_seed(4)
+            found.append(module.inverse_hvp(v))
+        close(found[0], found[1], rtol=1e-13)
+
+
+def test_the_benchmark_runs(capsys: pytest.CaptureFixture) -> None:
+    assert benchmark.main(["--cases", "linear, CG", "--seconds", "0"]) == 0
+    assert "1.000000" in capsys.readouterr().out
+    assert benchmark.main(["--cases", "none"]) == 2
 
 
 def test_data_that_change_are_read_again_for_every_product(caplog: pytest.LogCaptureFixture) -> None:

@@ -54,8 +54,8 @@ class BaseInfluenceModule(abc.ABC):
     with ``n`` training examples. Positive: removing example i raises the test loss. ``∇ℓ_i`` contains the regulariser's gradient.
 
     The model is put into evaluation mode and moved to ``device``, once, here; nothing else of it changes, ever: the parameters, their
-    identity, gradients and hooks stay. Its parameters, buffers and the objective are read at every call; the training data are read
-    once, unless a second reading differs from the first.
+    identity, gradients and hooks stay. Parameters, buffers and the objective's attributes may change between calls. Global variables that
+    the objective's functions read may not; nor may the training data, which are read once, unless a second reading differs from the first.
 
     Args:
         model: its parameters with ``requires_grad`` count, in the order of ``named_parameters()``.

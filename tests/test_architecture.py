@@ -229,6 +229,10 @@ def test_every_kernel_has_a_contract_of_the_same_name() -> None:
         ("influence_ext.influence.scores", "from influence_ext import GGN", 1),
         ("influence_ext.operators.ggn", "import torch.distributed", 1),
         ("influence_ext.plan", "from tests.cases import build", 1),
+        ("influence_ext.adapters.torch_influence.base", "from influence_ext.solvers import CG\nimport scipy.sparse.linalg", 0),
+        ("influence_ext.adapters.torch_influence.base", "from influence_ext import _C", 1),
+        ("influence_ext.influence.scores", "from influence_ext.adapters import torch_influence", 1),
+        ("influence_ext.cli.scores", "from influence_ext.adapters import torch_influence", 1),
         ("influence_ext.stray", "import torch", 1),
     ],
 )

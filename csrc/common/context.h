@@ -28,6 +28,8 @@ struct Context {
   DeviceRuntime* runtime = nullptr;  // of the device, and the stream that orders what is done on it; null on the CPU
   void* stream = nullptr;
   Precision precision = Precision::full;
+
+  bool on_device() const { return runtime != nullptr; }
 };
 
 }  // namespace infl

@@ -89,7 +89,7 @@ int64_t attention_thread_scratch_size(const Attention<T>& a) {
 
 template <class T>
 int64_t attention_scratch_size(const Context& ctx, const Attention<T>& a) {
-  return ctx.device == Device::cpu ? ctx.num_threads * attention_thread_scratch_size(a) : 0;
+  return ctx.on_device() ? 0 : ctx.num_threads * attention_thread_scratch_size(a);
 }
 
 // o from q, k, v and mask; fills p if it is given.

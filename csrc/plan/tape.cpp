@@ -177,7 +177,7 @@ void Tape<T>::cotangent_tile(const Context& ctx, int64_t V, int64_t n0, int64_t 
 template <class T>
 Tiling Tape<T>::tiling(const Context& ctx, int64_t V) const {
   const int num_threads = ctx.num_threads;
-  const bool on_device = ctx.device != Device::cpu;
+  const bool on_device = ctx.on_device();
   const Schedules& s = plan_->schedules();
   int64_t kept = 0;  // tape elements per example that a sweep reads
   for (size_t i = 0; i < plan_->nodes().size(); ++i) {

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch  # first: the extension needs its libraries and shares its OpenMP
@@ -24,7 +25,7 @@ except ImportError as reason:
     raise ImportError(binary.failure(_compiled, torch.__version__, reason)) from reason
 
 if TYPE_CHECKING:
-    from influence_ext import losses, solvers
+    from influence_ext import errors, losses, solvers
     from influence_ext.bregman import (
         Decomposition,
         Recipe,
@@ -70,6 +71,7 @@ __all__ = [
     "__version__",
     "build_info",
     "decompose",
+    "errors",
     "grad_gram",
     "jvp",
     "linearized_pbrf",
@@ -86,20 +88,20 @@ __all__ = [
     "vjp",
 ]
 
-_MODULES = ("losses", "solvers")
 _LAYERS = ("operators", "influence", "bregman")  # each needs the ones before it
 
 
 def __getattr__(name: str) -> Any:
     """Load the layer that holds a public name when the name is first used, so that the import itself costs next to nothing."""
-    if name in __all__:
-        if name in _MODULES:
+    if not name.startswith("_"):
+        if find_spec(f"{__name__}.{name}"):
             return import_module(f"{__name__}.{name}")
-        for layer in _LAYERS:
-            module = import_module(f"{__name__}.{layer}")
-            if name in module.__all__:
-                value = globals()[name] = getattr(module, name)
-                return value
+        if name in __all__:
+            for layer in _LAYERS:
+                module = import_module(f"{__name__}.{layer}")
+                if name in module.__all__:
+                    value = globals()[name] = getattr(module, name)
+                    return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -26,18 +26,11 @@ except ImportError as reason:
 
 if TYPE_CHECKING:
     from influence_ext import errors, losses, solvers
-    from influence_ext.bregman import (
-        Decomposition,
-        Recipe,
-        Response,
-        Run,
-        decompose,
-        linearized_pbrf,
-        pbrf,
-        proximal_response,
-        retrain,
-        train,
-    )
+    from influence_ext.bregman.decompose import Decomposition, decompose
+    from influence_ext.bregman.pbrf import linearized_pbrf, pbrf
+    from influence_ext.bregman.recipe import Recipe, Run, train
+    from influence_ext.bregman.response import Response
+    from influence_ext.bregman.retrain import proximal_response, retrain
     from influence_ext.influence import Influence, Scores, load_scores
     from influence_ext.operators import (
         GGN,

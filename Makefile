@@ -40,7 +40,7 @@ demo: $(DONE)/extension $(DONE)/demo ## from trained models to influence, PBRF a
 test: $(DONE)/extension $(DONE)/test ## the quick tests
 	@$(PY) -m pytest -q -m "not slow" $(ARGS)
 
-test-all: $(DONE)/extension $(DONE)/test $(DONE)/long ## all tests
+test-all: $(DONE)/extension $(DONE)/test $(DONE)/long $(DONE)/docs $(DONE)/lint ## all tests, with those of the documentation and the types
 	@$(PY) -m pytest -q $(ARGS)
 
 bench: $(DONE)/extension $(DONE)/bench ## against torch.func, torch.compile and curvlinops; adds to bench/results and redraws table and chart

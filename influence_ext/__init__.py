@@ -84,18 +84,20 @@ __all__ = [
 _LAYERS = ("operators", "influence", "bregman")  # each needs the ones before it
 
 
-def __getattr__(name: str) -> Any:
-    """Load the layer that holds a public name when the name is first used, so that the import itself costs next to nothing."""
-    if not name.startswith("_"):
-        if find_spec(f"{__name__}.{name}"):
-            return import_module(f"{__name__}.{name}")
-        if name in __all__:
-            for layer in _LAYERS:
-                module = import_module(f"{__name__}.{layer}")
-                if name in module.__all__:
-                    value = globals()[name] = getattr(module, name)
-                    return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # a type checker that saw it would take any name for one of ours
+
+    def __getattr__(name: str) -> Any:
+        """Load the layer that holds a public name when the name is first used, so that the import itself costs next to nothing."""
+        if not name.startswith("_"):
+            if find_spec(f"{__name__}.{name}"):
+                return import_module(f"{__name__}.{name}")
+            if name in __all__:
+                for layer in _LAYERS:
+                    module = import_module(f"{__name__}.{layer}")
+                    if name in module.__all__:
+                        value = globals()[name] = getattr(module, name)
+                        return value
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

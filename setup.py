@@ -144,7 +144,8 @@ class build_ext(BuildExtension):
 
     def run(self) -> None:
         super().run()
-        record = {"torch": torch.__version__, "cxx11_abi": torch.compiled_with_cxx11_abi()}
+        cuda = torch.version.cuda if cuda_wanted() else None
+        record = {"torch": torch.__version__, "cxx11_abi": torch.compiled_with_cxx11_abi(), "cuda": cuda}
         # beside the extension, wherever that is; influence_ext/binary.py reads it before it loads the extension
         Path(self.get_ext_fullpath("influence_ext._C")).with_name("_C.json").write_text(json.dumps(record) + "\n")
 

@@ -17,7 +17,7 @@ import torch  # first: the extension needs its libraries and shares its OpenMP
 from influence_ext import binary
 
 _compiled = binary.compiled_against()
-if _mismatch := binary.mismatch(_compiled, torch.__version__, torch.compiled_with_cxx11_abi()):
+if _mismatch := binary.mismatch(_compiled, torch.__version__, torch.compiled_with_cxx11_abi(), torch.version.cuda):
     raise ImportError(_mismatch)
 try:
     import influence_ext._C as _C

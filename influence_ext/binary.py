@@ -12,6 +12,7 @@ class Record(TypedDict):
 
     torch: str
     cxx11_abi: bool
+    cuda: str | None
 
 
 def compiled_against(path: Path | None = None) -> Record | None:
@@ -23,19 +24,25 @@ def compiled_against(path: Path | None = None) -> Record | None:
     return record
 
 
-def mismatch(record: Record | None, torch_version: str, cxx11_abi: bool) -> str | None:
-    """What keeps an extension with this record from running on a torch of this version and C++ ABI, as one sentence; None if nothing.
+def mismatch(record: Record | None, torch_version: str, cxx11_abi: bool, cuda: str | None) -> str | None:
+    """What keeps an extension with this record from running on such a torch, as one sentence; None if nothing does.
 
     Torch keeps its C++ interface within a release (2.13.x) and changes it between releases, where the extension would fail with an
-    undefined symbol or, worse, load.
+    undefined symbol or, worse, load. An extension with CUDA kernels needs a torch with CUDA of the same major version; one without runs
+    on any.
     """
-    if record is None or (_release(record["torch"]) == _release(torch_version) and record["cxx11_abi"] == cxx11_abi):
+    if record is None:
         return None
-    release = _release(record["torch"])
+    same_cuda = record["cuda"] is None or (cuda is not None and cuda.split(".")[0] == record["cuda"].split(".")[0])
+    if _release(record["torch"]) == _release(torch_version) and record["cxx11_abi"] == cxx11_abi and same_cuda:
+        return None
+    needed = f"torch {_release(record['torch'])}.* with {_abi(record['cxx11_abi'])}" + (
+        f" and CUDA {record['cuda']}" if record["cuda"] else ""
+    )
+    found = f"torch {torch_version} with {_abi(cxx11_abi)}" + (f" and CUDA {cuda}" if cuda else "")
     return (
-        f"influence_ext: expected torch {release}.* with {_abi(record['cxx11_abi'])}, which its extension was compiled against "
-        f"({record['torch']}), got torch {torch_version} with {_abi(cxx11_abi)}; install torch=={release}.*, or rebuild influence_ext in "
-        "this environment with `pip install --no-build-isolation --force-reinstall --no-deps .` in its source folder."
+        f"influence_ext: expected {needed}, which its extension was compiled against, got {found}; install that torch, or rebuild "
+        "influence_ext in this environment with `pip install --no-build-isolation --force-reinstall --no-deps .` in its source folder."
     )
 
 

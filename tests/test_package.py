@@ -205,33 +205,36 @@ def test_import_costs_less_than_300_ms_beyond_torch() -> None:
 
 # --- the torch it was compiled against -----------------------------------------------------------------------------------------
 
-BUILT = binary.Record(torch="2.13.0+cpu", cxx11_abi=True)
+BUILT = binary.Record(torch="2.13.0+cpu", cxx11_abi=True, cuda=None)
+WITH_CUDA = binary.Record(torch="2.13.0+cu130", cxx11_abi=True, cuda="13.0")
 
 
 @pytest.mark.parametrize(
-    ("version", "abi", "fits"),
+    ("record", "version", "abi", "cuda", "fits"),
     [
-        ("2.13.0+cpu", True, True),
-        ("2.13.1", True, True),
-        ("2.13.0+cu130", True, True),
-        ("2.12.1+cpu", True, False),
-        ("2.130.0", True, False),
-        ("3.13.0", True, False),
-        ("2.13.0", False, False),
+        (BUILT, "2.13.0+cpu", True, None, True),
+        (BUILT, "2.13.1", True, None, True),
+        (BUILT, "2.13.0+cu130", True, "13.0", True),
+        (BUILT, "2.12.1+cpu", True, None, False),
+        (BUILT, "2.130.0", True, None, False),
+        (BUILT, "3.13.0", True, None, False),
+        (BUILT, "2.13.0", False, None, False),
+        (WITH_CUDA, "2.13.0+cu130", True, "13.0", True),
+        (WITH_CUDA, "2.13.0+cu131", True, "13.1", True),
+        (WITH_CUDA, "2.13.0+cu128", True, "12.8", False),
+        (WITH_CUDA, "2.13.0+cpu", True, None, False),
+        (None, "2.12.0", True, None, True),  # an extension without a record is tried
     ],
 )
-def test_mismatch(version: str, abi: bool, fits: bool) -> None:
-    message = binary.mismatch(BUILT, version, abi)
+def test_mismatch(record: binary.Record | None, version: str, abi: bool, cuda: str | None, fits: bool) -> None:
+    message = binary.mismatch(record, version, abi, cuda)
     assert (message is None) == fits
     if message:
         assert message.startswith("influence_ext: expected torch 2.13.* with the C++11 ABI")
-        assert f"got torch {version}" in message
+        assert ("and CUDA 13.0, which" in message) == (record is WITH_CUDA)
+        assert f"got torch {version} with" in message
         assert message.endswith(".")
         assert "\n" not in message
-
-
-def test_an_extension_without_a_record_is_tried() -> None:
-    assert binary.mismatch(None, "2.12.0", True) is None
 
 
 def copy_of_the_package(folder: Path, *, record: binary.Record | None, extension: bytes | None) -> None:
@@ -250,12 +253,12 @@ def copy_of_the_package(folder: Path, *, record: binary.Record | None, extension
     ("record", "extension", "expected"),
     [
         (
-            binary.Record(torch="1.0.0", cxx11_abi=True),
+            binary.Record(torch="1.0.0", cxx11_abi=True, cuda=None),
             b"",
-            r"expected torch 1\.0\.\* with the C\+\+11 ABI.*install torch==1\.0\.\*, or rebuild",
+            r"expected torch 1\.0\.\* with the C\+\+11 ABI, which its extension was compiled against, got torch .*; install that torch, or",
         ),
         (
-            binary.Record(torch=torch.__version__, cxx11_abi=True),
+            binary.Record(torch=torch.__version__, cxx11_abi=True, cuda=None),
             b"",
             r"expected the compiled extension influence_ext\._C \(compiled against",
         ),

@@ -312,7 +312,7 @@ def test_source_distribution_is_complete(tmp_path: Path) -> None:
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         packed = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
-    suffixes = {".py", ".pyi", ".typed", ".h", ".cpp", ".cu", ".cuh", ".md", ".txt", ".toml", ".in", ".png", ".svg", ".jsonl"}
+    suffixes = {".py", ".pyi", ".typed", ".h", ".cpp", ".cu", ".cuh", ".md", ".txt", ".toml", ".in", ".sh", ".png", ".svg", ".jsonl"}
     files = {
         p.relative_to(source).as_posix()
         for p in source.rglob("*")

@@ -29,7 +29,7 @@ CUDA_OBJECTS := $(patsubst csrc/kernels/cuda/%.cu,build/cuda/%.o,$(wildcard csrc
 CUDA_VENV ?= .venv-cuda
 CUDA_TORCH ?= torch==2.11.0
 
-.PHONY: help demo test test-all bench bench-micro cuda-compile cuda-build gpu lint format clean
+.PHONY: help demo test test-all bench bench-micro cuda-compile cuda-build gpu lint format docs wheel clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -40,7 +40,7 @@ demo: $(DONE)/extension $(DONE)/demo ## from trained models to influence, PBRF a
 test: $(DONE)/extension $(DONE)/test ## the quick tests
 	@$(PY) -m pytest -q -m "not slow" $(ARGS)
 
-test-all: $(DONE)/extension $(DONE)/test $(DONE)/long ## all tests
+test-all: $(DONE)/extension $(DONE)/test $(DONE)/long $(DONE)/docs $(DONE)/lint ## all tests, with those of the documentation and the types
 	@$(PY) -m pytest -q $(ARGS)
 
 bench: $(DONE)/extension $(DONE)/bench ## against torch.func, torch.compile and curvlinops; adds to bench/results and redraws table and chart
@@ -73,8 +73,15 @@ format: $(DONE)/build $(DONE)/lint ## let ruff and clang-format rewrite what the
 	@$(PY) -m ruff format --quiet .
 	@$(VENV)/bin/clang-format -i $(CPP_FILES)
 
+docs: $(DONE)/extension $(DONE)/docs ## guides and API reference as web pages, into build/docs (a warning is an error)
+	@$(PY) -m sphinx --fail-on-warning --keep-going --quiet --builder html docs build/docs $(ARGS)
+	@$(SAY) "build/docs/index.html"
+
+wheel: $(DONE)/wheel ## source distribution, and from it the wheel for this torch, into dist
+	@$(PY) -m build --no-isolation --outdir dist $(ARGS)
+
 clean: ## remove the environment and everything built (results stay)
-	rm -rf $(VENV) build dist *.egg-info influence_ext/*.so demo-results .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist *.egg-info influence_ext/*.so influence_ext/_C.json demo-results .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(DONE)/venv:
@@ -122,4 +129,14 @@ $(DONE)/bench: requirements/bench.txt $(DONE)/build
 $(DONE)/lint: requirements/lint.txt $(DONE)/build
 	@$(SAY) "linters"
 	@$(PIP) -r requirements/lint.txt
+	@touch $@
+
+$(DONE)/docs: requirements/docs.txt $(DONE)/build
+	@$(SAY) "packages of the documentation"
+	@$(PIP) -r requirements/docs.txt
+	@touch $@
+
+$(DONE)/wheel: requirements/wheel.txt $(DONE)/build
+	@$(SAY) "the packager"
+	@$(PIP) -r requirements/wheel.txt
 	@touch $@

@@ -5,6 +5,7 @@ Switches (environment):
     MAX_JOBS                      parallel compile jobs.
 """
 
+import json
 import os
 from pathlib import Path
 
@@ -135,11 +136,18 @@ def extension() -> CppExtension:
 
 
 class build_ext(BuildExtension):
-    """Keeps the object files of an editable install, so that a change recompiles only what it touches."""
+    """Keeps the object files of an editable install, so that a change recompiles only what it touches; records which torch it used."""
 
     def finalize_options(self) -> None:
         super().finalize_options()
         self.build_temp = str(ROOT / "build" / ("temp-cuda" if cuda_wanted() else "temp"))
+
+    def run(self) -> None:
+        super().run()
+        cuda = torch.version.cuda if cuda_wanted() else None
+        record = {"torch": torch.__version__, "cxx11_abi": torch.compiled_with_cxx11_abi(), "cuda": cuda}
+        # beside the extension, wherever that is; influence_ext/binary.py reads it before it loads the extension
+        Path(self.get_ext_fullpath("influence_ext._C")).with_name("_C.json").write_text(json.dumps(record) + "\n")
 
 
 setup(ext_modules=[extension()], cmdclass={"build_ext": build_ext})

@@ -7,45 +7,43 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 import torch  # first: the extension needs its libraries and shares its OpenMP
 
+from influence_ext import binary
+
+_compiled = binary.compiled_against()
+if _mismatch := binary.mismatch(_compiled, torch.__version__, torch.compiled_with_cxx11_abi(), torch.version.cuda):
+    raise ImportError(_mismatch)
 try:
     import influence_ext._C as _C
 except ImportError as reason:
-    raise ImportError(
-        "influence_ext: expected the compiled extension influence_ext._C to load with this torch "
-        f"({torch.__version__}), got: {reason}; rebuild it with `pip install --no-build-isolation .` in this environment."
-    ) from reason
+    raise ImportError(binary.failure(_compiled, torch.__version__, reason)) from reason
 
-from influence_ext import losses, solvers
-from influence_ext.bregman import (
-    Decomposition,
-    Recipe,
-    Response,
-    Run,
-    decompose,
-    linearized_pbrf,
-    pbrf,
-    proximal_response,
-    retrain,
-    train,
-)
-from influence_ext.influence import Influence, Scores, load_scores
-from influence_ext.operators import (
-    GGN,
-    EmpiricalFisher,
-    Hessian,
-    MonteCarloFisher,
-    grad_gram,
-    jvp,
-    per_example_dots,
-    per_example_grads,
-    per_example_norms,
-    vjp,
-)
+if TYPE_CHECKING:
+    from influence_ext import errors, losses, solvers
+    from influence_ext.bregman.decompose import Decomposition, decompose
+    from influence_ext.bregman.pbrf import linearized_pbrf, pbrf
+    from influence_ext.bregman.recipe import Recipe, Run, train
+    from influence_ext.bregman.response import Response
+    from influence_ext.bregman.retrain import proximal_response, retrain
+    from influence_ext.influence import Influence, Scores, load_scores
+    from influence_ext.operators import (
+        GGN,
+        EmpiricalFisher,
+        Hessian,
+        MonteCarloFisher,
+        grad_gram,
+        jvp,
+        per_example_dots,
+        per_example_grads,
+        per_example_norms,
+        vjp,
+    )
 
 try:
     __version__ = version("influence-ext")
@@ -66,6 +64,7 @@ __all__ = [
     "__version__",
     "build_info",
     "decompose",
+    "errors",
     "grad_gram",
     "jvp",
     "linearized_pbrf",
@@ -82,18 +81,41 @@ __all__ = [
     "vjp",
 ]
 
+_LAYERS = ("operators", "influence", "bregman")  # each needs the ones before it
+
+
+if not TYPE_CHECKING:  # a type checker that saw it would take any name for one of ours
+
+    def __getattr__(name: str) -> Any:
+        """Load the layer that holds a public name when the name is first used, so that the import itself costs next to nothing."""
+        if not name.startswith("_"):
+            if find_spec(f"{__name__}.{name}"):
+                return import_module(f"{__name__}.{name}")
+            if name in __all__:
+                for layer in _LAYERS:
+                    module = import_module(f"{__name__}.{layer}")
+                    if name in module.__all__:
+                        value = globals()[name] = getattr(module, name)
+                        return value
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
 
 def build_info() -> dict[str, Any]:
     """What this build is and what it found on this machine.
 
     Returns:
-        Version, torch's version, compiler, OpenMP and the number of threads seen in a parallel region, instruction sets compiled and the
-        one in use, CUDA, and the native rules and losses.
+        Version, torch's version and that of the torch it was compiled against, compiler, OpenMP and the number of threads seen in a
+        parallel region, instruction sets compiled and the one in use, CUDA, and the native rules and losses.
     """
     native: dict[str, Any] = dict(_C.build_info())
     return {
         "version": __version__,
         "torch": torch.__version__,
+        "compiled_against_torch": _compiled["torch"] if _compiled else "unknown",
         **native,
         "threads": torch.get_num_threads(),
         "rules": _C.rules(),

@@ -18,6 +18,7 @@ MAX_LINES = {".py": 500, ".pyi": 500, ".cpp": 600, ".h": 600, ".cu": 600, ".cuh"
 # What a Python layer may use; what those use is allowed too, except the extension, which must be named.
 EVERYTHING = {"bregman", "influence"}
 MAY_USE: dict[str, set[str]] = {
+    "binary": set(),
     "errors": set(),
     "context": set(),
     "params": {"errors"},
@@ -36,7 +37,7 @@ MAY_USE: dict[str, set[str]] = {
     "cli": EVERYTHING | {"__init__"},
     "reference": set(),
     "testing": set(),
-    "__init__": EVERYTHING | {"_C"},
+    "__init__": EVERYTHING | {"_C", "binary"},
     "__main__": {"cli"},
 }
 TORCH_ONLY = ("solvers", "reference", "testing")  # third-party packages beside torch are not for these

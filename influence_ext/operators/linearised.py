@@ -121,11 +121,11 @@ class LinearisedOperator(LinearOperator):
 
     @standalone
     def sample(self, generator: torch.Generator, batch_size: int) -> Self:
-        """``A_B + λI`` on ``batch_size`` examples drawn without replacement; its expectation is this operator.
+        """``A_B + λI`` on a batch B of ``batch_size`` examples drawn without replacement; its expectation is this operator.
 
         Args:
             generator: The only source of randomness.
-            batch_size: |B|, at most N.
+            batch_size: Examples in B, at most N.
 
         Raises:
             ArgumentError: ``batch_size`` is not in [1, N].

@@ -48,3 +48,16 @@ def test_per_example(benchmark: Any, quantity: str) -> None:
 def test_per_example_dots(benchmark: Any) -> None:
     problem = Case("dots", REGRESSION, 256, 8).problem()
     benchmark(ie.per_example_dots, *data(problem), problem.vectors)
+
+
+SMALLEST = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Tanh(), torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("call", [ie.per_example_grads, ie.per_example_norms, ie.grad_gram], ids=lambda call: call.__name__)
+def test_overhead_per_example(benchmark: Any, call: Any) -> None:
+    benchmark(call, SMALLEST, torch.nn.MSELoss(), (torch.ones(4, 2), torch.zeros(4, 2)))
+
+
+def test_overhead_product(benchmark: Any) -> None:
+    G = ie.GGN(SMALLEST, torch.nn.MSELoss(), (torch.ones(4, 2), torch.zeros(4, 2)))
+    benchmark(G.__matmul__, torch.ones(G.shape[0]))

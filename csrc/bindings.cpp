@@ -12,8 +12,10 @@
 
 #include "common/build_info.h"
 #include "common/device_library.h"
+#include "kernels/elementwise.h"
 #include "kernels/movement.h"
 #include "layers/rule.h"
+#include "losses/class_indices.h"
 #include "losses/loss.h"
 #include "per_example/factors.h"
 #include "plan/tape.h"
@@ -50,6 +52,9 @@ struct Run {
   c10::OptionalDeviceGuard guard;
   Context ctx;
 };
+
+// For what only the CPU has a kernel for, whatever stands in for a device.
+Context cpu_context() { return {.num_threads = at::get_num_threads()}; }
 
 at::Device torch_device(const Context& ctx) {
 #ifdef INFL_WITH_CUDA
@@ -203,11 +208,17 @@ struct BoundTape {
     for (size_t i = 0; i < inputs.size(); ++i) found.push_back(data<T>(inputs[i], N * plan.input_widths()[i], device, "Tape input"));
     return found;
   }
-  void linearize(const std::vector<at::Tensor>& theta) {
+  // Slots without a value of their own lie in theta, at their offsets.
+  void linearize(const std::vector<std::optional<at::Tensor>>& values, const std::optional<at::Tensor>& theta) {
     const auto& slots = tape->plan().slots();
-    TORCH_CHECK(theta.size() == slots.size(), "Tape: expected ", slots.size(), " parameters and constants, got ", theta.size(), ".");
+    TORCH_CHECK(values.size() == slots.size(), "Tape: expected ", slots.size(), " parameters and constants, got ", values.size(), ".");
+    const int64_t P = theta ? theta->numel() : 0;
+    const T* flat = theta ? data<T>(*theta, P, device, "Tape parameters") : nullptr;
     std::vector<const T*> pointers;
-    for (size_t s = 0; s < slots.size(); ++s) pointers.push_back(data<T>(theta[s], slots[s].size, device, "Tape parameter"));
+    for (size_t s = 0; s < slots.size(); ++s) {
+      TORCH_CHECK(values[s] || (slots[s].offset >= 0 && slots[s].offset + slots[s].size <= P), "Tape: expected a value for slot ", s, ", got none.");
+      pointers.push_back(values[s] ? data<T>(*values[s], slots[s].size, device, "Tape parameter") : flat + slots[s].offset);
+    }
     const Run run(device, precision);
     py::gil_scoped_release release;
     tape->linearize(run.ctx, pointers);
@@ -272,7 +283,7 @@ void bind(py::module_& m, const std::string& suffix) {
   py::class_<BoundTape<T>, std::shared_ptr<BoundTape<T>>>(m, ("Tape" + suffix).c_str())
       .def(py::init<std::shared_ptr<Plan<T>>, std::vector<at::Tensor>>(), py::arg("plan"), py::arg("inputs"))
       .def("rebind", &BoundTape<T>::rebind, py::arg("inputs"))
-      .def("linearize", &BoundTape<T>::linearize, py::arg("theta"))
+      .def("linearize", &BoundTape<T>::linearize, py::arg("values"), py::arg("theta") = py::none())
       .def_property_readonly("num_examples", &BoundTape<T>::N)
       .def_property_readonly("cached_bytes", [](const BoundTape<T>& b) { return b.tape->cached_bytes(); })
       .def(
@@ -471,6 +482,50 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       py::arg("library"));
   m.def("rules", &rule_names);
   m.def("losses", &loss_names);
+  m.def(
+      "all_finite",
+      [](const at::Tensor& x) {
+        bool finite = true;
+        dispatch(x, [&](auto tag) {
+          using T = decltype(tag);
+          all_finite_stub<T>(cpu_context(), x.numel(), data<T>(x, x.numel(), at::kCPU, "all_finite"), &finite);
+        });
+        return finite;
+      },
+      py::arg("x"));
+  // (the tensors one after another, whether every element is finite)
+  m.def(
+      "flatten_finite",
+      [](const std::vector<at::Tensor>& tensors) {
+        TORCH_CHECK(!tensors.empty(), "flatten_finite: expected at least one tensor, got none.");
+        int64_t size = 0;
+        for (const at::Tensor& t : tensors) size += t.numel();
+        bool finite = true;
+        at::Tensor flat;
+        dispatch(tensors[0], [&](auto tag) {
+          using T = decltype(tag);
+          flat = empty<T>({size}, at::kCPU);
+          T* to = flat.mutable_data_ptr<T>();
+          for (const at::Tensor& t : tensors) {
+            std::memcpy(to, data<T>(t, t.numel(), at::kCPU, "flatten_finite"), t.nbytes());
+            to += t.numel();
+          }
+          all_finite_stub<T>(cpu_context(), size, flat.const_data_ptr<T>(), &finite);
+        });
+        return std::make_pair(flat, finite);
+      },
+      py::arg("tensors"));
+  // (indices with -1 for what is ignored, flat position of the first that is out of [0, K) or -1)
+  m.def(
+      "class_indices",
+      [](const at::Tensor& target, int64_t ignored, int64_t K) {
+        TORCH_CHECK(target.device().is_cpu() && target.is_contiguous() && target.scalar_type() == at::kLong,
+                    "class_indices: expected a contiguous CPU int64 tensor, got ", target.toString(), ".");
+        at::Tensor out = at::empty_like(target);
+        const int64_t outside = class_indices(target.numel(), target.const_data_ptr<int64_t>(), ignored, K, out.mutable_data_ptr<int64_t>());
+        return std::make_pair(out, outside);
+      },
+      py::arg("target"), py::arg("ignored"), py::arg("K"));
   m.def(
       "loss_evaluate",
       [](const std::string& name, double s, double parameter, const at::Tensor& z, const at::Tensor& target, const OptionalTensor& weight,

@@ -36,14 +36,16 @@ class ChunkedTape:
     ):
         self._make, self._prepare, self._blocks = make, prepare, blocks
         self.num_examples, self.chunk = num_examples, chunk
-        self._values: list[Tensor] = []
+        self._values: list[Tensor | None] = []
+        self._theta: Tensor | None = None
         self._schedule = 0
         self._outputs: Tensor | None = None
         self._spares: list[Any] = []
 
-    def linearize(self, theta: Sequence[Tensor]) -> None:
+    def linearize(self, values: Sequence[Tensor | None], theta: Tensor | None = None) -> None:
         """Move to other parameters; one forward pass over the data, which keeps the outputs alone."""
-        self._values = [t.clone() for t in theta]
+        self._values = [None if t is None else t.clone() for t in values]
+        self._theta = None if theta is None else theta.clone()
         outputs: Tensor | None = None
         for start, tape in self.tapes():
             part = tape.outputs()
@@ -71,7 +73,7 @@ class ChunkedTape:
                 tape = None  # its memory is free before the next is taken
                 tape = self._make(sources)
                 tape.set_schedule(self._schedule)
-            tape.linearize(self._values)
+            tape.linearize(self._values, self._theta)
             yield start, tape
         self._spares[:] = [tape]
 

@@ -15,6 +15,7 @@ from torch.utils.data.distributed import DistributedSampler
 from torch.utils.data.sampler import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from influence_ext.errors import ArgumentError, DataError, DeviceError, DTypeError, ShapeError
+from influence_ext.finite import all_finite
 
 Convention = Literal["tensor", "tuple", "dict"]
 ModelInput = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
@@ -343,7 +344,7 @@ def _parse_inputs(X: Any, y: Tensor | None, label: str, who: str) -> _Batch:
         _check_tensor(tensor, name, label, who)
     targets = inputs[0] if y is None else y
     parsed = _Batch(label, tuple(x.detach() for x in inputs), targets.detach(), convention, keys)
-    if len({tensor.shape[0] for _, tensor in parsed.named()}) > 1:
+    if any(x.shape[0] != parsed.targets.shape[0] for x in parsed.inputs):
         sizes = ", ".join(f"{name} {tensor.shape[0]}" for name, tensor in parsed.named()[: None if y is not None else -1])
         raise ShapeError(f"{who}: expected the same number of examples in all tensors of {label}, got {sizes}; align them.")
     return parsed
@@ -366,6 +367,8 @@ def _concatenate(batches: list[_Batch], who: str) -> Examples:
         raise DataError(f"{who}: expected at least one example, got empty data; check the file or the filter it came from.")
     first = batches[0]
     for batch in batches:
+        if batch is first and all(x.device == first.targets.device for x in first.inputs):
+            continue
         if (batch.convention, len(batch.inputs), batch.keys) != (first.convention, len(first.inputs), first.keys):
             raise DataError(
                 f"{who}: expected X of the same structure in all batches, got {_structure(batch)} in {batch.label} after "
@@ -400,9 +403,11 @@ def _structure(batch: _Batch) -> str:
 
 
 def _check_finite(examples: Examples, who: str) -> None:
+    if all(map(all_finite, (*examples.inputs, examples.targets))):
+        return
     names = _input_names(examples.convention, len(examples.inputs), examples.keys)
     for name, tensor in [*zip(names, examples.inputs, strict=True), ("y", examples.targets)]:
-        if not tensor.is_floating_point() or bool(torch.isfinite(tensor).all()):
+        if all_finite(tensor):
             continue
         bad = (~torch.isfinite(tensor)).reshape(tensor.shape[0], -1).any(dim=1).nonzero()[:, 0]
         raise DataError(

@@ -7,6 +7,7 @@ import fnmatch
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from influence_ext.errors import ArgumentError, DataError, DeviceError, DTypeError, ShapeError
+from influence_ext.finite import all_finite, flatten_finite
 
 SUPPORTED_DTYPES = (torch.float32, torch.float64)
 Selection = str | Tensor | Iterable[str | Tensor]
@@ -41,6 +43,11 @@ class ParameterSpace:
     dtype: torch.dtype
     device: torch.device
     aliases: dict[str, str]
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Elements of each parameter."""
+        return tuple(math.prod(shape) for shape in self.shapes)
 
     @classmethod
     def of(cls, model: nn.Module, params: Selection | None = None, who: str = "ParameterSpace") -> ParameterSpace:
@@ -141,8 +148,8 @@ class ParameterSpace:
             )
         lead = flat.shape[:-1]
         return {
-            name: flat.narrow(-1, offset, math.prod(shape)).view((*lead, *shape))
-            for name, shape, offset in zip(self.names, self.shapes, self.offsets, strict=True)
+            name: flat.narrow(-1, offset, size).view((*lead, *shape))
+            for name, shape, offset, size in zip(self.names, self.shapes, self.offsets, self.sizes, strict=True)
         }
 
     def values(self, model: nn.Module) -> Tensor:
@@ -153,16 +160,22 @@ class ParameterSpace:
             ShapeError, DTypeError, DeviceError: a parameter changed its shape, dtype or device.
             DataError: a parameter holds NaN or an infinity.
         """
-        by_name = dict(model.named_parameters(remove_duplicate=False))
-        missing = [name for name in self.names if name not in by_name]
+        return self.gather(dict(model.named_parameters(remove_duplicate=False)))
+
+    def gather(self, tensors: Mapping[str, Tensor], who: str = "ParameterSpace.values") -> Tensor:
+        """``[P]``, a detached copy of the parameters among a model's tensors by name. Raises as :meth:`values`, in the name of ``who``."""
+        missing = [name for name in self.names if name not in tensors]
         if missing:
             raise ArgumentError(
-                f"ParameterSpace.values: expected a model with the parameters {', '.join(self.names)}, got one without "
+                f"{who}: expected a model with the parameters {', '.join(self.names)}, got one without "
                 f"{', '.join(missing)}; pass the model this space was made of, or one of the same structure."
             )
-        flat = self.flatten([by_name[name].detach() for name in self.names])
-        if not bool(torch.isfinite(flat).all()):
-            _check_finite({name: by_name[name] for name in self.names}, "ParameterSpace.values")
+        found = [tensors[name] for name in self.names]
+        if any(p.shape != s or p.dtype != self.dtype or p.device != self.device for p, s in zip(found, self.shapes, strict=True)):
+            self.flatten([p.detach() for p in found])  # raises
+        flat, finite = flatten_finite(found)
+        if not finite:
+            _check_finite({name: tensors[name] for name in self.names}, who)
         return flat
 
     def canonical(self, name: str) -> str:
@@ -276,7 +289,7 @@ def _check_parameters(named: Mapping[str, nn.Parameter], who: str) -> None:
 
 
 def _check_finite(named: Mapping[str, Tensor], who: str) -> None:
-    bad = [name for name, p in named.items() if not bool(torch.isfinite(p.detach()).all())]
+    bad = [name for name, p in named.items() if not all_finite(p.detach())]
     if bad:
         raise DataError(
             f"{who}: expected finite parameters, got NaN or infinite values in {', '.join(bad)}; train again with a smaller step or load a "

@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 import influence_ext._C as _C
-from influence_ext.capture import CapturedGraph, capture, differentiable, format_table, named_tensors, only_tensor
+from influence_ext.capture import (
+    CapturedGraph,
+    call_signature,
+    capture,
+    differentiable,
+    format_table,
+    named_inputs,
+    named_tensors,
+    only_tensor,
+    remembered,
+)
 from influence_ext.chunks import ChunkedTape
 from influence_ext.context import about_to_start_threads, exclusive
 from influence_ext.data import Examples, StreamedExamples, call_arguments
-from influence_ext.derived import DerivedFactors, DerivedParameters
+from influence_ext.derived import DerivedFactors, DerivedParameters, DerivedPoint
 from influence_ext.errors import ArgumentError, DataError, DeviceError, DTypeError, ShapeError, UnsupportedModelError
+from influence_ext.finite import all_finite
 from influence_ext.losses import OutputHessian
 from influence_ext.params import ParameterSpace, Selection
 
@@ -33,6 +44,9 @@ class Plan:
         output_shape: of one example, ``*out``.
     """
 
+    _model: nn.Module
+    _who = "Plan"
+
     def __init__(self, model: nn.Module, graph: CapturedGraph, space: ParameterSpace):
         self.space = space
         self.graph = graph
@@ -47,6 +61,7 @@ class Plan:
             if self._derived is not None:
                 offset = self._derived.offsets.get(index, offset)
             slots.append((math.prod(slot.shape), offset))
+        self._is_trained = [offset >= 0 for _, offset in slots]
         aliases = [-1] * graph.num_values
         nodes = []
         for node in graph.nodes:
@@ -79,12 +94,32 @@ class Plan:
             UnsupportedModelError: operators without a rule (all of them are listed) or a model that torch.export cannot trace.
             ArgumentError, DTypeError, DeviceError, DataError: see :meth:`ParameterSpace.of`.
 
-        Cost: one ``torch.export`` the first time a structure is seen (about a second), microseconds after that.
+        Cost: one ``torch.export`` the first time a structure is seen (about a second); half a millisecond the first time for another model
+        of that structure, or after a change to it; microseconds for an unchanged model.
         """
+        if params is not None and not isinstance(params, (str, Tensor)):
+            params = tuple(params)
         with exclusive:
-            space = ParameterSpace.of(model, params, who)
-            graph = capture(model, X, trainable=space.names, who=who)
-        return cls(model, graph, space)
+            key = _key(X, params)
+            plan = None if key is None else cls._remembered(model, key)
+            if plan is None:
+                space = ParameterSpace.of(model, params, who)
+                plan = cls(model, capture(model, X, trainable=space.names, who=who), space)
+                if key is not None:
+                    remembered.keep(model, key, {name: value for name, value in plan.__dict__.items() if name != "_model"})
+            plan._who = who
+        return plan
+
+    @classmethod
+    def _remembered(cls, model: nn.Module, key: Hashable) -> Plan | None:
+        """The plan made of this model before, if nothing that it depends on has changed since."""
+        attributes = remembered.find(model, key)
+        if attributes is None:
+            return None
+        plan = object.__new__(cls)
+        plan.__dict__.update(attributes)
+        plan._model = model
+        return plan
 
     def linearize(self, X: Any, theta: Tensor | None = None, *, memory_budget: int | None = None) -> Tape:
         """The forward pass at ``theta`` and all that products need.
@@ -106,23 +141,34 @@ class Plan:
             return self._linearize(X, theta, memory_budget)
 
     def _linearize(self, X: Any, theta: Tensor | None, memory_budget: int | None) -> Tape:
-        if theta is None:
-            theta = self.space.values(self._model)
+        tensors = named_tensors(self._model)
+        theta = self.space.gather(tensors, self._who) if theta is None else self._copied(theta)
         examples = X if isinstance(X, Examples) else None
         if memory_budget is None and isinstance(examples, StreamedExamples):
             memory_budget = examples.memory_budget
         if memory_budget is None:
-            return Tape(self, self._tape_on(X if examples is None else examples.X), theta)
+            return Tape(self, self._tape_on(X if examples is None else examples.X, tensors), theta, tensors)
         if examples is None:
             examples = Examples.of_inputs(X)
         chunk = self._chunk(examples, memory_budget)
         if chunk >= examples.num_examples and examples.resident:
-            return Tape(self, self._tape_on(examples.X), theta)
-        return Tape(self, ChunkedTape(self._make, self._inputs, examples.blocks, examples.num_examples, chunk), theta)
+            return Tape(self, self._tape_on(examples.X, tensors), theta, tensors)
+        return Tape(self, ChunkedTape(self._make, self._inputs, examples.blocks, examples.num_examples, chunk), theta, tensors)
 
-    def _tape_on(self, X: Any) -> Any:
+    def _copied(self, theta: Tensor) -> Tensor:
+        """A copy of a user's θ, checked."""
+        space = self.space
+        if theta.shape != (space.num_parameters,):
+            raise ShapeError(
+                f"Tape: expected theta of shape [P] = [{space.num_parameters}], got {list(theta.shape)}; parameters: {space.describe()}."
+            )
+        if theta.dtype != space.dtype:
+            raise DTypeError(f"Tape: expected theta of dtype {space.dtype}, got {theta.dtype}; convert it with .to({space.dtype}).")
+        return theta.detach().clone(memory_format=torch.contiguous_format)
+
+    def _tape_on(self, X: Any, tensors: Mapping[str, Tensor] | None = None) -> Any:
         """A tape of the extension on inputs as the user gives them."""
-        return self._make(self._inputs(X))
+        return self._make(self._inputs(X, tensors))
 
     def _make(self, sources: list[Tensor]) -> Any:
         kind = _C.Tape32 if self.space.dtype == torch.float32 else _C.Tape64
@@ -165,14 +211,15 @@ class Plan:
         fused = set(self._native.fused_nodes)
         return format_table(self.graph, notes=dict.fromkeys(fused, "fused into the product before it"))
 
-    def _inputs(self, X: Any) -> list[Tensor]:
+    def _inputs(self, X: Any, state: Mapping[str, Tensor] | None = None) -> list[Tensor]:
+        """The plan's inputs for inputs as the user gives them; ``state`` by name, if the caller has looked it up."""
         tensors = [X] if isinstance(X, Tensor) else list(X.values() if isinstance(X, Mapping) else X)
         graph = self.graph
         if len(tensors) != graph.num_inputs:
             raise ShapeError(f"{graph.model_name}: expected {graph.num_inputs} input tensors, got {len(tensors)}; pass X as captured.")
         inputs = []
         for name, shape, dtype, x in zip(graph.input_names, graph.input_shapes, graph.input_dtypes, tensors, strict=True):
-            if tuple(x.shape[1:]) != shape:
+            if x.shape[1:] != shape:
                 raise ShapeError(
                     f"{graph.model_name}: expected {name} of shape [N, {', '.join(map(str, shape))}], got {list(x.shape)}; "
                     "pass examples of one shape."
@@ -187,13 +234,13 @@ class Plan:
                     f"move it with .to('{self.space.device}')."
                 )
             inputs.append(x.detach())
-        return self._sources(inputs)
+        return self._sources(inputs, named_tensors(self._model) if state is None else state)
 
-    def _sources(self, inputs: list[Tensor]) -> list[Tensor]:
+    def _sources(self, inputs: list[Tensor], state: Mapping[str, Tensor]) -> list[Tensor]:
         """What the prologue makes of the inputs, as numbers of the network's dtype."""
         sources = []
         graph = self.graph
-        results = graph.prologue.compute(inputs, named_tensors(self._model))
+        results = graph.prologue.compute(inputs, state)
         for name, source in zip(graph.prologue.names, results, strict=True):
             if not source.is_floating_point() and source.dtype != torch.bool and self.space.dtype == torch.float32 and source.numel():
                 largest = int(source.abs().max())
@@ -205,18 +252,10 @@ class Plan:
             sources.append(source.to(self.space.dtype).contiguous())
         return sources
 
-    def _slot_tensors(self) -> list[Tensor | None]:
-        """Values of what is not differentiated; None where theta provides it."""
-        tensors = named_tensors(self._model)
-        names = set(self.space.names)
-        found: list[Tensor | None] = []
-        for index, slot in enumerate(self.graph.slots):
-            derived = self._derived is not None and index in self._derived.offsets
-            if derived or (slot.kind == "parameter" and self.space.aliases.get(slot.name, slot.name) in names):
-                found.append(None)
-            else:
-                found.append(slot.read(tensors).to(self.space.dtype).contiguous())
-        return found
+    def _constants(self, tensors: Mapping[str, Tensor]) -> list[Tensor | None]:
+        """Values of the slots that are not differentiated; None for the others."""
+        dtype, slots = self.space.dtype, zip(self.graph.slots, self._is_trained, strict=True)
+        return [None if is_trained else slot.read(tensors).to(dtype).contiguous() for slot, is_trained in slots]
 
 
 class Tape:
@@ -228,13 +267,14 @@ class Tape:
         theta: ``[P]``, the parameters it stands at.
     """
 
-    def __init__(self, plan: Plan, native: Any, theta: Tensor):
+    def __init__(self, plan: Plan, native: Any, theta: Tensor, tensors: Mapping[str, Tensor]):
         about_to_start_threads()
         self.plan = plan
-        self._constants = plan._slot_tensors()
+        self._constants = plan._constants(tensors)
         self._native = native
+        self._derived: DerivedPoint | None = None
         self.num_examples: int = native.num_examples
-        self.relinearize(theta)
+        self._move_to(theta)
 
     def relinearize(self, theta: Tensor) -> None:
         """Move to another θ ``[P]`` on the same examples; memory is reused, factors made before become invalid.
@@ -242,25 +282,16 @@ class Tape:
         Raises:
             ShapeError, DTypeError: theta is not ``[P]`` of the plan's dtype.
         """
-        space = self.plan.space
-        if theta.shape != (space.num_parameters,):
-            raise ShapeError(
-                f"Tape: expected theta of shape [P] = [{space.num_parameters}], got {list(theta.shape)}; parameters: {space.describe()}."
-            )
-        if theta.dtype != space.dtype:
-            raise DTypeError(f"Tape: expected theta of dtype {space.dtype}, got {theta.dtype}; convert it with .to({space.dtype}).")
-        self.theta = theta.detach().clone()
-        by_name = space.unflatten(self.theta)
-        self._derived = None if self.plan._derived is None else self.plan._derived.at(by_name, named_tensors(self.plan._model))
-        values = []
-        for index, (slot, constant) in enumerate(zip(self.plan.graph.slots, self._constants, strict=True)):
-            if constant is not None:
-                values.append(constant)
-            elif self._derived is not None and index in self._derived.values:
-                values.append(self._derived.values[index])
-            else:
-                values.append(by_name[space.aliases.get(slot.name, slot.name)])
-        self._native.linearize(values)
+        self._move_to(self.plan._copied(theta))
+
+    def _move_to(self, theta: Tensor) -> None:
+        plan = self.plan
+        self.theta = theta
+        values = self._constants
+        if plan._derived is not None:
+            self._derived = plan._derived.at(plan.space.unflatten(theta), named_tensors(plan._model))
+            values = [self._derived.values.get(slot, value) for slot, value in enumerate(values)]
+        self._native.linearize(values, theta)
         self._outputs: Tensor | None = None
 
     @property
@@ -341,13 +372,27 @@ class Tape:
         Raises:
             DataError: names the first such example.
         """
-        finite = torch.isfinite(self.outputs).reshape(self.num_examples, -1).all(dim=1)
-        if not bool(finite.all()):
+        if not all_finite(self.outputs):
+            finite = torch.isfinite(self.outputs).reshape(self.num_examples, -1).all(dim=1)
             first = int((~finite).nonzero()[0, 0])
             raise DataError(
                 f"{who}: expected finite outputs of {self.plan.graph.model_name}, got NaN or infinity for example {first} "
                 f"({int((~finite).sum())} of {self.num_examples}); check the inputs' scale and the parameters."
             )
+
+
+def _key(X: Any, params: str | Tensor | tuple[str | Tensor, ...] | None) -> Hashable:
+    """What a plan depends on besides the model; None where ``X`` has to be refused.
+
+    A selected tensor counts by its address: it is one of the model's own parameters, or selecting it fails.
+    """
+    inputs, by_name = named_inputs(X)
+    sizes = [x.shape[0] if x.dim() else 0 for x in inputs.values()]
+    if not sizes or min(sizes) == 0 or sizes.count(sizes[0]) != len(sizes):
+        return None
+    selected = params if isinstance(params, tuple) or params is None else (params,)
+    chosen = None if selected is None else tuple(p if isinstance(p, str) else id(p) for p in selected)
+    return (by_name, chosen, call_signature(inputs))
 
 
 def _rows(X: Any, count: int, repeat: int = 1) -> Any:

@@ -33,4 +33,8 @@ inline KernelStub<void(const Context&, int64_t V, int64_t rows, int64_t width, c
 template <class T>
 inline KernelStub<void(const Context&, int64_t num, int64_t size, const T* x, int64_t x_stride, T* out)> row_accumulate_stub{"row_accumulate"};
 
+// *finite = whether no x[i] is NaN or infinite, i < size.
+template <class T>
+inline KernelStub<void(const Context&, int64_t size, const T* x, bool* finite)> all_finite_stub{"all_finite"};
+
 }  // namespace infl

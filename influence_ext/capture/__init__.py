@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,8 @@ from influence_ext.capture.graph import CapturedGraph, Expression, Node, Problem
 from influence_ext.capture.lowering import ACTIVATION_KINDS, LOWERINGS, PART_LOWERINGS, Unlowered, lower
 from influence_ext.capture.probe import mixing_node
 from influence_ext.capture.report import format_table
-from influence_ext.capture.signature import structure_key
+from influence_ext.capture.signature import call_signature, structure_key
+from influence_ext.capture.watch import Remembered
 from influence_ext.capture.whole import only_tensor, whole_model
 from influence_ext.context import exclusive
 from influence_ext.errors import DeviceError, DTypeError, ShapeError, UnsupportedModelError
@@ -27,19 +29,25 @@ __all__ = [
     "Expression",
     "Node",
     "Problem",
+    "Remembered",
     "Slot",
+    "call_signature",
     "capture",
     "clear_cache",
     "differentiable",
     "format_table",
+    "named_inputs",
     "named_tensors",
     "only_tensor",
+    "remembered",
 ]
 
 _log = logging.getLogger("influence_ext")
 
 _CACHE_SIZE = 64
 _cache: OrderedDict[Hashable, CapturedGraph] = OrderedDict()
+remembered: Remembered[Any] = Remembered()
+"""What later layers make of the graph of a live model."""
 
 
 def capture(
@@ -72,12 +80,11 @@ def capture(
     Cost: half a second for a small network the first time, seconds for a transformer (one symbolic forward pass; and one of three
     examples, if torch computes any of it); about a millisecond from the cache.
     """
-    keys = tuple(X) if isinstance(X, Mapping) else None
-    tensors = (X,) if isinstance(X, Tensor) else tuple(X.values()) if isinstance(X, Mapping) else tuple(X)
-    names = keys or (("X",) if isinstance(X, Tensor) else tuple(f"X[{i}]" for i in range(len(tensors))))
-    inputs = dict(zip(names, tensors, strict=True))
+    inputs, by_name = named_inputs(X)
+    tensors, names = tuple(inputs.values()), tuple(inputs)
+    keys = names if by_name else None
     dtype = _check_inputs(model, inputs, who)
-    key = structure_key(model, inputs, by_name=keys is not None)
+    key = structure_key(model, inputs, by_name)
     if trainable is None:
         trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     with exclusive:
@@ -96,6 +103,15 @@ def capture(
     if graph is None or standing:
         raise UnsupportedModelError(_problems_text(who, model, standing))
     return graph
+
+
+def named_inputs(X: Tensor | Sequence[Tensor] | Mapping[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
+    """Inputs under the names that messages use, and whether the model takes them by these names."""
+    if isinstance(X, Mapping):
+        return dict(X), True
+    if isinstance(X, Tensor):
+        return {"X": X}, False
+    return {f"X[{i}]": x for i, x in enumerate(X)}, False
 
 
 def _capture(
@@ -129,8 +145,9 @@ def _log_generic(graph: CapturedGraph) -> None:
 
 
 def clear_cache() -> None:
-    """Forget all captured graphs."""
+    """Forget all captured graphs, and what was made of them."""
     _cache.clear()
+    remembered.clear()
 
 
 def _check_inputs(model: nn.Module, inputs: Mapping[str, Tensor], who: str) -> torch.dtype:

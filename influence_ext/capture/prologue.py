@@ -26,7 +26,7 @@ class Prologue:
     Attributes:
         names: of the results, for messages.
         shapes: of one example of each result.
-        compute: ``(inputs, tensors) -> results``, each ``[N, *shape]``.
+        compute: ``(inputs, tensors) -> results``, each with the elements of ``[N, *shape]``.
     """
 
     names: tuple[str, ...]
@@ -51,6 +51,11 @@ class Prologue:
             wanted: nodes and how the examples lie in them.
             labels: their names for people.
         """
+        shapes = tuple(layout.shape for _, layout in wanted)
+        if all(node in inputs and layout.axis == 0 for node, layout in wanted):
+            # Nothing to compute, and an input has its examples on the first axis, one to an entry.
+            places = [list(inputs).index(node) for node, _ in wanted]
+            return cls(tuple(labels), shapes, lambda tensors, state: [tensors[place] for place in places])
         run = subgraph(program, names, inputs, [node for node, _ in wanted])
         layouts = [layout for _, layout in wanted]
 
@@ -58,7 +63,7 @@ class Prologue:
             with torch.no_grad():
                 return [layout.gather(result) for layout, result in zip(layouts, run(tensors, state), strict=True)]
 
-        return cls(tuple(labels), tuple(layout.shape for layout in layouts), compute)
+        return cls(tuple(labels), shapes, compute)
 
 
 def subgraph(

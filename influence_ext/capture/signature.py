@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 # Attributes of nn.Module that no forward pass reads, or that are described separately.
-_IGNORED = frozenset(
+IGNORED = frozenset(
     {
         "training",
         "_parameters",
@@ -34,7 +34,7 @@ _IGNORED = frozenset(
         "_load_state_dict_post_hooks",
     }
 )
-_HOOKS = frozenset(
+HOOKS = frozenset(
     {
         "_forward_hooks",
         "_forward_hooks_with_kwargs",
@@ -72,14 +72,20 @@ def structure_key(model: nn.Module, inputs: Mapping[str, Tensor], by_name: bool)
 
     Cost: one pass over the module tree; plain (unregistered) tensor attributes are hashed by content.
     """
-    describe = _Describer(model)
-    tensors = tuple(
-        (name, describe.registered[id(t)], tuple(t.shape), t.dtype, t.device, t.requires_grad) for name, t in describe.named_tensors
-    )
+    describe = Describer.of(model)
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    tensors = tuple((name, describe.registered[id(t)], tuple(t.shape), t.dtype, t.device, t.requires_grad) for name, t in named)
     modules = tuple((name, describe.module(m)) for name, m in model.named_modules(remove_duplicate=False))
-    shapes = tuple((name, tuple(x.shape[1:]), x.dtype, x.device) for name, x in inputs.items())
-    autocast = tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda"))
-    return (modules, tensors, by_name, shapes, torch.get_default_dtype(), autocast)
+    return (modules, tensors, by_name, call_signature(inputs))
+
+
+def call_signature(inputs: Mapping[str, Tensor]) -> Hashable:
+    """What a graph depends on besides the model: shapes and dtypes of the inputs by name, without the number of examples, and torch's
+    default dtype and autocast state.
+    """
+    shapes = tuple((name, x.shape[1:], x.dtype, x.device) for name, x in inputs.items())
+    autocast = tuple((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda"))
+    return (shapes, torch.get_default_dtype(), autocast)
 
 
 class _Same:
@@ -100,28 +106,33 @@ class _Same:
         return isinstance(other, _Same) and (value := self._value()) is not None and value is other._value()
 
 
-class _Describer:
-    """Turns what hangs on a module tree into hashable descriptions."""
+class Describer:
+    """Turns what hangs on a module tree into hashable descriptions.
 
-    def __init__(self, model: nn.Module):
-        named_modules = list(model.named_modules(remove_duplicate=False))
-        self.named_tensors: list[tuple[str, Tensor]] = [
-            *model.named_parameters(remove_duplicate=False),
-            *model.named_buffers(remove_duplicate=False),
-        ]
-        self.registered: dict[int, str] = {}
-        for name, item in [*self.named_tensors, *named_modules]:
-            self.registered.setdefault(id(item), name)
+    ``registered`` names its parameters, buffers and modules by their addresses.
+    """
+
+    def __init__(self, registered: Mapping[int, str]):
+        self.registered = registered
         self._types: dict[type, Hashable] = {}
         self._seen: dict[int, int] = {}
         self._depth = 0
 
+    @classmethod
+    def of(cls, model: nn.Module) -> Describer:
+        """For what hangs on ``model`` as it is now."""
+        registered: dict[int, str] = {}
+        tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        for name, item in [*tensors, *model.named_modules(remove_duplicate=False)]:
+            registered.setdefault(id(item), name)
+        return cls(registered)
+
     def module(self, module: nn.Module) -> Hashable:
         """A registered module without its children, parameters and buffers, which the key lists by name."""
         attributes = tuple(
-            (key, self._hooks(value) if key in _HOOKS else self.value(value))
+            (key, self.hooks(value) if key in HOOKS else self.value(value))
             for key, value in sorted(module.__dict__.items())
-            if key not in _IGNORED
+            if key not in IGNORED
         )
         children = tuple(module.__dict__["_modules"])
         return (self._type(type(module)), self.registered[id(module)], children, attributes)
@@ -175,7 +186,7 @@ class _Describer:
         except ValueError:
             return ("empty cell",)
 
-    def _hooks(self, hooks: Any) -> Hashable:
+    def hooks(self, hooks: Any) -> Hashable:
         """Hooks without their registration numbers, which differ between equal models."""
         return tuple(self.value(hook) for hook in hooks.values())
 
@@ -183,9 +194,13 @@ class _Describer:
         """A class with its code as it is now, so that a method patched onto the class counts."""
         if cls not in self._types:
             self._types[cls] = cls
-            own = [c for c in cls.__mro__ if c is not object and not c.__module__.startswith(("torch.", "builtins"))]
-            self._types[cls] = (cls, tuple((c, tuple((k, _code(v)) for k, v in vars(c).items())) for c in own))
+            self._types[cls] = (cls, tuple((c, tuple((k, _code(v)) for k, v in vars(c).items())) for c in user_classes(cls)))
         return self._types[cls]
+
+
+def user_classes(cls: type) -> list[type]:
+    """``cls`` and its bases as far as they are not torch's: methods may be patched onto them."""
+    return [c for c in cls.__mro__ if c is not object and not c.__module__.startswith(("torch.", "builtins"))]
 
 
 def _code(member: Any) -> Hashable:

@@ -90,6 +90,11 @@ class Loss(ABC):
     def check(self, z: Tensor, target: Tensor, who: str) -> None:
         """Raise with the caller's name if the target does not fit the output, or the loss there is not finite."""
 
+    def checked_gradient(self, z: Tensor, target: Tensor, who: str) -> Tensor:
+        """:meth:`gradient` of data that comes from outside, checked as :meth:`check` does. A loss may do both in one pass."""
+        self.check(z, target, who)
+        return self.gradient(z, target)
+
     @abstractmethod
     def with_reduction(self, reduction: str) -> Loss:
         """The same loss with another reduction."""

@@ -77,14 +77,18 @@ class ClassLoss(Loss):
                 "y.long()."
             )
         self._check_shape(z, target, who)
-        ignored = target == self.ignore_index
-        target = target.to(torch.int64).masked_fill(ignored, -1)
-        self._check_range(target[~ignored], target.masked_fill(ignored, 0), z.shape[1], who)
-        return self._rows(z), target.reshape(z.shape[0], count(target.shape)).contiguous()
+        target = target.to(torch.int64).contiguous()
+        index, outside = _C.class_indices(target, self.ignore_index, z.shape[1])
+        if outside >= 0:
+            target = target.masked_fill(target == self.ignore_index, 0)
+            self._check_range(target, target, z.shape[1], who)
+        return self._rows(z), index.view(z.shape[0], count(target.shape))
 
     def _rows(self, z: Tensor) -> Tensor:
+        if z.dim() == 2:
+            return z.detach().contiguous()
         N, K = z.shape[:2]
-        return z.detach().reshape((N, K) if z.dim() == 2 else (N, K, count(z.shape) // max(K, 1))).contiguous()
+        return z.detach().reshape(N, K, count(z.shape) // max(K, 1)).contiguous()
 
     def _check_shape(self, z: Tensor, target: Tensor, who: str) -> None:
         if target.shape == z.shape[:1] + z.shape[2:]:
@@ -130,7 +134,11 @@ class CrossEntropy(ClassLoss):
 
     def gradient(self, z: Tensor, target: Tensor) -> Tensor:
         """See :meth:`Loss.gradient`."""
-        rows, checked = self._prepare(z, target, self.name)
+        return self.checked_gradient(z, target, self.name)
+
+    def checked_gradient(self, z: Tensor, target: Tensor, who: str) -> Tensor:
+        """See :meth:`Loss.checked_gradient`."""
+        rows, checked = self._prepare(z, target, who)
         out = torch.empty_like(rows)
         self._evaluate(rows, checked, gradient=out)
         return out.view(z.shape)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import influence_ext._C as _C
 from influence_ext.errors import DataError, DTypeError, ShapeError, UnsupportedLossError
+from influence_ext.finite import all_finite
 from influence_ext.losses.base import Loss, check_outputs, check_weights, count
 from influence_ext.losses.hessian import DIAGONAL, SCALED_IDENTITY, OutputHessian
 
@@ -78,8 +79,9 @@ class ElementwiseLoss(Loss):
     def check(self, z: Tensor, target: Tensor, who: str) -> None:
         """See :meth:`Loss.check`."""
         self._prepare(z, target, who)
-        bad = (~torch.isfinite(self.value(z, target))).nonzero()[:, 0]
-        if len(bad):
+        values = self.value(z, target)
+        if not all_finite(values):
+            bad = (~torch.isfinite(values)).nonzero()[:, 0]
             raise DataError(
                 f"{who}: expected finite values of {self.name}, got NaN or infinity for example {int(bad[0])} ({len(bad)} of {z.shape[0]} "
                 f"examples); {self._remedy()}."

@@ -145,6 +145,7 @@ NATIVE: dict[str, Native] = {
 }
 """Losses with a native implementation, by the name of their functional."""
 
+_BY_MODULE: dict[type[nn.Module], str] = {entry.module: name for name, entry in NATIVE.items()}
 _SHORT_NAMES = {
     "mse": "mse_loss",
     "half_mse": "half_mse_loss",
@@ -199,18 +200,20 @@ def resolve(loss: LossLike | Loss, reduction: str | None = None, who: str = "los
 
 def _find(loss: Any) -> tuple[str, dict[str, Any]] | None:
     """The entry that is this loss, and the options it states."""
+    if isinstance(loss, str):
+        name = _SHORT_NAMES.get(loss, loss)
+        return (name, {}) if name in NATIVE else None
+    if isinstance(loss, nn.Module):
+        cls = type(loss)
+        found = next((_BY_MODULE[base] for base in cls.__mro__ if base in _BY_MODULE and cls.forward is base.forward), None)
+        return None if found is None else (found, {option: getattr(loss, option) for option in _options(found)})
     function, keywords = (loss.func, dict(loss.keywords)) if isinstance(loss, partial) and not loss.args else (loss, {})
-    for name, entry in NATIVE.items():
-        known = {*entry.options, "reduction"}
-        if isinstance(loss, nn.Module):
-            if isinstance(loss, entry.module) and type(loss).forward is entry.module.forward:
-                return name, {option: getattr(loss, option) for option in known if hasattr(loss, option)}
-        elif isinstance(loss, str):
-            if _SHORT_NAMES.get(loss, loss) == name:
-                return name, {}
-        elif function is entry.functional and keywords.keys() <= known:
-            return name, keywords
-    return None
+    found = next((name for name, entry in NATIVE.items() if entry.functional is function), None)
+    return (found, keywords) if found is not None and keywords.keys() <= set(_options(found)) else None
+
+
+def _options(name: str) -> tuple[str, ...]:
+    return (*NATIVE[name].options, "reduction")
 
 
 def _attribute(loss: Any, name: str) -> str | None:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from influence_ext.context import standalone
 from influence_ext.data import Examples, load
-from influence_ext.errors import DeviceError, DTypeError, ShapeError
+from influence_ext.errors import ArgumentError, DeviceError, DTypeError, ShapeError
 from influence_ext.losses import Loss, LossLike, resolve
-from influence_ext.params import Selection
+from influence_ext.params import ParameterSpace, Selection
 from influence_ext.plan import Plan, Tape
 
 
@@ -44,8 +44,7 @@ class ExampleGradients:
     def on(cls, tape: Tape, loss: Loss, targets: Tensor, who: str) -> ExampleGradients:
         """The same for a tape that is already there."""
         tape.check_outputs(who)
-        loss.check(tape.outputs, targets, who)
-        return cls(tape, loss.gradient(tape.outputs, targets))
+        return cls(tape, loss.checked_gradient(tape.outputs, targets, who))
 
     def materialise(self, out: Tensor | None = None) -> Tensor:
         """``[N, P]``, one gradient a row; written into ``out`` if given (contiguous ``[N, P]`` of the same dtype)."""
@@ -88,10 +87,11 @@ def per_example_grads(
         loss: see :func:`influence_ext.losses.resolve`; its reduction over examples plays no part.
         data: one ``(X, y)`` or a re-iterable of such batches.
         params: selects a sub-space.
-        out: optional buffer ``[N, P]`` to write into, contiguous, of the parameters' dtype.
+        out: buffer ``[N, P]`` to write into, contiguous, of the parameters' dtype and on their device; what it held is overwritten, so one
+            buffer serves many calls. A new one by default.
 
     Returns:
-        Name -> ``[N, *shape]``, views of one ``[N, P]`` buffer.
+        Name -> ``[N, *shape]``, views of one ``[N, P]`` buffer (``out``, if given).
 
     Raises:
         ShapeError, DTypeError, DataError, UnsupportedModelError, UnsupportedLossError: see :class:`influence_ext.GGN`; or ``out`` does
@@ -102,16 +102,24 @@ def per_example_grads(
     gradients = ExampleGradients.of(model, loss, data, params, "per_example_grads")
     space = gradients.tape.plan.space
     if out is not None:
-        shape = (gradients.tape.num_examples, space.num_parameters)
-        if tuple(out.shape) != shape or not out.is_contiguous():
-            kind = "contiguous" if out.is_contiguous() else "non-contiguous"
-            raise ShapeError(
-                f"per_example_grads: expected out contiguous of shape {list(shape)}, got {kind} {list(out.shape)}; "
-                "allocate it with torch.empty."
-            )
-        if out.dtype != space.dtype:
-            raise DTypeError(f"per_example_grads: expected out of dtype {space.dtype}, got {out.dtype}; allocate it with that dtype.")
+        _check_buffer(out, (gradients.tape.num_examples, space.num_parameters), space, "per_example_grads")
     return space.unflatten(gradients.materialise(out))
+
+
+def _check_buffer(out: Any, shape: tuple[int, int], space: ParameterSpace, who: str) -> None:
+    if not isinstance(out, Tensor):
+        raise DTypeError(f"{who}: expected out to be a tensor, got {type(out).__name__}; allocate it with torch.empty{shape}.")
+    if out.shape != shape or not out.is_contiguous():
+        kind = "contiguous" if out.is_contiguous() else "non-contiguous"
+        raise ShapeError(
+            f"{who}: expected out contiguous of shape {list(shape)}, got {kind} {list(out.shape)}; allocate it with torch.empty."
+        )
+    if out.dtype != space.dtype:
+        raise DTypeError(f"{who}: expected out of dtype {space.dtype}, got {out.dtype}; allocate it with that dtype.")
+    if out.device != space.device:
+        raise DeviceError(f"{who}: expected out on {space.device}, got {out.device}; allocate it there.")
+    if out.requires_grad:
+        raise ArgumentError(f"{who}: expected out without requires_grad, since it is written to, got one with; pass out.detach().")
 
 
 @standalone

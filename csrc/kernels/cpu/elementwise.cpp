@@ -137,12 +137,28 @@ void row_accumulate(const Context& ctx, int64_t num, int64_t size, const T* x, i
   });
 }
 
+template <class T>
+void all_finite(const Context& ctx, int64_t size, const T* x, bool* finite) {
+  bool found = true;
+  parallel_slices(threads_for(ctx, size), size, [&](int64_t begin, int64_t end) {
+    T sum = 0;  // x - x is 0, or NaN where x is not finite
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = begin; i < end; ++i) sum += x[i] - x[i];
+    if (!(sum == T(0))) {
+#pragma omp atomic write
+      found = false;
+    }
+  });
+  *finite = found;
+}
+
 INFL_REGISTER_CPU(activation_stub, activation)
 INFL_REGISTER_CPU(scale_stub, scale)
 INFL_REGISTER_CPU(combine_stub, combine)
 INFL_REGISTER_CPU(affine_stub, affine)
 INFL_REGISTER_CPU(column_sum_stub, column_sum)
 INFL_REGISTER_CPU(row_accumulate_stub, row_accumulate)
+INFL_REGISTER_CPU(all_finite_stub, all_finite)
 
 }  // namespace
 }  // namespace INFL_ISA

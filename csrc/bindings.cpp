@@ -384,6 +384,21 @@ void bind(py::module_& m, const std::string& suffix) {
              f.set->square_norms(run.ctx, to);
              return out;
            })
+      .def("square_norms_by_parameter",  // offset of the parameter -> [V, N]
+           [](const BoundFactors<T>& f) {
+             std::map<int64_t, at::Tensor> found;
+             const Run run(f.tape->device, f.tape->precision);
+             for (const int slot : f.set->slots()) {
+               at::Tensor out = empty<T>({f.set->num_vectors(), f.set->num_examples()}, f.tape->device);
+               T* to = out.mutable_data_ptr<T>();
+               {
+                 py::gil_scoped_release release;
+                 f.set->square_norms(run.ctx, slot, to);
+               }
+               found.emplace(f.tape->tape->plan().slots()[slot].offset, std::move(out));
+             }
+             return found;
+           })
       .def("square_sum",
            [](const BoundFactors<T>& f) {
              at::Tensor out = empty<T>({f.tape->P()}, f.tape->device);

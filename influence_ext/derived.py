@@ -133,6 +133,12 @@ class DerivedFactors:
         """``[V, N]``."""
         return self.materialise().square().sum(dim=-1)
 
+    def square_norms_by_parameter(self) -> dict[int, Tensor]:
+        """Offset of a parameter -> ``[V, N]``."""
+        space = self.point.parameters.space
+        blocks = self.materialise().split(space.sizes, dim=-1)
+        return {offset: block.square().sum(dim=-1) for offset, block in zip(space.offsets, blocks, strict=True)}
+
     def square_sum(self) -> Tensor:
         """``[P]``."""
         return self.materialise().square().sum(dim=(0, 1))

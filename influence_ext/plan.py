@@ -354,7 +354,7 @@ class Tape:
     def factors(self, G: Tensor) -> Any:
         """Per-example factors of ``J_nᵀ g[v, n]`` for ``G [V, N, *out]``.
 
-        Methods: ``materialise``, ``square_norms``, ``square_sum``, ``gram``. They point into the tape:
+        Methods: ``materialise``, ``square_norms``, ``square_norms_by_parameter``, ``square_sum``, ``gram``. They point into the tape:
         valid until ``relinearize``. Cost: one cotangent sweep; memory V·N times the widths of the trainable nodes.
         """
         factors = self._native.factors(G.contiguous())

@@ -79,37 +79,53 @@ void FactorSet<T>::materialise(const Context& ctx, T* out, int64_t stride) const
 template <class T>
 void FactorSet<T>::square_norms(const Context& ctx, T* out) const {
   fill_zero<T>(ctx, V_ * N_, out);
-  for (const auto& [slot, group] : groups_) {
-    if (is_simple(group)) {
-      // ‖row colᵀ‖² = ‖row‖² ‖col‖²
-      const Factor<T>& f = group[0];
-      const bool row_first = f.row_has_v;
-      const T* mine = row_first ? f.row : f.col;
-      Scratch<T> norms(ctx, V_ * N_);
-      square_norm_stub<T>(ctx, V_ * N_, row_first ? f.rows : f.cols, mine, row_first ? f.rows : f.cols, norms.data(), false);
-      if (f.is_dense()) {
-        combine_stub<T>(ctx, V_ * N_, T(1), norms.data(), T(0), nullptr, out, true);
-      } else {
-        Scratch<T> shared(ctx, N_);
-        const int64_t width = row_first ? f.cols : f.rows;
-        square_norm_stub<T>(ctx, N_, width, row_first ? f.col : f.row, width, shared.data(), false);
-        multiply_accumulate_stub<T>(ctx, V_ * N_, norms.data(), shared.data(), N_, out);
-      }
-      continue;
+  for (const auto& [slot, group] : groups_) add_square_norms(ctx, slot, group, out);
+}
+
+template <class T>
+void FactorSet<T>::square_norms(const Context& ctx, int slot, T* out) const {
+  fill_zero<T>(ctx, V_ * N_, out);
+  add_square_norms(ctx, slot, groups_.at(slot), out);
+}
+
+template <class T>
+std::vector<int> FactorSet<T>::slots() const {
+  std::vector<int> found;
+  for (const auto& [slot, group] : groups_) found.push_back(slot);
+  return found;
+}
+
+template <class T>
+void FactorSet<T>::add_square_norms(const Context& ctx, int slot, const Group& group, T* out) const {
+  if (is_simple(group)) {
+    // ‖row colᵀ‖² = ‖row‖² ‖col‖²
+    const Factor<T>& f = group[0];
+    const bool row_first = f.row_has_v;
+    const T* mine = row_first ? f.row : f.col;
+    Scratch<T> norms(ctx, V_ * N_);
+    square_norm_stub<T>(ctx, V_ * N_, row_first ? f.rows : f.cols, mine, row_first ? f.rows : f.cols, norms.data(), false);
+    if (f.is_dense()) {
+      combine_stub<T>(ctx, V_ * N_, T(1), norms.data(), T(0), nullptr, out, true);
+    } else {
+      Scratch<T> shared(ctx, N_);
+      const int64_t width = row_first ? f.cols : f.rows;
+      square_norm_stub<T>(ctx, N_, width, row_first ? f.col : f.row, width, shared.data(), false);
+      multiply_accumulate_stub<T>(ctx, V_ * N_, norms.data(), shared.data(), N_, out);
     }
-    if (is_scatter(group)) {
-      RowScatter<T>(ctx, V_, N_, group[0]).add_square_norms(ctx, out);
-      continue;
-    }
-    const int64_t size = slots_[slot].size;
-    const int64_t block = std::clamp<int64_t>(kBlockBytes / (size * static_cast<int64_t>(sizeof(T))), 1, N_);
-    Scratch<T> formed(ctx, block * size);
-    for (int64_t v = 0; v < V_; ++v) {
-      for (int64_t n0 = 0; n0 < N_; n0 += block) {
-        const int64_t n = std::min(block, N_ - n0);
-        form(ctx, group, v, n0, n, formed.data(), size);
-        square_norm_stub<T>(ctx, n, size, formed.data(), size, out + v * N_ + n0, true);
-      }
+    return;
+  }
+  if (is_scatter(group)) {
+    RowScatter<T>(ctx, V_, N_, group[0]).add_square_norms(ctx, out);
+    return;
+  }
+  const int64_t size = slots_[slot].size;
+  const int64_t block = std::clamp<int64_t>(kBlockBytes / (size * static_cast<int64_t>(sizeof(T))), 1, N_);
+  Scratch<T> formed(ctx, block * size);
+  for (int64_t v = 0; v < V_; ++v) {
+    for (int64_t n0 = 0; n0 < N_; n0 += block) {
+      const int64_t n = std::min(block, N_ - n0);
+      form(ctx, group, v, n0, n, formed.data(), size);
+      square_norm_stub<T>(ctx, n, size, formed.data(), size, out + v * N_ + n0, true);
     }
   }
 }

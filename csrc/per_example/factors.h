@@ -25,9 +25,11 @@ class FactorSet {
 
   int64_t num_vectors() const { return V_; }
   int64_t num_examples() const { return N_; }
+  std::vector<int> slots() const;  // the parameters that influence the output
 
   void materialise(const Context& ctx, T* out, int64_t stride) const;   // [V, N, P], examples `stride` apart
   void square_norms(const Context& ctx, T* out) const;                  // [V, N]
+  void square_norms(const Context& ctx, int slot, T* out) const;        // [V, N], of one parameter
   void square_sum(const Context& ctx, T* out) const;                    // [P]: Σ over v and n of the squared entries
   void gram(const Context& ctx, const FactorSet& other, T* out) const;  // [V N, V' N'] inner products
 
@@ -37,6 +39,7 @@ class FactorSet {
   static bool is_scatter(const Group& group) { return group.size() == 1 && group[0].is_scatter(); }
   // Gradients of examples [n0, n0 + n) for right-hand side v, with respect to one parameter: out [n, size], examples `stride` apart.
   void form(const Context& ctx, const Group& group, int64_t v, int64_t n0, int64_t n, T* out, int64_t stride) const;
+  void add_square_norms(const Context& ctx, int slot, const Group& group, T* out) const;
   void add_gram(const Context& ctx, const Group& mine, const FactorSet& other, const Group& theirs, int64_t size, T* out) const;
 
   int64_t V_, N_, num_parameters_;

@@ -78,7 +78,10 @@ class ClassLoss(Loss):
             )
         self._check_shape(z, target, who)
         target = target.to(torch.int64).contiguous()
-        index, outside = _C.class_indices(target, self.ignore_index, z.shape[1])
+        if target.is_cpu:
+            index, outside = _C.class_indices(target, self.ignore_index, z.shape[1])
+        else:
+            index, outside = target.masked_fill(target == self.ignore_index, -1), 0
         if outside >= 0:
             target = target.masked_fill(target == self.ignore_index, 0)
             self._check_range(target, target, z.shape[1], who)

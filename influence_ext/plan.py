@@ -42,6 +42,7 @@ class Plan:
         space: layout of the flat vectors ``[P]``.
         graph: the captured nodes.
         output_shape: of one example, ``*out``.
+        parameters_read: those of ``space.names`` that the output is computed from.
     """
 
     _model: nn.Module
@@ -62,6 +63,8 @@ class Plan:
                 offset = self._derived.offsets.get(index, offset)
             slots.append((math.prod(slot.shape), offset))
         self._is_trained = [offset >= 0 for _, offset in slots]
+        read = {name for node in graph.nodes for index in node.slots for name in graph.slots[index].names()}
+        self.parameters_read = frozenset(map(space.canonical, read)).intersection(space.names)
         aliases = [-1] * graph.num_values
         nodes = []
         for node in graph.nodes:

@@ -73,6 +73,12 @@ class Slot:
     value: Tensor | None = None
     expression: Expression | None = None
 
+    def names(self) -> frozenset[str]:
+        """Names of the parameters and buffers that the slot's value comes from."""
+        if self.expression is not None:
+            return self.expression.names()
+        return frozenset() if self.kind == "constant" else frozenset((self.name,))
+
     def read(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The slot's current value, contiguous and detached.
 

@@ -1,0 +1,208 @@
+"""BackPACK's first-order quantities on this library's kernels: ``extend`` a model, and read them off its parameters after ``backward()``.
+
+Scale, as in BackPACK: gradients of single examples as they come out of the loss, so with a loss that averages over the batch
+``grad_batch[n]`` holds the factor 1/N and sums to ``p.grad``.
+"""
+
+from __future__ import annotations
+
+import types
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from influence_ext.adapters.backward import ForwardPass, recording, run, without
+from influence_ext.errors import ArgumentError
+
+_WHO = "backpack"
+_MARK = "_backpack_twin"
+
+
+class Extension(ABC):
+    """A quantity that a backward pass leaves in an attribute of every parameter; overwritten by the next pass.
+
+    Attributes:
+        savefield: the attribute's name.
+    """
+
+    savefield: ClassVar[str]
+
+    @abstractmethod
+    def compute(self, call: ForwardPass, cotangents: Tensor, factors: Any) -> dict[str, Tensor]:
+        """The quantity by parameter."""
+
+
+class BatchGrad(Extension):
+    """``p.grad_batch [N, *shape]``: the gradient of each example's part of the loss.
+
+    Args:
+        subsampling: indices of the examples wanted; default all.
+    """
+
+    savefield = "grad_batch"
+
+    def __init__(self, subsampling: Sequence[int] | None = None):
+        self.subsampling = None if subsampling is None else list(subsampling)
+
+    def compute(self, call: ForwardPass, cotangents: Tensor, factors: Any) -> dict[str, Tensor]:
+        """See :class:`Extension`. Cost: N·P elements written."""
+        rows = call.rows(factors)
+        if self.subsampling is None:
+            return rows
+        outside = [index for index in self.subsampling if not 0 <= index < call.num_examples]
+        if outside:
+            raise ArgumentError(
+                f"{_WHO}: expected subsampling with indices from 0 to {call.num_examples - 1}, got {outside[0]}; name examples of the "
+                "batch."
+            )
+        return {name: row[self.subsampling] for name, row in rows.items()}
+
+    def __repr__(self) -> str:
+        return f"BatchGrad(subsampling={self.subsampling})"
+
+
+class BatchL2Grad(Extension):
+    """``p.batch_l2 [N]``: the squared norm of each example's gradient by this parameter; where a layer works on vectors none is formed."""
+
+    savefield = "batch_l2"
+
+    def compute(self, call: ForwardPass, cotangents: Tensor, factors: Any) -> dict[str, Tensor]:
+        """See :class:`Extension`."""
+        return call.square_norms(factors)
+
+
+class SumGradSquared(Extension):
+    """``p.sum_grad_squared [*shape]``: the elementwise sum over the examples of their squared gradients."""
+
+    savefield = "sum_grad_squared"
+
+    def compute(self, call: ForwardPass, cotangents: Tensor, factors: Any) -> dict[str, Tensor]:
+        """See :class:`Extension`."""
+        return call.square_sums(factors)
+
+
+class Variance(Extension):
+    """``p.variance [*shape]``: the elementwise variance of the examples' gradients, with 1/N: mean of squares less square of the mean."""
+
+    savefield = "variance"
+
+    def compute(self, call: ForwardPass, cotangents: Tensor, factors: Any) -> dict[str, Tensor]:
+        """See :class:`Extension`. Cost: one cotangent sweep more."""
+        N, sums = call.num_examples, call.sums(cotangents)
+        return {name: squares / N - (sums[name] / N).square() for name, squares in call.square_sums(factors).items()}
+
+
+_active: list[backpack] = []
+_storing: list[bool] = [True]
+
+
+class backpack:
+    """``with backpack(BatchGrad(), BatchL2Grad()): loss.backward()`` fills the fields of extended networks' parameters.
+
+    Args:
+        exts: instances of :class:`BatchGrad`, :class:`BatchL2Grad`, :class:`SumGradSquared`, :class:`Variance`.
+        extension_hook: called on every module of the network that owns a parameter, last layer first, once the fields are filled.
+        debug: print which quantities are computed.
+        retain_graph: takes no effect; what a second backward pass needs lives as long as the graph.
+
+    Raises:
+        ArgumentError (a ValueError): not one of these, or the class in place of an instance.
+    """
+
+    def __init__(
+        self,
+        *exts: Any,
+        extension_hook: Callable[[nn.Module], None] | None = None,
+        debug: bool = False,
+        retain_graph: bool = False,
+    ):
+        for ext in exts:
+            if not isinstance(ext, Extension):
+                name = ext.__name__ if isinstance(ext, type) else type(ext).__name__
+                advice = f"write {name}()" if isinstance(ext, type) and issubclass(ext, Extension) else "curvature is in ie.GGN and its kin"
+                raise ArgumentError(
+                    f"{_WHO}: expected instances of BatchGrad, BatchL2Grad, SumGradSquared or Variance from "
+                    f"influence_ext.adapters.backpack, got {'the class ' if isinstance(ext, type) else ''}{name}; {advice}."
+                )
+        self.exts, self.extension_hook, self.debug, self.retain_graph = exts, extension_hook, debug, retain_graph
+
+    def __enter__(self) -> None:
+        _active.append(self)
+
+    def __exit__(self, *exception: object) -> None:
+        _active.remove(self)
+
+    def fill(self, call: ForwardPass, network: nn.Module, cotangents: Tensor) -> None:
+        """Compute the quantities and set them."""
+        factors = call.factors(cotangents) if self.exts else None
+        for ext in self.exts:
+            if self.debug:
+                print(f"[DEBUG] {type(ext).__name__} of {type(network).__name__}")
+            for name, value in ext.compute(call, cotangents, factors).items():
+                setattr(call.parameters[name], ext.savefield, value)
+        if self.extension_hook is not None:
+            for module in reversed(list(network.modules())):
+                if any(p.requires_grad for p in module.parameters(recurse=False)):
+                    self.extension_hook(module)
+
+
+class disable:
+    """``with disable():`` forward passes of extended networks are torch's own, with ordinary gradients."""
+
+    def __enter__(self) -> None:
+        _storing.append(False)
+
+    def __exit__(self, *exception: object) -> None:
+        _storing.pop()
+
+    @staticmethod
+    def should_store_io() -> bool:
+        """Whether forward passes are prepared for :class:`backpack`."""
+        return _storing[-1]
+
+
+def extend(module: nn.Module, debug: bool = False, use_converter: bool = False) -> nn.Module:
+    """Let the backward passes of a network fill the fields that :class:`backpack` asks for.
+
+    Args:
+        module: a network; its ``forward`` is replaced on this instance. Modules without parameters, such as losses, are left as they are.
+        debug: print the module's name.
+        use_converter: takes no effect; networks need no conversion.
+
+    Returns:
+        ``module``.
+
+    Its forward pass raises what :func:`influence_ext.adapters.backward.run` raises. Cost of a backward pass: one cotangent sweep for
+    ``p.grad``, one for all quantities.
+    """
+    if debug:
+        print(f"[DEBUG] Extending {type(module).__name__}")
+    if any(True for _ in module.parameters()) and _MARK not in module.__dict__:
+        module.__dict__[_MARK] = [without(module)]
+        module.__dict__["forward"] = types.MethodType(_forward, module)
+    return module
+
+
+def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    twin = _twin(module)
+    trains = any(p.requires_grad for p in module.parameters())
+    if not (recording() and disable.should_store_io() and trains):
+        return twin.forward(*args, **kwargs)
+
+    def fill(call: ForwardPass, cotangents: Tensor) -> None:
+        if _active:
+            _active[-1].fill(call, module, cotangents)
+
+    return run(twin, args, kwargs, fill, _WHO)[0]
+
+
+def _twin(module: nn.Module) -> nn.Module:
+    """The module as it is now, but for the forward pass that ``extend`` put there; always the same object, so that its plan is kept."""
+    (twin,) = module.__dict__[_MARK]
+    own = {"forward": twin.__dict__["forward"]} if "forward" in twin.__dict__ else {}
+    attributes = without(module, _MARK, "forward").__dict__
+    twin.__dict__.clear()
+    twin.__dict__.update(attributes, **own)
+    return twin

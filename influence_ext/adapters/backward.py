@@ -1,0 +1,221 @@
+"""A network whose backward pass also hands out per-example gradients: what the adapters for ``loss.backward()`` users share.
+
+The forward pass linearises the plan of the network; autograd sees one node, whose inputs are the network's inputs and parameters. When the
+loss's cotangents arrive at the output, the tape gives the batch gradient of every parameter, and an observer gets the per-example factors.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from influence_ext.capture import Remembered
+from influence_ext.capture.probe import same
+from influence_ext.data import ModelInput, call_arguments, call_model
+from influence_ext.errors import DTypeError, UnsupportedModelError
+from influence_ext.plan import Plan, Tape
+
+
+@dataclass(frozen=True, eq=False)
+class ForwardPass:
+    """One call of a network, linearised.
+
+    Attributes:
+        network: what was called.
+        tape: at the parameters and inputs of the call.
+        X: the inputs.
+        parameters: the trained parameters that the output depends on, by name.
+        observer: called in every backward pass through the call with the pass itself and the cotangents ``[N, *out]``.
+    """
+
+    network: nn.Module
+    tape: Tape
+    X: ModelInput
+    parameters: dict[str, nn.Parameter]
+    observer: Callable[[ForwardPass, Tensor], None]
+
+    @property
+    def num_examples(self) -> int:
+        """N."""
+        return self.tape.num_examples
+
+    def factors(self, cotangents: Tensor) -> Any:
+        """Per-example factors of ``J_nᵀ g_n``. Cost: a cotangent sweep."""
+        return self.tape.factors(cotangents[None])
+
+    def rows(self, factors: Any) -> dict[str, Tensor]:
+        """``J_nᵀ g_n`` by parameter, ``[N, *shape]``: views of one buffer. Cost: N·P elements written once."""
+        return self._used(self.tape.plan.space.unflatten(factors.materialise(None).view(self.num_examples, -1)))
+
+    def square_norms(self, factors: Any) -> dict[str, Tensor]:
+        """``‖J_nᵀ g_n‖²`` by parameter, ``[N]``; gradients of layers on vectors are not formed."""
+        found, space = factors.square_norms_by_parameter(), self.tape.plan.space
+        return self._used({name: found[offset][0] for name, offset in zip(space.names, space.offsets, strict=True) if offset in found})
+
+    def square_sums(self, factors: Any) -> dict[str, Tensor]:
+        """``Σ_n (J_nᵀ g_n)²`` by parameter, ``[*shape]``, elementwise. Cost: one product of squares a layer."""
+        return self._used(self.tape.plan.space.unflatten(factors.square_sum()))
+
+    def sums(self, cotangents: Tensor) -> dict[str, Tensor]:
+        """``Σ_n J_nᵀ g_n`` by parameter: what autograd gives. Cost: a cotangent sweep."""
+        return self._used(self.tape.plan.space.unflatten(self.tape.vjp(cotangents[None])[0]))
+
+    def input_gradients(self, cotangents: Tensor, wanted: Sequence[bool]) -> list[Tensor | None]:
+        """What autograd gives for those inputs that need it, from a forward and a backward pass of torch's own."""
+        if not any(wanted):
+            return [None] * len(wanted)
+        inputs = [x.detach().requires_grad_(needs) for x, needs in zip(_tensors(self.X), wanted, strict=True)]
+        X: ModelInput = dict(zip(self.X, inputs, strict=True)) if isinstance(self.X, Mapping) else tuple(inputs)
+        by_name = self.tape.plan.space.unflatten(self.tape.theta)
+        with torch.enable_grad():
+            output = torch.func.functional_call(self.network, by_name, *call_arguments(X))
+            leaves = [x for x, needs in zip(inputs, wanted, strict=True) if needs]
+            found = iter(torch.autograd.grad(output, leaves, cotangents, allow_unused=True))
+        return [next(found) if needs else None for needs in wanted]
+
+    def _used(self, by_name: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: by_name[name] for name in self.parameters if name in by_name}
+
+
+class _Node(torch.autograd.Function):
+    """The network as one node of the autograd graph."""
+
+    @staticmethod
+    def forward(ctx: Any, call: ForwardPass, *leaves: Tensor) -> Tensor:
+        ctx.call = call
+        return call.tape.outputs.clone()  # the tape must not hold what holds the tape
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        call: ForwardPass = ctx.call
+        cotangents = cotangents.contiguous()
+        count = len(_tensors(call.X))
+        with _alone():
+            of_inputs = call.input_gradients(cotangents, ctx.needs_input_grad[1 : 1 + count])
+            of_parameters = call.sums(cotangents)
+            call.observer(call, cotangents)
+        return (None, *of_inputs, *(of_parameters[name] for name in call.parameters))
+
+
+def run(
+    network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], observer: Callable[[ForwardPass, Tensor], None], who: str
+) -> tuple[Tensor, ForwardPass]:
+    """``network(*args, **kwargs)`` with gradients by the tape, and the pass that was made of it.
+
+    Gradients of parameters and of inputs arrive as from torch; second derivatives do not exist.
+
+    Raises:
+        DTypeError: an argument is not a tensor, or arguments come both by position and by name.
+        UnsupportedModelError, ShapeError, DeviceError: see :meth:`Plan.of`; or the forward pass in training mode is another than in
+            evaluation mode (dropout).
+
+    Cost: one forward pass; for a network in training mode, the first time, a copy of it and its forward pass on two examples.
+    """
+    X = _inputs(args, kwargs, who)
+    _check_dropout(network, who)
+    with _alone():
+        plan = Plan.of(network, X, None, who)
+        named = dict(network.named_parameters())
+        parameters = {name: named[name] for name in plan.space.names if name in plan.parameters_read}
+        call = ForwardPass(network, plan.linearize(X), X, parameters, observer)
+        _check_training(call, who)
+    outputs: Tensor = _Node.apply(call, *_tensors(X), *parameters.values())
+    return outputs, call
+
+
+_inside: ContextVar[bool] = ContextVar("inside a recorded network", default=False)
+
+
+def recording() -> bool:
+    """Whether a call of a network is to be recorded: gradients are wanted, and nobody traces it or computes with it already."""
+    return torch.is_grad_enabled() and not _inside.get() and not torch.compiler.is_compiling()
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Networks inside the one at hand are not recorded on their own."""
+    token = _inside.set(True)
+    try:
+        yield
+    finally:
+        _inside.reset(token)
+
+
+_checked: Remembered[bool] = Remembered()
+
+
+def _check_training(call: ForwardPass, who: str) -> None:
+    """Refuse a network whose training mode computes something else than its evaluation mode, which is what plans are of."""
+    flags = tuple(module.training for module in call.network.modules())
+    if not any(flags) or _checked.find(call.network, flags):
+        return
+    few = min(call.num_examples, 2)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        output = call_model(copy.deepcopy(call.network), _rows(call.X, few))
+    if output.shape != call.tape.outputs[:few].shape or not same(output, call.tape.outputs[:few]):
+        raise UnsupportedModelError(
+            f"{who}: expected a network that computes the same in training and in evaluation mode, got {type(call.network).__name__}, "
+            "whose outputs differ; call eval() on what differs."
+        )
+    _checked.keep(call.network, flags, True)
+
+
+def _rows(X: ModelInput, few: int) -> ModelInput:
+    if isinstance(X, Tensor):
+        return X[:few]
+    return {key: x[:few] for key, x in X.items()} if isinstance(X, Mapping) else tuple(x[:few] for x in X)
+
+
+def _check_dropout(network: nn.Module, who: str) -> None:
+    active = [name or type(module).__name__ for name, module in network.named_modules() if module.training and _dropout(module) > 0]
+    if active:
+        raise UnsupportedModelError(
+            f"{who}: expected a network without active dropout, whose derivatives are those of one forward pass, got {', '.join(active)} "
+            "in training mode; set p=0, or call eval() on these modules."
+        )
+
+
+def _dropout(module: nn.Module) -> float:
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p
+    if isinstance(module, nn.MultiheadAttention):
+        return float(module.dropout)
+    return float(module.dropout) if isinstance(module, nn.RNNBase) and module.num_layers > 1 else 0.0
+
+
+def without(module: nn.Module, *attributes: str) -> nn.Module:
+    """A module that shares parameters, buffers and children with ``module``, without hooks and without some attributes of the instance."""
+    twin = copy.copy(module)
+    fresh = nn.Module().__dict__
+    for key in fresh:
+        if "hook" in key and key in twin.__dict__:
+            twin.__dict__[key] = fresh[key]
+    for key in ("_parameters", "_buffers", "_modules"):
+        twin.__dict__[key] = module.__dict__[key]
+    for key in attributes:
+        twin.__dict__.pop(key, None)
+    return twin
+
+
+def _inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any], who: str) -> ModelInput:
+    values = (*args, *kwargs.values())
+    if not values or (args and kwargs) or not all(isinstance(value, Tensor) for value in values):
+        found = ", ".join([*(type(a).__name__ for a in args), *(f"{key}={type(a).__name__}" for key, a in kwargs.items())]) or "nothing"
+        raise DTypeError(
+            f"{who}: expected tensors as arguments of the network, all by position or all by name, got {found}; bind other arguments in a "
+            "module around it."
+        )
+    return dict(kwargs) if kwargs else args[0] if len(args) == 1 else tuple(args)
+
+
+def _tensors(X: ModelInput) -> tuple[Tensor, ...]:
+    return (X,) if isinstance(X, Tensor) else tuple(X.values()) if isinstance(X, Mapping) else tuple(X)

@@ -508,6 +508,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         return finite;
       },
       py::arg("x"));
+  // How many tensors share this one's memory, itself included.
+  m.def("num_sharing", [](const at::Tensor& t) { return static_cast<int64_t>(t.storage().use_count()); }, py::arg("tensor"));
   // (the tensors one after another, whether every element is finite)
   m.def(
       "flatten_finite",

@@ -152,6 +152,24 @@ def test_some_examples_only() -> None:
         assert_close(rows, like[name][[4, 0]] / N, scope="model")
 
 
+def test_memory_is_used_again_only_when_nobody_holds_it() -> None:
+    model, X, y = mlp()
+    extend(model)
+
+    def step(scale: float) -> Tensor:
+        with backpack(BatchGrad()):
+            F.cross_entropy(model(scale * X), y).backward()
+        return model[0].weight.grad_batch
+
+    first = step(1.0).data_ptr()
+    assert step(2.0).data_ptr() == first
+    kept = model[2].bias.grad_batch
+    copied = kept.clone()
+    assert step(3.0).data_ptr() != first
+    assert torch.equal(kept, copied)
+    assert not torch.equal(kept, model[2].bias.grad_batch)
+
+
 def test_a_hook_sees_the_modules_with_parameters_last_first() -> None:
     model, X, y = mlp()
     extend(model)

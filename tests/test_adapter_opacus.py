@@ -284,6 +284,25 @@ def test_a_pass_is_freed_with_its_graph() -> None:
         gc.enable()
 
 
+def test_memory_is_used_again_only_when_nobody_holds_it() -> None:
+    model, X, y = mlp()
+    wrapped = GradSampleModule(model)
+
+    def step(scale: float) -> Tensor:
+        wrapped.zero_grad()
+        F.cross_entropy(wrapped(scale * X), y).backward()
+        return model[0].weight.grad_sample
+
+    first = step(1.0).data_ptr()
+    assert step(2.0).data_ptr() == first
+    kept = model[2].bias.grad_sample[1:, :2]  # a view of a view
+    copied = kept.clone()
+    assert step(3.0).data_ptr() != first
+    assert torch.equal(kept, copied)
+    like = expected(ROWS["mlp"], model, 3 * X, y)
+    assert_all_close(samples(wrapped), like)
+
+
 class Switched(nn.Module):
     def __init__(self) -> None:
         super().__init__()

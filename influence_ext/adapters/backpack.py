@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from influence_ext.adapters.backward import ForwardPass, recording, run, without
 from influence_ext.errors import ArgumentError
+from influence_ext.plan import RowBuffer
 
 _WHO = "backpack"
 _MARK = "_backpack_twin"
@@ -30,7 +31,7 @@ class Extension(ABC):
     savefield: ClassVar[str]
 
     @abstractmethod
-    def compute(self, call: ForwardPass, cotangents: Tensor, factors: Any) -> dict[str, Tensor]:
+    def compute(self, call: ForwardPass, cotangents: Tensor, factors: Any, memory: RowBuffer) -> dict[str, Tensor]:
         """The quantity by parameter."""
 
 
@@ -46,9 +47,9 @@ class BatchGrad(Extension):
     def __init__(self, subsampling: Sequence[int] | None = None):
         self.subsampling = None if subsampling is None else list(subsampling)
 
-    def compute(self, call: ForwardPass, cotangents: Tensor, factors: Any) -> dict[str, Tensor]:
+    def compute(self, call: ForwardPass, cotangents: Tensor, factors: Any, memory: RowBuffer) -> dict[str, Tensor]:
         """See :class:`Extension`. Cost: N·P elements written."""
-        rows = call.rows(factors)
+        rows = call.rows(factors, memory)
         if self.subsampling is None:
             return rows
         outside = [index for index in self.subsampling if not 0 <= index < call.num_examples]
@@ -68,7 +69,7 @@ class BatchL2Grad(Extension):
 
     savefield = "batch_l2"
 
-    def compute(self, call: ForwardPass, cotangents: Tensor, factors: Any) -> dict[str, Tensor]:
+    def compute(self, call: ForwardPass, cotangents: Tensor, factors: Any, memory: RowBuffer) -> dict[str, Tensor]:
         """See :class:`Extension`."""
         return call.square_norms(factors)
 
@@ -78,7 +79,7 @@ class SumGradSquared(Extension):
 
     savefield = "sum_grad_squared"
 
-    def compute(self, call: ForwardPass, cotangents: Tensor, factors: Any) -> dict[str, Tensor]:
+    def compute(self, call: ForwardPass, cotangents: Tensor, factors: Any, memory: RowBuffer) -> dict[str, Tensor]:
         """See :class:`Extension`."""
         return call.square_sums(factors)
 
@@ -88,7 +89,7 @@ class Variance(Extension):
 
     savefield = "variance"
 
-    def compute(self, call: ForwardPass, cotangents: Tensor, factors: Any) -> dict[str, Tensor]:
+    def compute(self, call: ForwardPass, cotangents: Tensor, factors: Any, memory: RowBuffer) -> dict[str, Tensor]:
         """See :class:`Extension`. Cost: one cotangent sweep more."""
         N, sums = call.num_examples, call.sums(cotangents)
         return {name: squares / N - (sums[name] / N).square() for name, squares in call.square_sums(factors).items()}
@@ -134,13 +135,16 @@ class backpack:
     def __exit__(self, *exception: object) -> None:
         _active.remove(self)
 
-    def fill(self, call: ForwardPass, network: nn.Module, cotangents: Tensor) -> None:
+    def fill(self, call: ForwardPass, network: nn.Module, cotangents: Tensor, memory: RowBuffer) -> None:
         """Compute the quantities and set them."""
+        for p in call.parameters.values():
+            for ext in self.exts:
+                p.__dict__.pop(ext.savefield, None)
         factors = call.factors(cotangents) if self.exts else None
         for ext in self.exts:
             if self.debug:
                 print(f"[DEBUG] {type(ext).__name__} of {type(network).__name__}")
-            for name, value in ext.compute(call, cotangents, factors).items():
+            for name, value in ext.compute(call, cotangents, factors, memory).items():
                 setattr(call.parameters[name], ext.savefield, value)
         if self.extension_hook is not None:
             for module in reversed(list(network.modules())):
@@ -180,27 +184,27 @@ def extend(module: nn.Module, debug: bool = False, use_converter: bool = False) 
     if debug:
         print(f"[DEBUG] Extending {type(module).__name__}")
     if any(True for _ in module.parameters()) and _MARK not in module.__dict__:
-        module.__dict__[_MARK] = [without(module)]
+        module.__dict__[_MARK] = [without(module), RowBuffer()]
         module.__dict__["forward"] = types.MethodType(_forward, module)
     return module
 
 
 def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    twin = _twin(module)
+    twin, memory = _twin(module), module.__dict__[_MARK][1]
     trains = any(p.requires_grad for p in module.parameters())
     if not (recording() and disable.should_store_io() and trains):
         return twin.forward(*args, **kwargs)
 
     def fill(call: ForwardPass, cotangents: Tensor) -> None:
         if _active:
-            _active[-1].fill(call, module, cotangents)
+            _active[-1].fill(call, module, cotangents, memory)
 
     return run(twin, args, kwargs, fill, _WHO)[0]
 
 
 def _twin(module: nn.Module) -> nn.Module:
     """The module as it is now, but for the forward pass that ``extend`` put there; always the same object, so that its plan is kept."""
-    (twin,) = module.__dict__[_MARK]
+    twin: nn.Module = module.__dict__[_MARK][0]
     own = {"forward": twin.__dict__["forward"]} if "forward" in twin.__dict__ else {}
     attributes = without(module, _MARK, "forward").__dict__
     twin.__dict__.clear()

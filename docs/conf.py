@@ -12,7 +12,6 @@ version = release = influence_ext.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "sphinx.ext.viewcode"]
 exclude_patterns = ["examples/**"]
-suppress_warnings = ["toc.not_readable"]  # pages of peers/ that are not written yet; to go when they all are
 
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "deflist"]
 myst_heading_anchors = 3

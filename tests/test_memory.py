@@ -65,3 +65,61 @@ def test_the_same_memory_serves_another_point() -> None:
     before = G.tape.cached_bytes
     G.tape.relinearize(G.tape.theta * 0.5)
     assert G.tape.cached_bytes == before
+
+
+# In a process of its own, which an exception inside a parallel region would end. The convolution reads much and writes little, so that what
+# each of its threads allocates is what fails; the other network's tiles are larger than the memory that is left.
+SHORTAGE = """
+import resource, sys
+import torch
+from torch import nn
+from influence_ext import _C
+from influence_ext.plan import Plan
+
+def short_of_memory(run):
+    with open("/proc/self/statm") as sizes:
+        used = int(sizes.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 8 * 2**20, resource.RLIM_INFINITY))
+    try:
+        run()
+    except MemoryError:
+        return True
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    return False
+
+class Wide(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(1))
+    def forward(self, x):
+        return (self.w * x).tanh().sum(1, keepdim=True)
+
+torch.set_num_threads(2)
+conv, X = nn.Conv2d(1, 1, 3, stride=4), torch.randn(2, 1, 2000, 2000)
+Plan.of(conv, X[..., :40, :40]).linearize(X[..., :40, :40])  # the threads exist
+if sys.argv[1] == "kernel":
+    theta = [conv.weight.detach(), conv.bias.detach()]
+    tape = _C.Tape32(Plan.of(conv, X)._native, [X])
+    tape.set_schedule(2)
+    run, result, expected = lambda: tape.linearize(theta), lambda: tape.outputs().view(2, 1, 500, 500), conv(X).detach()
+else:
+    wide, x = Wide(), torch.randn(8, 2**19)
+    tape = Plan.of(wide, x).linearize(x)
+    tape.set_schedule("by_example")
+    V = torch.randn(8, 1)
+    expected = V[:, :, None] * torch.func.jvp(lambda w: (w * x).tanh().sum(1), (wide.w.detach(),), (torch.ones(1),))[1]
+    run = lambda: tape.jvp(V)
+    result = lambda: run()[..., 0][:, None]
+assert short_of_memory(run)
+run()
+print(float((result() - expected).norm() / expected.norm()))
+"""
+
+
+@pytest.mark.parametrize("place", ["kernel", "tiles"])
+def test_a_failed_allocation_is_an_exception(place: str) -> None:
+    """Of any thread; and the next product is right."""
+    done = subprocess.run([sys.executable, "-c", SHORTAGE, place], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 1e-5

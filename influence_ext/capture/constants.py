@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -124,6 +124,10 @@ class SlotTable:
         with torch.no_grad():
             value: Tensor = expression.evaluate({})
             return value
+
+    def constant(self, key: Hashable, name: str, value: Tensor) -> int:
+        """The slot of a tensor that a lowering computes, one for equal keys."""
+        return self._add(key, Slot(name, tuple(value.shape), "constant", value.contiguous()))
 
     def is_plain(self, constant: fx.Node) -> bool:
         """Whether a tensor is a parameter, a buffer or a lifted tensor, up to a reshape."""

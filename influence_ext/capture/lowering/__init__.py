@@ -18,7 +18,7 @@ from influence_ext.capture.export import Exported
 from influence_ext.capture.generic import NodeOperator, Reference
 from influence_ext.capture.graph import CapturedGraph, Problem, without_unread
 from influence_ext.capture.layout import Layout, is_free
-from influence_ext.capture.lowering import convolution, embedding, linear, movement, normalisation, pointwise, products, reduction
+from influence_ext.capture.lowering import convolution, embedding, linear, movement, normalisation, pointwise, products, reduction, resize
 from influence_ext.capture.lowering.pointwise import ACTIVATION_KINDS
 from influence_ext.capture.lowering.table import Lowering
 from influence_ext.capture.prologue import Prologue
@@ -34,6 +34,7 @@ LOWERINGS: dict[str, Lowering] = {
     **normalisation.LOWERINGS,
     **reduction.LOWERINGS,
     **products.LOWERINGS,
+    **resize.LOWERINGS,
 }
 
 # Operators that give truth values, kept as 1 and 0: comparisons, and what moves their results.

@@ -9,7 +9,7 @@ from collections.abc import Collection, Hashable, Mapping
 import torch
 from torch import Tensor, nn
 
-from influence_ext.capture.export import NotExportable, batch_norm_problems, export_model
+from influence_ext.capture.export import NotExportable, batch_norm_problems, export_model, time_first_problem
 from influence_ext.capture.generic import differentiable
 from influence_ext.capture.graph import CapturedGraph, Expression, Node, Problem, Slot, named_tensors
 from influence_ext.capture.lowering import ACTIVATION_KINDS, LOWERINGS, PART_LOWERINGS, Unlowered, lower
@@ -93,6 +93,8 @@ def capture(
                     _cache.popitem(last=False)
                 _log_generic(graph)
     standing = [problem.text for problem in problems if problem.applies(trainable)]
+    if any("examples" in text for text in standing) and (hint := time_first_problem(model)) is not None:
+        standing.append(hint.text)
     if graph is None or standing:
         raise UnsupportedModelError(_problems_text(who, model, standing))
     return graph
@@ -107,8 +109,8 @@ def _capture(
         graph, problems, context = lower(exported, type(model).__name__, dtype, names)
         if graph is not None and (mixed := mixing_node(context, tensors, named_tensors(model))) is not None:
             # Bookkeeping over the batch, such as offsets of flattened examples, may still cancel in the output.
-            graph, _ = whole_model(model, tensors, keys, names, dtype, mixed)
-            return graph, problems if graph is not None else [*problems, Problem(mixed)]
+            graph, found = whole_model(model, tensors, keys, names, dtype, mixed)
+            return graph, [*problems, *found]
         return graph, problems
     except (NotExportable, Unlowered) as reason:
         return whole_model(model, tensors, keys, names, dtype, str(reason))

@@ -76,7 +76,9 @@ class SlotTable:
         if leaf is not None and not flipped and not steps and same_shape and value.dtype == self._dtype:
             return self._plain(leaf)
         chain: list[Step] = []
-        if value.dtype != self._dtype:
+        if value.is_complex():
+            chain.append((torch.view_as_real, ()))  # as Slot.read does with what is no expression
+        elif value.dtype != self._dtype:
             chain.append((torch.Tensor.to, (self._dtype,)))
         chain += steps
         if shape is not None:

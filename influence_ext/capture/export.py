@@ -167,6 +167,18 @@ def batch_norm_problems(model: nn.Module) -> list[Problem]:
     ]
 
 
+def time_first_problem(model: nn.Module) -> Problem | None:
+    """Modules made to read ``[T, N, ...]``: what examples that mix most often come from."""
+    found = [f"{name or 'the model'} ({type(m).__name__})" for name, m in model.named_modules() if getattr(m, "batch_first", None) is False]
+    if not found:
+        return None
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return Problem(
+        f"{', '.join(found[:3])}{more}: made with batch_first=False, to read [T, N, ...]; if its input has the examples first, make it "
+        "with batch_first=True, or transpose its input and output"
+    )
+
+
 def output_nodes(program: ExportedProgram) -> list[fx.Node]:
     """The nodes that the model returns, without the buffers it updates on the way."""
     returned = set(program.graph_signature.user_outputs)

@@ -125,8 +125,7 @@ SEQUENCES = (
     model("gru", lambda: sequence.Recurrent(nn.GRU), tokens(6, 11), "GRU", loss="ce-mean", generic_share=1.0),
     model("lstm-cells", sequence.Cells, images(5, 3), "a loop of cells: one weight at every step", loss="ce-mean", generic_share=1.0),
     model("masked-encoder", sequence.MaskedEncoder, padded(7, 12), "padding mask as an input by name", loss="ce-mean", quick=True),
-    model("embedding-bag", lambda: sequence.BagOfWords("mean"), tokens(5, 12), "nn.EmbeddingBag",
-          loss="ce-mean", generic_share=1.0),
+    model("embedding-bag", lambda: sequence.BagOfWords("mean"), tokens(5, 12), "nn.EmbeddingBag", loss="ce-mean"),
     model("embedding-mean", sequence.MeanEmbedding, tokens(6, 12), "mask from the tokens, normalised mean", loss="ce-mean"),
     model("t5-attention", sequence.RelativeAttention, tokens(5, 12), "relative position bias, einsum, nn.RMSNorm"),
 )  # fmt: skip
@@ -150,8 +149,8 @@ OTHERS = (
     model("hypernetwork", other.Hypernetwork, pair(images(4), images(3)), "weights that differ from example to example"),
     model("radiance", other.Radiance, images(3), "sines, slices, two output activations"),
     model("prototypes", other.Prototypes, images(4), "cdist and cosine similarity to parameters", loss="ce-mean"),
-    model("fourier-operator", other.FourierOperator, images(8, 1), "complex numbers between real ones", generic_share=1.0),
-    model("complex-rotary", other.ComplexRotary, tokens(6, 12), "a complex buffer", generic_share=1.0),
+    model("fourier-operator", other.FourierOperator, images(8, 1), "complex numbers between real ones", generic_share=0.3),
+    model("complex-rotary", other.ComplexRotary, tokens(6, 12), "a complex buffer"),
     model("euler", other.Euler, images(3), "the same layer ten times"),
     model("bilinear", other.Bilinear, pair(images(4), images(3)), "nn.Bilinear, GLU, max-out", loss="ce-mean"),
 )  # fmt: skip

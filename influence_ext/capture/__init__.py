@@ -19,6 +19,7 @@ from influence_ext.capture.signature import structure_key
 from influence_ext.capture.whole import only_tensor, whole_model
 from influence_ext.context import exclusive
 from influence_ext.errors import DeviceError, DTypeError, ShapeError, UnsupportedModelError
+from influence_ext.params import HALF_DTYPES, is_half, widened, widened_dtype, widened_model
 
 __all__ = [
     "ACTIVATION_KINDS",
@@ -77,6 +78,8 @@ def capture(
     names = keys or (("X",) if isinstance(X, Tensor) else tuple(f"X[{i}]" for i in range(len(tensors))))
     inputs = dict(zip(names, tensors, strict=True))
     dtype = _check_inputs(model, inputs, who)
+    if is_half(model):
+        tensors = tuple(widened(x) for x in tensors)
     key = structure_key(model, inputs, by_name=keys is not None)
     if trainable is None:
         trainable = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -104,6 +107,7 @@ def _capture(
     model: nn.Module, tensors: tuple[Tensor, ...], keys: tuple[str, ...] | None, names: tuple[str, ...], dtype: torch.dtype, who: str
 ) -> tuple[CapturedGraph | None, list[Problem]]:
     """Node by node where that is possible, as a whole where it is not; and the problems found."""
+    model = widened_model(model)
     try:
         exported = export_model(model, tensors, keys, who, known=LOWERINGS.keys() | PART_LOWERINGS.keys())
         graph, problems, context = lower(exported, type(model).__name__, dtype, names)
@@ -142,7 +146,8 @@ def _check_inputs(model: nn.Module, inputs: Mapping[str, Tensor], who: str) -> t
     for name, x in inputs.items():
         if x.dim() == 0 or x.shape[0] == 0:
             raise ShapeError(f"{who}: expected {name} of shape [N, ...] with N >= 1, got {list(x.shape)}; pass at least one example.")
-        if reference is not None and x.is_floating_point() and x.dtype != reference.dtype:
+        allowed = () if reference is None else (reference.dtype, torch.float32, *HALF_DTYPES) if is_half(model) else (reference.dtype,)
+        if reference is not None and x.is_floating_point() and x.dtype not in allowed:
             raise DTypeError(
                 f"{who}: expected {name} of the parameters' dtype {reference.dtype}, got {x.dtype}; convert it with .to({reference.dtype})."
             )
@@ -155,7 +160,7 @@ def _check_inputs(model: nn.Module, inputs: Mapping[str, Tensor], who: str) -> t
     if len(set(sizes.values())) > 1:
         found = ", ".join(f"{name} {size}" for name, size in sizes.items())
         raise ShapeError(f"{who}: expected the same number of examples in all inputs, got {found}; align them.")
-    return reference.dtype if reference is not None else floating[0].dtype if floating else torch.get_default_dtype()
+    return widened_dtype(reference.dtype) if reference is not None else floating[0].dtype if floating else torch.get_default_dtype()
 
 
 def _problems_text(who: str, model: nn.Module, problems: list[str]) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from influence_ext.capture.generic import Operator
 from influence_ext.capture.layout import Layout
 from influence_ext.capture.prologue import Prologue
+from influence_ext.params import is_half, widened
 
 SlotKind = Literal["parameter", "buffer", "constant", "derived"]
 
@@ -206,7 +207,7 @@ def without_unread(nodes: Sequence[Node], output: int, num_sources: int) -> tupl
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer of ``model`` by name, under each of its names."""
+    """Every parameter and buffer of ``model`` by name, under each of its names, as they are computed with."""
     named: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     named.update(model.named_buffers(remove_duplicate=False))
-    return named
+    return {name: widened(tensor.detach()) for name, tensor in named.items()} if is_half(model) else named

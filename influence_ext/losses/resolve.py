@@ -169,7 +169,8 @@ def resolve(loss: LossLike | Loss, reduction: str | None = None, who: str = "los
             ...), the functional itself, also as a ``functools.partial`` that fixes options, any other callable ``loss(output, target)``
             that returns a mean or a sum over examples, or a ``Loss``. ``NATIVE`` lists the losses with formulas of their own; a callable
             that only rearranges outputs and targets before it returns one of them, such as a language model's shifted cross-entropy,
-            is recognised when it is first checked with data (its ``name`` then says so); every other one is differentiated by PyTorch. ``gaussian_nll_loss`` takes targets ``torch.stack([y, variance], dim=1)``.
+            is recognised when it is first checked with data (its ``name`` then says so); every other one is differentiated by PyTorch.
+            ``gaussian_nll_loss`` takes targets ``torch.stack([y, variance], dim=1)``.
         reduction: ``"mean"`` or ``"sum"`` over examples; by default the module's own, ``"mean"`` for names and functionals, and what a
             callable turns out to be when it is first checked with outputs.
         who: the caller's name for messages.

@@ -209,6 +209,8 @@ ROWS = (
     Bad("nothing-trainable", lambda: ggn(model=frozen()), errors.ArgumentError, r"6 parameters with requires_grad=False"),
     Bad("unknown-parameter", lambda: ggn(params=["0.wieght"]), errors.ArgumentError, r"'0\.wieght'.*0\.weight"),
     Bad("foreign-tensor", lambda: ggn(params=[torch.ones(6, 3)]), errors.ArgumentError, r"the model's own parameters"),
+    Bad("data-without-values", lambda: ggn(data=(X.to("meta"), Y.to("meta"))), errors.DeviceError,
+        r"with values, got a tensor on the meta"),
     Bad("half-precision-data", lambda: ggn(data=(X.half(), Y)), errors.DTypeError, r"parameters' dtype .*, got torch\.float16"),
     Bad("remove-out-of-range", lambda: influence().parameter_change([0, 5]), errors.ArgumentError, r"from 0 to 4, got 5"),
     Bad("remove-negative", lambda: influence().parameter_change([-1]), errors.ArgumentError, r"from 0 to 4, got -1"),

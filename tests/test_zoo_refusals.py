@@ -92,8 +92,10 @@ REFUSALS = (
     Refusal("dropout inside attention", net(lambda n, x: F.scaled_dot_product_attention(n.fc(x), x, x, dropout_p=0.2), fc=fc(4, 4)),
             ("scaled_dot_product_attention: dropout is active", "dropout_p=0.0 unless self.training"), X=SEQUENCE),
     Refusal("variational noise", net(samples, fc=fc(4, 6)), ("randn_like: draws random numbers", "deterministic")),
-    Refusal("early exit", net(stops_early, fc=fc()), ("data-dependent", "does not branch on tensor values")),
-    Refusal("steps that depend on the data", net(iterates, fc=fc(4, 4)), ("data-dependent", "does not branch on tensor values")),
+    Refusal("early exit", net(stops_early, fc=fc()),
+            ("data-dependent", "in stops_early, line", "if h.max() > 0.5", "does not branch on tensor values")),
+    Refusal("steps that depend on the data", net(iterates, fc=fc(4, 4)),
+            ("data-dependent", "in iterates, line", "does not branch on tensor values")),
     Refusal("examples left out", net(lambda n, x: (lambda h: h[h.sum(-1) > 0])(n.fc(x)), fc=fc()), ("index:", "examples")),
     Refusal("weight clamped in place", net(clamps_its_weight, fc=fc()), ("writes to fc.weight", "aten.clamp_", "compute with a copy")),
     Refusal("weight decayed in place", net(decays_its_weight, fc=fc()), ("fc.weight", "mul_", "no_grad block")),
@@ -127,6 +129,11 @@ REFUSALS = (
             ("w of torch.complex128", "leave this parameter out"), error="DTypeError"),
     Refusal("two devices", lambda: Net(lambda n, x: n.fc(x), fc=dense(4, 3), spare=nn.Linear(3, 2, device="meta", dtype=torch.float64)),
             ("cpu (fc.weight), meta (spare.weight)", "model.to(device)"), error="DeviceError"),
+    Refusal("frozen part on another device", lambda: Net(lambda n, x: n.fc(x) @ n.w, fc=dense(4, 3), w=nn.Parameter(
+            torch.randn(3, 2, device="meta", dtype=torch.float64), requires_grad=False)),
+            ("one device", "meta (w)", "model.to(device)"), error="DeviceError"),
+    Refusal("buffer on another device", lambda: Net(lambda n, x: n.fc(x) + n.b, fc=dense(4, 3), b=torch.zeros(3, device="meta")),
+            ("one device", "cpu (fc.weight), meta (b)", "model.to(device)"), error="DeviceError"),
 )  # fmt: skip
 
 

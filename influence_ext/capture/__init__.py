@@ -143,6 +143,12 @@ def _check_inputs(model: nn.Module, inputs: Mapping[str, Tensor], who: str) -> t
     """Check the inputs against the parameters and return the dtype of the computation."""
     reference = next((p for p in model.parameters() if p.is_floating_point()), None)
     floating = [x for x in inputs.values() if x.is_floating_point()]
+    devices: dict[torch.device, str] = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        devices.setdefault(tensor.device, name)
+    if len(devices) > 1:
+        listed = ", ".join(f"{device} ({name})" for device, name in devices.items())
+        raise DeviceError(f"{who}: expected a model on one device, got {listed}; move it with model.to(device).")
     for name, x in inputs.items():
         if x.dim() == 0 or x.shape[0] == 0:
             raise ShapeError(f"{who}: expected {name} of shape [N, ...] with N >= 1, got {list(x.shape)}; pass at least one example.")

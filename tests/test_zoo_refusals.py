@@ -47,6 +47,12 @@ def updates_a_mean(n: Any, x: Tensor) -> Tensor:
     return h - n.mean
 
 
+def packs(n: Any, x: Tensor) -> Tensor:
+    lengths = 1 + (x[:, 0, 0] > 0).long()
+    packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+    return n.out(n.rnn(packed)[1][0][-1])
+
+
 def stops_early(n: Any, x: Tensor) -> Tensor:
     h = n.fc(x)
     return h if h.max() > 0.5 else torch.tanh(h)
@@ -120,6 +126,8 @@ REFUSALS = (
             ("first axis does not count the examples", "rnn (LSTM)", "batch_first=True", "transpose"), X=SEQUENCE),
     Refusal("GRU with time first, all positions", net(lambda n, x: n.out(n.rnn(x)[0]), rnn=lambda: nn.GRU(4, 3), out=fc(3, 2)),
             ("fixes the number of examples", "rnn (GRU)", "batch_first=True"), X=SEQUENCE),
+    Refusal("packed sequences", net(packs, rnn=lambda: nn.LSTM(4, 3, batch_first=True), out=fc(3, 2)),
+            ("packed sequences cannot be differentiated", "select each example's last position"), X=SEQUENCE),
     Refusal("two outputs", net(lambda n, x: (n.fc(x), 2 * n.fc(x)), fc=fc()), ("returns 2 tensors", "the loss is computed from")),
     Refusal("a dict of outputs", net(lambda n, x: {"logits": n.fc(x), "hidden": x}, fc=fc()), ("returns 2 tensors instead of one",)),
     Refusal("no output", net(lambda n, x: None, fc=fc()), ("returns 0 tensors instead of one",)),

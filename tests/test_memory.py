@@ -67,8 +67,9 @@ def test_the_same_memory_serves_another_point() -> None:
     assert G.tape.cached_bytes == before
 
 
-# In a process of its own, which an exception inside a parallel region would end. What fails is what each thread allocates: a padded copy of the
-# input of a convolution that reads much and writes little, where the calling thread has its workspace already; or the tiles of another network.
+# In a process of its own, which an exception inside a parallel region would end. What fails is what each thread allocates: a padded copy of
+# the input of a convolution that reads much and writes little, where the calling thread has its workspace already; or the tiles of another
+# network.
 SHORTAGE = """
 import resource
 import sys

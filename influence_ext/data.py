@@ -353,6 +353,8 @@ def _parse_inputs(X: Any, y: Tensor | None, label: str, who: str) -> _Batch:
 def _check_tensor(tensor: Any, name: str, label: str, who: str) -> None:
     if not isinstance(tensor, Tensor):
         raise DTypeError(f"{who}: expected {name} in {label} to be a tensor, got {type(tensor).__name__}; convert it with torch.as_tensor.")
+    if tensor.is_meta:
+        raise DeviceError(f"{who}: expected {name} in {label} with values, got a tensor on the meta device; load it on the model's device.")
     if tensor.is_complex() or tensor.layout != torch.strided:
         raise DTypeError(
             f"{who}: expected {name} in {label} to be a dense real tensor, got {tensor.dtype} {tensor.layout}; convert it with .to_dense() "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import fnmatch
 import math
@@ -18,6 +19,8 @@ from influence_ext.errors import ArgumentError, DataError, DeviceError, DTypeErr
 from influence_ext.finite import all_finite, flatten_finite
 
 SUPPORTED_DTYPES = (torch.float32, torch.float64)
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+"""Parameters of these are read as they are; everything is computed, and returned, in float32."""
 Selection = str | Tensor | Iterable[str | Tensor]
 
 
@@ -31,7 +34,7 @@ class ParameterSpace:
         shapes: their shapes.
         offsets: where each begins in the flat vector.
         num_parameters: P.
-        dtype: their common dtype, float32 or float64.
+        dtype: of the computation: the parameters' own, float32 or float64, and float32 where they are in half precision.
         device: their common device.
         aliases: further names of tied parameters -> the name used here.
     """
@@ -62,7 +65,7 @@ class ParameterSpace:
         Raises:
             ArgumentError: nothing to train, a selection that names no trainable parameter, or an uninitialised
                 parameter.
-            DTypeError: a complex, half-precision or sparse parameter, or several dtypes.
+            DTypeError: a complex, integer or sparse parameter, or several dtypes.
             DeviceError: parameters on several devices.
             DataError: a parameter holds NaN or an infinity.
 
@@ -86,7 +89,7 @@ class ParameterSpace:
             offsets.append(total)
             total += math.prod(shape)
         some = next(iter(named.values()))
-        return cls(tuple(named), shapes, tuple(offsets), total, some.dtype, some.device, kept)
+        return cls(tuple(named), shapes, tuple(offsets), total, widened_dtype(some.dtype), some.device, kept)
 
     def flatten(self, tensors: Sequence[Tensor] | Mapping[str, Tensor]) -> Tensor:
         """Concatenate per-parameter tensors into flat vectors.
@@ -171,6 +174,8 @@ class ParameterSpace:
                 f"{', '.join(missing)}; pass the model this space was made of, or one of the same structure."
             )
         found = [tensors[name] for name in self.names]
+        if any(p.dtype in HALF_DTYPES for p in found):
+            found = [widened(p.detach()) for p in found]
         if any(p.shape != s or p.dtype != self.dtype or p.device != self.device for p, s in zip(found, self.shapes, strict=True)):
             self.flatten([p.detach() for p in found])  # raises
         flat, finite = flatten_finite(found)
@@ -223,6 +228,26 @@ class ParameterSpace:
         return [renamed[name] for name in self.names]
 
 
+def widened_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What is computed in: float32 for half precision, else ``dtype``."""
+    return torch.float32 if dtype in HALF_DTYPES else dtype
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """The same numbers in the dtype that is computed in."""
+    return tensor.to(widened_dtype(tensor.dtype))
+
+
+def is_half(model: nn.Module) -> bool:
+    """Whether a parameter of the model is in half precision, so that the model is computed as :func:`widened_model` is."""
+    return any(p.dtype in HALF_DTYPES for p in model.parameters())
+
+
+def widened_model(model: nn.Module) -> nn.Module:
+    """The model itself, or a copy with its half-precision parameters and buffers in float32. Cost: a copy of the model, if any."""
+    return copy.deepcopy(model)._apply(widened) if is_half(model) else model
+
+
 def _select(params: Selection, by_name: Mapping[str, Tensor], aliases: Mapping[str, str], first: Mapping[int, str], who: str) -> set[str]:
     """Names of the selected trainable parameters."""
     chosen: set[str] = set()
@@ -269,10 +294,10 @@ def _check_parameters(named: Mapping[str, nn.Parameter], who: str) -> None:
     if lazy:
         raise ArgumentError(f"{who}: expected initialised parameters, got {', '.join(lazy)} of a lazy module; run one forward pass first.")
     for name, p in named.items():
-        if p.dtype not in SUPPORTED_DTYPES or p.layout != torch.strided:
+        if p.dtype not in SUPPORTED_DTYPES + HALF_DTYPES or p.layout != torch.strided:
             found = str(p.dtype) if p.layout == torch.strided else f"{p.dtype} {p.layout}"
             raise DTypeError(
-                f"{who}: expected dense parameters of dtype torch.float32 or torch.float64, got {name} of {found}; convert the model with "
+                f"{who}: expected dense parameters of a real floating-point dtype, got {name} of {found}; convert the model with "
                 "model.float() or model.double(), or leave this parameter out with params=."
             )
     for what, error, fix in (
@@ -281,7 +306,8 @@ def _check_parameters(named: Mapping[str, nn.Parameter], who: str) -> None:
     ):
         groups: dict[str, str] = {}
         for name, p in named.items():
-            groups.setdefault(str(getattr(p, what)), name)
+            value = getattr(p, what)
+            groups.setdefault(str(widened_dtype(value) if isinstance(value, torch.dtype) else value), name)
         if len(groups) > 1:
             listed = ", ".join(f"{value} ({name})" for value, name in groups.items())
             raise error(f"{who}: expected all parameters of one {what}, got {listed}; {fix}, or select with params=.")

@@ -29,7 +29,7 @@ from influence_ext.derived import DerivedFactors, DerivedParameters, DerivedPoin
 from influence_ext.errors import ArgumentError, DataError, DeviceError, DTypeError, ShapeError, UnsupportedModelError
 from influence_ext.finite import all_finite
 from influence_ext.losses import OutputHessian
-from influence_ext.params import ParameterSpace, Selection
+from influence_ext.params import ParameterSpace, Selection, is_half, widened, widened_model
 
 Schedule = Literal["auto", "by_example", "by_operator"]
 _SCHEDULES: dict[str, int] = {"auto": 0, "by_example": 1, "by_operator": 2}
@@ -53,6 +53,7 @@ class Plan:
         self.graph = graph
         self.output_shape = graph.output_shape
         self._model = model
+        self._half = is_half(model)
         offsets = dict(zip(space.names, space.offsets, strict=True))
         self._derived = DerivedParameters.of(graph.slots, space)
         slots = []
@@ -196,10 +197,12 @@ class Plan:
 
         Frozen parameters and buffers are those of this moment. Cost: a copy of the model.
         """
-        model = copy.deepcopy(self._model).eval().requires_grad_(False)
-        space = self.space
+        model = copy.deepcopy(widened_model(self._model)).eval().requires_grad_(False)
+        space, half = self.space, self._half
 
         def at(X: Any) -> Callable[[Tensor], Tensor]:
+            X = torch.utils._pytree.tree_map(widened, X) if half else X
+
             def function(theta: Tensor) -> Tensor:
                 with differentiable():
                     args, kwargs = call_arguments(X)
@@ -212,7 +215,10 @@ class Plan:
     def report(self) -> str:
         """A table of the nodes and the rule that runs each."""
         fused = set(self._native.fused_nodes)
-        return format_table(self.graph, notes=dict.fromkeys(fused, "fused into the product before it"))
+        table = format_table(self.graph, notes=dict.fromkeys(fused, "fused into the product before it"))
+        if self._half:
+            table += "\nhalf precision: parameters and inputs are read as they are, all between is float32 without the model's roundings"
+        return table
 
     def _inputs(self, X: Any, state: Mapping[str, Tensor] | None = None) -> list[Tensor]:
         """The plan's inputs for inputs as the user gives them; ``state`` by name, if the caller has looked it up."""
@@ -222,6 +228,8 @@ class Plan:
             raise ShapeError(f"{graph.model_name}: expected {graph.num_inputs} input tensors, got {len(tensors)}; pass X as captured.")
         inputs = []
         for name, shape, dtype, x in zip(graph.input_names, graph.input_shapes, graph.input_dtypes, tensors, strict=True):
+            if self._half:
+                x = widened(x)
             if x.shape[1:] != shape:
                 raise ShapeError(
                     f"{graph.model_name}: expected {name} of shape [N, {', '.join(map(str, shape))}], got {list(x.shape)}; "

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from influence_ext.capture import CapturedGraph, capture, clear_cache, format_table
+from influence_ext.plan import Plan
 from influence_ext.testing import assert_close
 from tests.cases.capture import CASES, Case, Net, dense, frozen, interpret, normal, par, weights
 
@@ -141,3 +142,23 @@ def test_any_chain_of_supported_steps(chain: list[int]) -> None:
     model = Net(run, c=normal(4), **weights(), **{f"fc{i}": dense(4, 4) for i in range(len(chain))})
     X = normal(6, 4)
     assert_close(interpret(capture(model, X), model, [X]), model(X).detach())
+
+
+@pytest.mark.parametrize(("dtype", "other"), [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+def test_an_island_of_another_precision_is_computed_in_it(dtype: torch.dtype, other: torch.dtype) -> None:
+    """And the rest natively: Llama-like norms, softmax of Hugging Face's attention."""
+    torch.manual_seed(0)
+    model = Net(
+        lambda n, x: n.out(F.softmax(n.fc(x).to(other) * n.c.to(other), -1).to(x.dtype)), fc=dense(4, 4), out=dense(4, 3), c=normal(4)
+    )
+    model, X = model.to(dtype), normal(5, 4).to(dtype)
+    plan = Plan.of(model, X)
+    assert [node.rule for node in plan.graph.nodes] == ["linear", "generic", "linear"]
+    assert f"as {other} where the parameters are {dtype}" in plan.report()
+    theta = {name: p.detach() for name, p in model.named_parameters()}
+    v = torch.randn(1, plan.space.num_parameters, dtype=dtype)
+    tangent = {name: t[0] for name, t in plan.space.unflatten(v).items()}
+    y, expected = torch.func.jvp(lambda t: torch.func.functional_call(model, t, (X,)), (theta,), (tangent,))
+    tape = plan.linearize(X)
+    assert torch.allclose(tape.outputs, y, rtol=0, atol=1e-6)
+    assert torch.allclose(tape.jvp(v)[0], expected, rtol=0, atol=1e-5)

@@ -65,3 +65,71 @@ def test_the_same_memory_serves_another_point() -> None:
     before = G.tape.cached_bytes
     G.tape.relinearize(G.tape.theta * 0.5)
     assert G.tape.cached_bytes == before
+
+
+# In a process of its own, which an exception inside a parallel region would end. What fails is what each thread allocates: a padded copy of
+# the input of a convolution that reads much and writes little, where the calling thread has its workspace already; or the tiles of another
+# network.
+SHORTAGE = """
+import resource
+import sys
+import torch
+from torch import nn
+from influence_ext import _C
+from influence_ext.capture import named_tensors
+from influence_ext.plan import Plan
+
+def short_of_memory(run):
+    with open("/proc/self/statm") as sizes:
+        used = int(sizes.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 8 * 2**20, resource.RLIM_INFINITY))
+    try:
+        run()
+    except MemoryError:
+        return True
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    return False
+
+class Scaled(nn.Module):
+    def __init__(self, then):
+        super().__init__()
+        self.w, self.then = nn.Parameter(torch.ones(1)), then
+    def forward(self, x):
+        return self.then((self.w * x).tanh())
+
+torch.set_num_threads(2)
+kernel = sys.argv[1] == "kernel"
+X, V = (torch.randn(2, 1, 2000, 2000), torch.ones(1, 1)) if kernel else (torch.randn(8, 1, 512, 1024), torch.randn(8, 1))
+sums = Scaled(nn.AvgPool2d(X.shape[2:]))
+model = Scaled(nn.Conv2d(1, 1, 3, stride=4).requires_grad_(False)) if kernel else sums
+more = X.repeat(2, 1, 1, 1) if kernel else X[:2, :, :9, :9]
+warm = Plan.of(Scaled(nn.AvgPool2d(more.shape[2:])), more).linearize(more)
+warm.set_schedule("by_operator")
+warm.jvp(V[:1])  # the threads exist, and in the first case the workspace
+if kernel:
+    plan = Plan.of(model, X)
+    tape = _C.Tape32(plan._native, [X])
+    tape.set_schedule(2)
+    theta = [slot.read(named_tensors(model)) for slot in plan.graph.slots]
+    expected = model(X).detach()
+    assert short_of_memory(lambda: tape.linearize(theta))
+    tape.linearize(theta)
+    result = tape.outputs().view(expected.shape)
+else:
+    tape = Plan.of(model, X).linearize(X)
+    tape.set_schedule("by_example")
+    tangent = torch.func.jvp(lambda w: torch.func.functional_call(model, {"w": w}, (X,)), (model.w.detach(),), (torch.ones(1),))[1]
+    expected = V.reshape(-1, 1, 1, 1, 1) * tangent.detach()
+    assert short_of_memory(lambda: tape.jvp(V))
+    result = tape.jvp(V)
+print(float((result - expected).norm() / expected.norm()))
+"""
+
+
+@pytest.mark.parametrize("place", ["kernel", "tiles"])
+def test_a_failed_allocation_is_an_exception(place: str) -> None:
+    """Of any thread; and the next product is right."""
+    done = subprocess.run([sys.executable, "-c", SHORTAGE, place], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 1e-4

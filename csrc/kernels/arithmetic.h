@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/dispatch.h"
+#include "math/activations.h"
 
 namespace infl {
 
@@ -27,6 +28,10 @@ inline KernelStub<void(const Context&, int64_t V, int64_t size, const T* d1, con
 // y = max(x1, x2) (sign = 1) or min (sign = −1), NaN if either is; weight = the share of x1 in the derivative: 1, 0, or 1/2 where they are equal.
 template <class T>
 inline KernelStub<void(const Context&, int64_t size, T sign, const T* x1, const T* x2, T* y, T* weight)> extremum_stub{"extremum"};
+
+// y[i] = 1 where x1[i] is in the relation `kind` (greater ... not_equal) to x2[i], else 0.
+template <class T>
+inline KernelStub<void(const Context&, Activation kind, int64_t size, const T* x1, const T* x2, T* y)> comparison_stub{"comparison"};
 
 // out[v, i] (+)= w[i] t1[v, i] + (1 − w[i]) t2[v, i], either absent (0).
 template <class T>

@@ -3,9 +3,9 @@
 #include <omp.h>
 
 #include <algorithm>
-#include <exception>
 #include <stdexcept>
 
+#include "common/parallel.h"
 #include "common/scratch.h"
 #include "kernels/elementwise.h"
 #include "kernels/movement.h"
@@ -253,7 +253,7 @@ void Tape<T>::run_tiles(const Context& ctx, int64_t V, T* out, const Body& body)
   }
   Scratch<T> accumulators(ctx, out ? t.num_threads * size : 0);  // [threads, V, P]
   T* sums = accumulators.data();
-  std::exception_ptr error;
+  RegionErrors errors;
 #pragma omp parallel num_threads(t.num_threads)
   {
     const int me = omp_get_thread_num(), count = omp_get_num_threads();
@@ -265,16 +265,15 @@ void Tape<T>::run_tiles(const Context& ctx, int64_t V, T* out, const Body& body)
       if (out) fill_zero<T>(inner, size, sum);
       for (int64_t i = me; i < num_tiles; i += count) body(inner, i * t.tile, std::min(t.tile, N_ - i * t.tile), workspace.data(), sum);
     } catch (...) {
-#pragma omp critical
-      error = std::current_exception();
+      errors.keep();
     }
 #pragma omp barrier
-    if (out && !error) {
+    if (out && !errors) {
       const int64_t slice = ceil_div(size, count), begin = std::min(size, me * slice), end = std::min(size, begin + slice);
       row_accumulate_stub<T>(inner, count, end - begin, sums + begin, size, out + begin);
     }
   }
-  if (error) std::rethrow_exception(error);
+  errors.rethrow();
 }
 
 template <class T>

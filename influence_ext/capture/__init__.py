@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from influence_ext.capture.export import NotExportable, batch_norm_problems, export_model
+from influence_ext.capture.export import NotExportable, batch_norm_problems, export_model, time_first_problem
 from influence_ext.capture.generic import differentiable
 from influence_ext.capture.graph import CapturedGraph, Expression, Node, Problem, Slot, named_tensors
 from influence_ext.capture.lowering import ACTIVATION_KINDS, LOWERINGS, PART_LOWERINGS, Unlowered, lower
@@ -21,6 +21,7 @@ from influence_ext.capture.watch import Remembered
 from influence_ext.capture.whole import only_tensor, whole_model
 from influence_ext.context import exclusive
 from influence_ext.errors import DeviceError, DTypeError, ShapeError, UnsupportedModelError
+from influence_ext.params import HALF_DTYPES, is_half, widened, widened_dtype, widened_model
 
 __all__ = [
     "ACTIVATION_KINDS",
@@ -84,6 +85,8 @@ def capture(
     tensors, names = tuple(inputs.values()), tuple(inputs)
     keys = names if by_name else None
     dtype = _check_inputs(model, inputs, who)
+    if is_half(model):
+        tensors = tuple(widened(x) for x in tensors)
     key = structure_key(model, inputs, by_name)
     if trainable is None:
         trainable = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -100,6 +103,8 @@ def capture(
                     _cache.popitem(last=False)
                 _log_generic(graph)
     standing = [problem.text for problem in problems if problem.applies(trainable)]
+    if any("examples" in text for text in standing) and (hint := time_first_problem(model)) is not None:
+        standing.append(hint.text)
     if graph is None or standing:
         raise UnsupportedModelError(_problems_text(who, model, standing))
     return graph
@@ -118,13 +123,14 @@ def _capture(
     model: nn.Module, tensors: tuple[Tensor, ...], keys: tuple[str, ...] | None, names: tuple[str, ...], dtype: torch.dtype, who: str
 ) -> tuple[CapturedGraph | None, list[Problem]]:
     """Node by node where that is possible, as a whole where it is not; and the problems found."""
+    model = widened_model(model)
     try:
         exported = export_model(model, tensors, keys, who, known=LOWERINGS.keys() | PART_LOWERINGS.keys())
         graph, problems, context = lower(exported, type(model).__name__, dtype, names)
         if graph is not None and (mixed := mixing_node(context, tensors, named_tensors(model))) is not None:
             # Bookkeeping over the batch, such as offsets of flattened examples, may still cancel in the output.
-            graph, _ = whole_model(model, tensors, keys, names, dtype, mixed)
-            return graph, problems if graph is not None else [*problems, Problem(mixed)]
+            graph, found = whole_model(model, tensors, keys, names, dtype, mixed)
+            return graph, [*problems, *found]
         return graph, problems
     except (NotExportable, Unlowered) as reason:
         return whole_model(model, tensors, keys, names, dtype, str(reason))
@@ -154,10 +160,17 @@ def _check_inputs(model: nn.Module, inputs: Mapping[str, Tensor], who: str) -> t
     """Check the inputs against the parameters and return the dtype of the computation."""
     reference = next((p for p in model.parameters() if p.is_floating_point()), None)
     floating = [x for x in inputs.values() if x.is_floating_point()]
+    devices: dict[torch.device, str] = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        devices.setdefault(tensor.device, name)
+    if len(devices) > 1:
+        listed = ", ".join(f"{device} ({name})" for device, name in devices.items())
+        raise DeviceError(f"{who}: expected a model on one device, got {listed}; move it with model.to(device).")
     for name, x in inputs.items():
         if x.dim() == 0 or x.shape[0] == 0:
             raise ShapeError(f"{who}: expected {name} of shape [N, ...] with N >= 1, got {list(x.shape)}; pass at least one example.")
-        if reference is not None and x.is_floating_point() and x.dtype != reference.dtype:
+        allowed = () if reference is None else (reference.dtype, torch.float32, *HALF_DTYPES) if is_half(model) else (reference.dtype,)
+        if reference is not None and x.is_floating_point() and x.dtype not in allowed:
             raise DTypeError(
                 f"{who}: expected {name} of the parameters' dtype {reference.dtype}, got {x.dtype}; convert it with .to({reference.dtype})."
             )
@@ -170,7 +183,7 @@ def _check_inputs(model: nn.Module, inputs: Mapping[str, Tensor], who: str) -> t
     if len(set(sizes.values())) > 1:
         found = ", ".join(f"{name} {size}" for name, size in sizes.items())
         raise ShapeError(f"{who}: expected the same number of examples in all inputs, got {found}; align them.")
-    return reference.dtype if reference is not None else floating[0].dtype if floating else torch.get_default_dtype()
+    return widened_dtype(reference.dtype) if reference is not None else floating[0].dtype if floating else torch.get_default_dtype()
 
 
 def _problems_text(who: str, model: nn.Module, problems: list[str]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -76,7 +76,9 @@ class SlotTable:
         if leaf is not None and not flipped and not steps and same_shape and value.dtype == self._dtype:
             return self._plain(leaf)
         chain: list[Step] = []
-        if value.dtype != self._dtype:
+        if value.is_complex():
+            chain.append((torch.view_as_real, ()))  # as Slot.read does with what is no expression
+        elif value.dtype != self._dtype:
             chain.append((torch.Tensor.to, (self._dtype,)))
         chain += steps
         if shape is not None:
@@ -124,6 +126,10 @@ class SlotTable:
         with torch.no_grad():
             value: Tensor = expression.evaluate({})
             return value
+
+    def constant(self, key: Hashable, name: str, value: Tensor) -> int:
+        """The slot of a tensor that a lowering computes, one for equal keys."""
+        return self._add(key, Slot(name, tuple(value.shape), "constant", value.contiguous()))
 
     def is_plain(self, constant: fx.Node) -> bool:
         """Whether a tensor is a parameter, a buffer or a lifted tensor, up to a reshape."""

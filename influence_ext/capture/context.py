@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 from torch.export.graph_signature import InputKind
 
-from influence_ext.capture.constants import SlotTable
+from influence_ext.capture.constants import SlotTable, draws_random_numbers
 from influence_ext.capture.cost import operations
 from influence_ext.capture.dependence import contributing, parameter_dependence
 from influence_ext.capture.export import Exported, output_nodes
@@ -78,9 +78,9 @@ class Context:
                 known = [n for n in operation_of(node).all_input_nodes if n in self._layouts]
                 self._layouts[node] = layout_of(node, self._layouts.get, known, self.symbols)
         self.table = SlotTable(program, exported.names, self.depends, self.refuse, dtype)
-        boundary = [n for n in program.graph.nodes if n in self.live and self._enters(n)]
-        for node in boundary:
-            if self.layout(node) is not None:
+        boundary = self._boundary([n for n in program.graph.nodes if n in self.live and self._enters(n)])
+        for node in program.graph.nodes:
+            if node in boundary:
                 self.values[node] = Value(len(self.sources), self._layouts[node])  # type: ignore[arg-type]
                 self.sources.append(node)
         if not self.sources and self.inputs and self.layout(self.inputs[0]) is not None:
@@ -94,6 +94,27 @@ class Context:
         if not self.is_batched(node) or self.depends[node] or not isinstance(node.meta.get("val"), Tensor):
             return False
         return node in self.outputs or any(user in self.live and user.op == "call_function" and self.depends[user] for user in node.users)
+
+    def _boundary(self, wanted: list[fx.Node]) -> set[fx.Node]:
+        """The nodes ``wanted`` as values; for those that cannot be values, the nearest ones that they are computed from."""
+        found: set[fx.Node] = set()
+        waiting = list(wanted)
+        while waiting:
+            node = waiting.pop()
+            if self.can_be_value(node):
+                found.add(node)
+            else:
+                waiting.extend(n for n in node.all_input_nodes if self.is_batched(n))
+        return found
+
+    def can_be_value(self, node: fx.Node) -> bool:
+        """Whether a batched tensor has its examples on one axis, and numbers that the plan's dtype holds."""
+        tensor = node.meta.get("val")
+        if not isinstance(tensor, Tensor) or self.layout(node) is None or tensor.is_complex():
+            return False
+        if self.depends[node]:
+            return tensor.dtype == self.dtype or not tensor.is_floating_point()
+        return not tensor.is_floating_point() or torch.promote_types(tensor.dtype, self.dtype) == self.dtype
 
     def is_batched(self, argument: Any) -> bool:
         """Whether an argument is a tensor with the examples in it."""
@@ -189,6 +210,21 @@ class Context:
             return None
         return functools.cache(lambda n: kind(expression.subs(dict.fromkeys(free, n))))
 
+    def counted(self, node: Any, n: int) -> Tensor | None:
+        """A tensor that depends on the number of examples alone, for ``n`` examples; None for any other."""
+        if not isinstance(node, fx.Node) or node.op != "call_function" or draws_random_numbers(node) or is_part(node):
+            return None
+        found: dict[fx.Node, Any] = {}
+        for operand in node.all_input_nodes:
+            size = self.size(operand) if is_number(operand) else None
+            found[operand] = size(n) if size is not None else self.counted(operand, n)
+        if any(value is None for value in found.values()) or not isinstance(node.target, torch._ops.OpOverload):
+            return None
+        args: Any = fx.map_arg(node.args, found.__getitem__)
+        kwargs: Any = fx.map_arg(node.kwargs, found.__getitem__)
+        result = node.target(*args, **kwargs)
+        return result if isinstance(result, Tensor) else None
+
     def live_users(self, node: fx.Node) -> list[fx.Node]:
         """Nodes that read ``node`` on the way to the output."""
         return [user for user in node.users if user in self.live]
@@ -228,6 +264,11 @@ def operation_of(node: fx.Node) -> fx.Node:
     """The node itself, and for one of an operator's several outputs the operator."""
     source = node.args[0] if node.args else None
     return source if target_of(node) == "getitem" and isinstance(source, fx.Node) else node
+
+
+def is_part(node: fx.Node) -> bool:
+    """Whether a node picks one of an operator's several outputs."""
+    return operation_of(node) is not node
 
 
 def operator_name(node: fx.Node) -> str:

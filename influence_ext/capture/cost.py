@@ -28,14 +28,14 @@ def operations(node: fx.Node, width: int) -> float:
         size = _shape(weight)
         if "transpose" in target or (len(node.args) > 6 and node.args[6] is True):
             source: Any = node.args[0]
-            batch, spatial = _elements(source), math.prod(size[1:])
+            batch, spatial = elements(source), math.prod(size[1:])
             return 2.0 * batch * spatial
         return 2.0 * width * math.prod(size[1:])
     if "scaled_dot_product" in target:
         q, k = node.args[0], node.args[1]
         assert isinstance(q, fx.Node)
         assert isinstance(k, fx.Node)
-        return 2.0 * (_elements(q) + width) * _shape(k)[-2]
+        return 2.0 * (elements(q) + width) * _shape(k)[-2]
     if target == "aten.einsum.default":
         equation, operands = node.args[0], node.args[1]
         assert isinstance(equation, str)
@@ -50,7 +50,7 @@ def operations(node: fx.Node, width: int) -> float:
         assert isinstance(source, fx.Node)
         steps = max(_shape(source)[:-1])
         return 2.0 * steps * sum(math.prod(s) for s in shapes if len(s) == 2)
-    return float(max([width, *(_elements(n) for n in node.all_input_nodes if _is_free(n))]))
+    return float(max([width, *(elements(n) for n in node.all_input_nodes if _is_free(n))]))
 
 
 def _shape(node: fx.Node) -> tuple[int, ...]:
@@ -59,7 +59,10 @@ def _shape(node: fx.Node) -> tuple[int, ...]:
     return tuple(size if isinstance(size, int) else 1 for size in value.shape) if isinstance(value, Tensor) else ()
 
 
-def _elements(node: fx.Node) -> int:
+def elements(node: fx.Node) -> int:
+    """Of a tensor, for one example; 0 for an operator with several outputs."""
+    if not isinstance(node.meta.get("val"), Tensor):
+        return 0
     return math.prod(_shape(node))
 
 

@@ -6,8 +6,10 @@ import copy
 import io
 import logging
 import operator
+import os
 import random
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -167,6 +169,18 @@ def batch_norm_problems(model: nn.Module) -> list[Problem]:
     ]
 
 
+def time_first_problem(model: nn.Module) -> Problem | None:
+    """Modules made to read ``[T, N, ...]``: what examples that mix most often come from."""
+    found = [f"{name or 'the model'} ({type(m).__name__})" for name, m in model.named_modules() if getattr(m, "batch_first", None) is False]
+    if not found:
+        return None
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return Problem(
+        f"{', '.join(found[:3])}{more}: made with batch_first=False, to read [T, N, ...]; if its input has the examples first, make it "
+        "with batch_first=True, or transpose its input and output"
+    )
+
+
 def output_nodes(program: ExportedProgram) -> list[fx.Node]:
     """The nodes that the model returns, without the buffers it updates on the way."""
     returned = set(program.graph_signature.user_outputs)
@@ -250,10 +264,21 @@ def _first_line(reason: Exception) -> str:
     return next((line.strip() for line in str(reason).splitlines() if line.strip()), "no reason given")
 
 
+def _place(reason: Exception) -> str:
+    """The innermost line of the forward pass that is neither torch's nor this library's; empty where torch does not tell."""
+    inner = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(__file__) + os.sep, "<")
+    lines = [frame for frame in traceback.extract_tb(reason.__traceback__) if not frame.filename.startswith(inner)]
+    if not lines:
+        return ""
+    last = lines[-1]
+    return f" (in {last.name}, line {last.lineno} of {os.path.basename(last.filename)}: {last.line})"
+
+
 def _failure_text(who: str, model: nn.Module, reason: Exception, found: list[Problem]) -> str:
     first_line = _first_line(reason)
     text = (
-        f"{who}: expected a model that torch.export can trace, got {type(reason).__name__} from {type(model).__name__}: {first_line}; "
+        f"{who}: expected a model that torch.export can trace, got {type(reason).__name__} from {type(model).__name__}{_place(reason)}: "
+        f"{first_line}; "
         "check that model(X) itself runs on this data and that its forward pass does not branch on tensor values."
     )
     return "\n".join([text, *(f"  - {problem.text}" for problem in found)])

@@ -162,52 +162,76 @@ class Operator:
 
 @dataclass(frozen=True)
 class Reference:
-    """A place in an operator's arguments: the k-th batched input (``kind`` "input"), the k-th slot, or a size that depends on N."""
+    """A place in a step's arguments: the k-th batched input (``kind`` "input"), slot or earlier step, or a size that depends on N."""
 
     kind: str
     index: int = 0
     size: Callable[[int], int | float] | None = field(default=None, compare=False)
 
 
+@dataclass(frozen=True)
+class Step:
+    """One call of an operator.
+
+    Attributes:
+        name: of its node.
+        target, args, kwargs: the call; ``Reference`` in place of tensors and sizes.
+        hidden: why its result is no value of the plan, for the report; empty for the last step.
+    """
+
+    name: str
+    target: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    hidden: str = ""
+
+
 class NodeOperator(Operator):
-    """One node of an exported graph."""
+    """One tensor of an exported graph: its operator, after those of its operands that are no values of the plan.
+
+    Args:
+        steps: in order of execution; the last one gives the output.
+        inputs: layout and dtype of the batched operands.
+        slots: shape and dtype of the others.
+        output: how the result lies.
+        dtype: of the plan.
+    """
 
     def __init__(
         self,
-        name: str,
-        target: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        steps: Sequence[Step],
         inputs: Sequence[tuple[Layout, torch.dtype]],
         slots: Sequence[tuple[tuple[int, ...], torch.dtype]],
         output: Layout,
-        item: int | None,
         dtype: torch.dtype,
     ):
-        super().__init__(name)
-        self._target, self._args, self._kwargs = target, args, kwargs
-        self._inputs, self._slots, self._output, self._item, self._dtype = inputs, slots, output, item, dtype
+        super().__init__(steps[-1].name)
+        self.steps = tuple(steps)
+        self._inputs, self._slots, self._output, self._dtype = inputs, slots, output, dtype
 
     def function(self, n: int) -> Function:
         """What is computed for n examples."""
 
         def f(*operands: Tensor) -> Tensor:
             x, theta = operands[: len(self._inputs)], operands[len(self._inputs) :]
-            tensors = [layout.scatter(v.reshape(n, *layout.shape)).to(dtype) for v, (layout, dtype) in zip(x, self._inputs, strict=True)]
-            constants = [t.reshape(shape).to(dtype) for t, (shape, dtype) in zip(theta, self._slots, strict=True)]
+            known = {
+                "input": [
+                    layout.scatter(v.reshape(n, *layout.shape)).to(dtype) for v, (layout, dtype) in zip(x, self._inputs, strict=True)
+                ],
+                "slot": [_restored(t, shape, dtype) for t, (shape, dtype) in zip(theta, self._slots, strict=True)],
+                "step": [],
+            }
 
             def fill(argument: Any) -> Any:
                 if isinstance(argument, Reference):
-                    if argument.kind == "input":
-                        return tensors[argument.index]
-                    return constants[argument.index] if argument.kind == "slot" else argument.size(n)  # type: ignore[misc]
+                    return argument.size(n) if argument.size is not None else known[argument.kind][argument.index]
                 if isinstance(argument, (list, tuple)):
                     return type(argument)(fill(a) for a in argument)
                 return argument
 
-            result = self._target(*fill(self._args), **{key: fill(value) for key, value in self._kwargs.items()})
-            if self._item is not None:
-                result = result[self._item]
+            for step in self.steps:
+                result = step.target(*fill(step.args), **{key: fill(value) for key, value in step.kwargs.items()})
+                known["step"].append(result)
             return self._output.gather(result).reshape(n, -1).to(self._dtype)
 
         return f
@@ -239,7 +263,7 @@ class ModelOperator(Operator):
         return f
 
 
-def _restored(flat: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+def _restored(flat: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """A parameter or buffer from its slot."""
     return torch.view_as_complex(flat.reshape(*shape, 2)).to(dtype) if dtype.is_complex else flat.reshape(shape).to(dtype)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from influence_ext.capture.generic import Operator
 from influence_ext.capture.layout import Layout
 from influence_ext.capture.prologue import Prologue
+from influence_ext.params import HALF_DTYPES, widened
 
 SlotKind = Literal["parameter", "buffer", "constant", "derived"]
 
@@ -212,7 +213,7 @@ def without_unread(nodes: Sequence[Node], output: int, num_sources: int) -> tupl
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer of ``model`` as it is now by name, under each of its names.
+    """Every parameter and buffer of ``model`` as it is now by name, under each of its names, in the dtype that is computed in.
 
     Cost: one walk over the modules, a tenth of what ``named_parameters`` and ``named_buffers`` take; it is on the way of every call.
     """
@@ -226,5 +227,6 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
                 if tensor is not None:
                     found[prefix + name] = tensor
         waiting += [(f"{prefix}{name}.", child) for name, child in reversed(module._modules.items()) if child is not None]
+    half = any(p.dtype in HALF_DTYPES for p in parameters.values())
     parameters.update(buffers)
-    return parameters
+    return {name: widened(tensor.detach()) for name, tensor in parameters.items()} if half else parameters

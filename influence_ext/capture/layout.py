@@ -20,6 +20,10 @@ VIEWS = frozenset((
 # fmt: on
 
 
+NO_AXIS = "the examples on no single axis"
+"""Why a tensor has no layout, for people."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """A tensor whose axis ``axis`` has ``pre * N * post`` entries, the examples in the middle, in memory ``[N, *shape]``.

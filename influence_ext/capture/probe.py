@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from influence_ext.capture.context import Context, operator_name
+from influence_ext.capture.generic import NodeOperator
+from influence_ext.capture.layout import NO_AXIS
 from influence_ext.capture.prologue import subgraph
 
 # Each of them is compared: a flip leaves the middle one in place, a running sum the first, a shared maximum the one that has it.
@@ -33,7 +35,7 @@ def mixing_node(context: Context, inputs: Sequence[Tensor], tensors: Mapping[str
     Cost: passes of the exported graph over three examples and over each of them; none if every node is native.
     """
     program = context.exported.program
-    generic = {node.name for node in context.nodes if node.rule == "generic"}
+    generic = {node.name: node.operator for node in context.nodes if node.rule == "generic"}
     read = {value for node in context.nodes for value in node.inputs}
     # A source that no node reads (the counter in x[arange(N), i]) may be anything.
     sources = {n for n in context.sources if n not in context.inputs and (context.values[n].id in read or n in context.outputs)}
@@ -49,7 +51,11 @@ def mixing_node(context: Context, inputs: Sequence[Tensor], tensors: Mapping[str
         layout = context.values[node].layout
         gathered = layout.gather(many)
         if not all(same(gathered[k], layout.gather(one)[0]) for k, one in enumerate(ones)):
-            return f"{node.name}: mixes the examples of a batch; keep the examples on the first axis ({operator_name(node)})"
+            operator = generic.get(node.name)
+            # Where it took several steps, most likely the one after which the examples were on no axis.
+            steps = operator.steps if isinstance(operator, NodeOperator) else ()
+            name, target = next(((s.name, str(s.target)) for s in steps if s.hidden == NO_AXIS), (node.name, operator_name(node)))
+            return f"{name}: mixes the examples of a batch; keep the examples on the first axis ({target})"
     return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from influence_ext.capture.generic import NodeOperator
 from influence_ext.capture.graph import CapturedGraph, Node
 from influence_ext.capture.layout import Layout
 from influence_ext.capture.lowering import ACTIVATION_KINDS
@@ -38,9 +39,21 @@ def format_table(graph: CapturedGraph, notes: Mapping[str, str] | None = None) -
         lines.append(
             f"generic: {len(generic)} nodes, {graph.generic_share:.1%} of the arithmetic, in torch for want of a native rule: {names_of}"
         )
+    lines += _hidden_texts(graph)
     if computed := [name for name in graph.prologue.names if name not in graph.input_names]:
         lines.append(f"computed once in torch, since no parameter enters: {', '.join(computed)}")
     return "\n".join(lines)
+
+
+def _hidden_texts(graph: CapturedGraph) -> list[str]:
+    """What runs inside generic nodes since it is no value of the plan: one line for nodes that are alike."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for node in graph.nodes:
+        steps = node.operator.steps if isinstance(node.operator, NodeOperator) else ()
+        for reason in dict.fromkeys(step.hidden for step in steps if step.hidden):
+            operators = ", ".join(dict.fromkeys(str(step.target) for step in steps if step.hidden == reason))
+            found.setdefault((operators, reason), []).append(node.name)
+    return [f"{', '.join(names)}: in torch together with {operators}, as {reason}" for (operators, reason), names in found.items()]
 
 
 def _layout_text(layout: Layout) -> str:

@@ -33,15 +33,22 @@ def whole_model(
         with torch.no_grad():
             return only_tensor(probe(*batch) if keys is None else probe(**dict(zip(keys, batch, strict=True))))
 
-    watch = _Writes({**dict(probe.named_parameters(remove_duplicate=False)), **dict(probe.named_buffers(remove_duplicate=False))})
+    watch = _Watch({**dict(probe.named_parameters(remove_duplicate=False)), **dict(probe.named_buffers(remove_duplicate=False))})
     with watch:
         output = run(tuple(x[:1] for x in inputs))
     problem = watch.problem() or _problem(output, dtype)
     if problem is None and mixes(run, inputs):
         problem = "the model mixes the examples of a batch; keep the examples on the first axis of everything"
+    slots = [Slot(name, real_shape(t), "parameter" if isinstance(t, nn.Parameter) else "buffer") for name, t in state.items()]
+    if problem is None:
+        theta = [slot.read(state).to(dtype).reshape(-1) for slot in slots]
+        failure = _underivable(operator, inputs, theta, [isinstance(t, nn.Parameter) for t in state.values()], output, dtype)
+        if failure is not None and "aten._pack_padded_sequence.default" in watch.operators:
+            problem = "packed sequences cannot be differentiated; pass padded ones and select each example's last position"
+        elif failure is not None:
+            problem = f"torch.func cannot differentiate it ({failure}); write this part with torch operators"
     if problem is not None:
         return None, [Problem(f"{type(model).__name__}: {problem} (run as a whole, since {reason})")]
-    slots = [Slot(name, real_shape(t), "parameter" if isinstance(t, nn.Parameter) else "buffer") for name, t in state.items()]
     shape = tuple(output.shape[1:])
     node = Node(
         rule="generic",
@@ -75,15 +82,21 @@ def whole_model(
     return graph, []
 
 
-class _Writes(TorchDispatchMode):
-    """Finds operators that write to parameters or buffers: the generic rule hands out memory that must not change."""
+class _Watch(TorchDispatchMode):
+    """Finds operators that write to parameters or buffers: the generic rule hands out memory that must not change.
+
+    Attributes:
+        operators: names of all that ran.
+    """
 
     def __init__(self, tensors: Mapping[str, Tensor]):
         super().__init__()
         self._names = {t.untyped_storage()._cdata: name for name, t in tensors.items() if t.numel()}
         self._found: dict[str, str] = {}
+        self.operators: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operators.add(str(func))
         for argument, value in zip(func._schema.arguments, args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Tensor):
                 name = self._names.get(value.untyped_storage()._cdata)
@@ -106,6 +119,20 @@ def _problem(output: Any, dtype: torch.dtype) -> str | None:
         return f"returns {output.dtype} where the parameters are {dtype}; convert the output"
     if output.dim() == 0 or output.shape[0] != 1:
         return "the output's first axis does not count the examples; reshape it to [N, ...]"
+    return None
+
+
+def _underivable(
+    operator: ModelOperator, inputs: Sequence[Tensor], theta: list[Tensor], trained: list[bool], output: Tensor, dtype: torch.dtype
+) -> str | None:
+    """What torch.func says if it cannot differentiate the model, tried on one example; None if it can."""
+    x = [t[:1].reshape(1, -1).to(dtype) for t in inputs]
+    cotangent = torch.ones(1, 1, output.numel(), dtype=dtype, device=output.device)
+    try:
+        if any(trained):
+            operator.vjp(1, x, theta, cotangent, [False] * len(x) + trained)
+    except Exception as error:
+        return next(iter(f"{type(error).__name__}: {error}".splitlines()))
     return None
 
 

@@ -11,6 +11,7 @@ import influence_ext._C as _C
 from influence_ext.errors import ArgumentError, DataError, DTypeError, ShapeError, UnsupportedLossError
 from influence_ext.losses.base import Loss, check_outputs, check_weights, count
 from influence_ext.losses.hessian import SOFTMAX, OutputHessian
+from influence_ext.params import widened
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,7 @@ class CrossEntropy(ClassLoss):
                 f"{who}: expected class indices as integers, or probabilities shaped like the outputs {list(z.shape)}, got "
                 f"{list(target.shape)} of {target.dtype}; pass y.long(), or one probability a class."
             )
+        target = widened(target)
         if target.dtype != z.dtype:
             raise DTypeError(f"{who}: expected probabilities of dtype {z.dtype}, got {target.dtype}; convert them with y.to({z.dtype}).")
         if self.ignore_index >= 0:

@@ -13,6 +13,7 @@ from influence_ext.errors import DataError, DTypeError, ShapeError, UnsupportedL
 from influence_ext.finite import all_finite
 from influence_ext.losses.base import Loss, check_outputs, check_weights, count
 from influence_ext.losses.hessian import DIAGONAL, SCALED_IDENTITY, OutputHessian
+from influence_ext.params import widened_dtype
 
 
 @dataclass(frozen=True)
@@ -252,7 +253,7 @@ class GaussianNLL(ElementwiseLoss):
 
 
 def _as_rows(target: Tensor, z: Tensor, who: str) -> Tensor:
-    if target.is_floating_point() and target.dtype != z.dtype:
+    if target.is_floating_point() and widened_dtype(target.dtype) != z.dtype:
         raise DTypeError(f"{who}: expected targets of dtype {z.dtype}, got {target.dtype}; convert them with y.to({z.dtype}).")
     return target.to(z.dtype).reshape(z.shape[0], count(z.shape)).contiguous()
 

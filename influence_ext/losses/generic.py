@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -12,11 +13,17 @@ from influence_ext.errors import ArgumentError, DataError, ShapeError, Unsupport
 from influence_ext.losses.base import Loss, check_outputs, check_weights, count
 from influence_ext.losses.hessian import GENERIC, BlockHessian, GraphHessian, OutputHessian
 
+_log = logging.getLogger("influence_ext")
+
 MAX_BLOCK = 64
 """Largest C whose Hessians are kept as dense blocks."""
 MAX_BLOCK_BYTES = 256 * 2**20
 PROBE_SIZE = 256
 UNDETERMINED = "undetermined"
+
+
+_Kind = tuple[torch.Size, torch.Size, torch.dtype, torch.dtype]
+Recognise = Callable[[Callable[[Tensor, Tensor], Any], str, Tensor, Tensor], Loss | None]
 
 
 class CallableLoss(Loss):
@@ -26,10 +33,16 @@ class CallableLoss(Loss):
         function: returns a scalar, the mean or the sum of the examples' values.
         name: for messages.
         reduction: which of the two; None: found out when outputs are first checked, by comparing the value of a batch with its examples'.
+        recognise: ``(function, name, z, target) -> Loss | None``: the same loss with formulas of its own, for outputs and targets of these
+            shapes and dtypes. Where there is one, and it gives the callable's value on the data that are checked, it does the work.
     """
 
-    def __init__(self, function: Callable[[Tensor, Tensor], Tensor], name: str, reduction: str | None):
-        self.function, self.name = function, name
+    def __init__(
+        self, function: Callable[[Tensor, Tensor], Tensor], name: str, reduction: str | None, recognise: Recognise = lambda *_: None
+    ):
+        self.function, self.name, self._given_name = function, name, name
+        self._recognise = recognise
+        self._recognised: dict[_Kind, Loss | None] = {}
         self.reduction = reduction or UNDETERMINED
         self._stated = reduction is not None
         self._vectorised = True
@@ -38,7 +51,15 @@ class CallableLoss(Loss):
     @property
     def is_linear(self) -> bool:
         """Whether the gradient does not depend on the outputs; known once outputs were checked."""
-        return self._is_linear
+        known = [loss for loss in self._recognised.values() if loss is not None]
+        return known[-1].is_linear if known else self._is_linear
+
+    def total_weight(self, targets: Tensor) -> float:
+        """See :meth:`Loss.total_weight`."""
+        for (_, shape, _, _), loss in self._recognised.items():
+            if loss is not None and shape == targets.shape[1:]:
+                return loss.total_weight(targets)
+        return super().total_weight(targets)
 
     def factor(self, targets: Tensor) -> float:
         """See :meth:`Loss.factor`.
@@ -55,20 +76,26 @@ class CallableLoss(Loss):
 
     def with_reduction(self, reduction: str) -> Loss:
         """See :meth:`Loss.with_reduction`."""
-        return CallableLoss(self.function, self.name, reduction)
+        return CallableLoss(self.function, self._given_name, reduction, self._recognise)
 
     def value(self, z: Tensor, target: Tensor) -> Tensor:
         """See :meth:`Loss.value`."""
+        if (known := self._known(z, target)) is not None:
+            return known.value(z, target)
         check_outputs(z, self.name)
         with torch.no_grad():
             return self._values(z.detach(), target.detach()).to(z.dtype)
 
     def gradient(self, z: Tensor, target: Tensor) -> Tensor:
         """See :meth:`Loss.gradient`."""
+        if (known := self._known(z, target)) is not None:
+            return known.gradient(z, target)
         return self._gradient(z, target, create_graph=False)[1].detach()
 
     def hessian(self, z: Tensor, target: Tensor, weights: Tensor | None = None) -> OutputHessian:
         """See :meth:`Loss.hessian`. Cost: for C ≤ ``MAX_BLOCK``, C reverse passes now; else one for every product with a vector."""
+        if (known := self._known(z, target)) is not None:
+            return known.hessian(z, target, weights)
         by_example = check_weights(weights, z, self.name)
         leaf, gradient = self._gradient(z, target, create_graph=True)
         if not gradient.requires_grad:
@@ -87,6 +114,8 @@ class CallableLoss(Loss):
 
         Cost: thirteen products with the Hessian.
         """
+        if (known := self._known(z, target)) is not None:
+            return known.bregman(z, z_s, target)
         check_outputs(z, self.name)
         dtype, N = z.dtype, z.shape[0]
         z, z_s, target = z.detach().double(), z_s.detach().double(), _double(target.detach())
@@ -109,10 +138,39 @@ class CallableLoss(Loss):
         Cost: two evaluations of the loss.
         """
         check_outputs(z, who)
+        if (known := self._look(z, target, who)) is not None:
+            known.check(z, target, who)
+            return
         self._is_linear = not self._gradient(z[:1], target[:1], create_graph=True)[1].requires_grad
         for start in range(0, z.shape[0], PROBE_SIZE):
             part = slice(start, start + PROBE_SIZE)
             self._probe(z[part].detach(), target[part].detach(), start, who)
+
+    def _known(self, z: Tensor, target: Tensor) -> Loss | None:
+        """What the callable was recognised as, for outputs and targets like these."""
+        return self._recognised.get(_kind(z, target))
+
+    def _look(self, z: Tensor, target: Tensor, who: str) -> Loss | None:
+        """Recognise the callable, if that was not tried yet for such outputs and targets, and compare on some of these."""
+        kind = _kind(z, target)
+        if kind in self._recognised:
+            return self._recognised[kind]
+        found = self._recognise(self.function, self._given_name, z, target)
+        if found is not None:
+            self._check_reduction(found.reduction, who)
+            z, target = z[:PROBE_SIZE].detach(), target[:PROBE_SIZE].detach()
+            found.check(z, target, who)
+            if found.total_weight(target) > 0:
+                with torch.no_grad():
+                    given = float(self.function(z, target))
+                values = found.value(z, target).double()
+                tolerance = (1e-4 if z.dtype == torch.float32 else 1e-8) * float(values.abs().sum()) * found.factor(target)
+                found = found if abs(given - float(values.sum()) * found.factor(target)) <= tolerance else None
+        self._recognised[kind] = found
+        if found is not None:
+            self.name, self.reduction = found.name, found.reduction
+            _log.info("%s: %s", who, found.name)
+        return found
 
     def _probe(self, z: Tensor, target: Tensor, start: int, who: str) -> None:
         values = self.value(z, target).double()
@@ -139,9 +197,12 @@ class CallableLoss(Loss):
                 "depends on the targets (as ignore_index and weights do: pass nn.CrossEntropyLoss itself, or a callable that sums)."
             )
         reduction = "mean" if is_mean else "sum"
-        if self.reduction == UNDETERMINED:
-            self.reduction = reduction
-        elif self.reduction != reduction:
+        self._check_reduction(reduction, who)
+        self.reduction = reduction
+
+    def _check_reduction(self, reduction: str, who: str) -> None:
+        """Raise if it is not what was stated, or found before."""
+        if self.reduction not in (UNDETERMINED, reduction):
             stated = "as stated" if self._stated else "as on the examples before"
             raise ArgumentError(
                 f"{who}: expected {self.name} to be a {self.reduction} over examples {stated}, got a {reduction}; pass "
@@ -208,6 +269,11 @@ class CallableLoss(Loss):
                 "batch of one; reduce it with .mean() or .sum()."
             )
         return values
+
+
+def _kind(z: Tensor, target: Tensor) -> _Kind:
+    """What a callable's form may depend on."""
+    return z.shape[1:], target.shape[1:], z.dtype, target.dtype
 
 
 def _double(x: Tensor) -> Tensor:

@@ -23,6 +23,8 @@ from influence_ext.losses.elementwise import (
     ProbabilityCrossEntropy,
 )
 from influence_ext.losses.generic import CallableLoss
+from influence_ext.losses.moved import MovedLoss
+from influence_ext.losses.trace import NUM_EXAMPLES, called_loss, one_example
 
 LossLike = str | nn.Module | Callable[..., Any]
 
@@ -166,8 +168,10 @@ def resolve(loss: LossLike | Loss, reduction: str | None = None, who: str = "los
     Args:
         loss: an instance of an ``nn`` loss module or :class:`HalfMSE`, the name of its functional (``"mse_loss"``, ``"cross_entropy"``,
             ...), the functional itself, also as a ``functools.partial`` that fixes options, any other callable ``loss(output, target)``
-            that returns a mean or a sum over examples, or a ``Loss``. ``NATIVE`` lists the losses with formulas of their own; every other
-            one is differentiated by PyTorch. ``gaussian_nll_loss`` takes targets ``torch.stack([y, variance], dim=1)``.
+            that returns a mean or a sum over examples, or a ``Loss``. ``NATIVE`` lists the losses with formulas of their own; a callable
+            that only rearranges outputs and targets before it returns one of them, such as a language model's shifted cross-entropy,
+            is recognised when it is first checked with data (its ``name`` then says so); every other one is differentiated by PyTorch.
+            ``gaussian_nll_loss`` takes targets ``torch.stack([y, variance], dim=1)``.
         reduction: ``"mean"`` or ``"sum"`` over examples; by default the module's own, ``"mean"`` for names and functionals, and what a
             callable turns out to be when it is first checked with outputs.
         who: the caller's name for messages.
@@ -195,7 +199,55 @@ def resolve(loss: LossLike | Loss, reduction: str | None = None, who: str = "los
     name = getattr(function, "__name__", type(function).__name__).replace("<lambda>", "callable")
     stated = reduction or _attribute(loss, "reduction")
     called: Callable[..., Any] = loss
-    return CallableLoss(called, name, None if stated is None else check_reduction(stated, name, who))
+    return CallableLoss(called, name, None if stated is None else check_reduction(stated, name, who), recognise)
+
+
+def recognise(function: Callable[[Tensor, Tensor], Any], name: str, z: Tensor, target: Tensor) -> Loss | None:
+    """The callable as a native loss of rearranged outputs ``z`` and targets; None where it is not seen to be one.
+
+    What it calls must be cross-entropy (with every option), negative log-likelihood, or a loss that pairs elements, without weights.
+    """
+    functionals = {entry.functional: key for key, entry in NATIVE.items()}
+    found: list[tuple[Tensor, Tensor]] = []
+    calls = [called_loss(function, functionals, z, target, N) for N in NUM_EXAMPLES]
+    for N, call in zip(NUM_EXAMPLES, calls, strict=True):
+        if call is None:
+            return None
+        sizes = z[:1].numel(), target[:1].numel()
+        outputs, targets = call.outputs, call.targets - N * sizes[0]
+        by_class = call.name in ("cross_entropy", "nll_loss")
+        if by_class and outputs.dim() < 2:
+            return None
+        paired = outputs.shape == targets.shape
+        if not paired and not (by_class and targets.shape == outputs.shape[:1] + outputs.shape[2:]):
+            return None
+        rows = outputs.movedim(1, -1).reshape(-1, outputs.shape[1]) if by_class else outputs.reshape(-1, 1)
+        own = targets.movedim(1, -1).reshape(rows.shape) if by_class and paired else targets.reshape(-1, 1)
+        one = one_example(rows, own, sizes, N)
+        if one is None:
+            return None
+        found.append(one)
+    assert call is not None
+    options = {"reduction": "mean", **call.options}
+    entry = NATIVE[call.name]
+    if options.keys() - {*entry.options, "reduction"} or options["reduction"] not in ("mean", "sum"):
+        return None
+    if not all(torch.equal(a, b) for a, b in zip(found[0], found[1], strict=True)):
+        return None
+    if not by_class and any(isinstance(value, Tensor) for value in options.values()):
+        return None
+    # [positions, classes] -> [classes, positions], and [classes] where there is one position; [elements] of others.
+    outputs, targets = (x.T.squeeze(1) if by_class else x[:, 0] for x in found[0])
+    if by_class and not paired:
+        targets = targets.reshape(outputs.shape[1:])
+    dtype = call.target_dtype
+    if dtype.is_floating_point:
+        if torch.promote_types(dtype, z.dtype) != z.dtype:
+            return None
+        dtype = z.dtype
+    reduction = options.pop("reduction")
+    inner = entry.make(call.name, reduction, {**entry.options, **options})
+    return MovedLoss(f"{call.name} (found in {name})", inner, outputs, targets, dtype)
 
 
 def _find(loss: Any) -> tuple[str, dict[str, Any]] | None:

@@ -24,7 +24,8 @@ class LinearisedOperator(LinearOperator):
 
     Args:
         model: any network (see ``report()`` for what runs natively); used in evaluation mode, never modified. The operator keeps the values
-            the parameters have now.
+            the parameters have now. Of a model in half precision (bfloat16, float16) parameters, inputs and targets are read as they are;
+            arithmetic, vectors and results are float32, and what the model itself would round in between is not rounded.
         loss: ``nn`` loss module, functional or its name, or a callable; see :func:`influence_ext.losses.resolve`.
         data: one ``(X, y)`` or a re-iterable of such batches.
         damping: λ ≥ 0.

@@ -270,6 +270,30 @@ CASES = [
         lambda: {"fc": dense(4, 4)},
         ((2, 4),),
     ),
-    Case("complex in between", lambda n, x: torch.fft.rfft(x @ n.W).abs(), weights),
+    Case(
+        "complex in between",
+        lambda n, x: torch.fft.rfft(x @ n.W).abs() @ n.V,
+        lambda: {**weights(), "V": par(3, 2)},
+        rules=("linear", "generic", "linear"),
+    ),
+    Case(
+        "complex constants",
+        lambda n, x: torch.view_as_real(torch.view_as_complex((x @ n.W).view(-1, 2, 2)) * n.c).flatten(1),
+        lambda: {**weights(), "c": torch.randn(2, dtype=torch.complex128)},
+        rules=("linear", "view", "generic", "view"),
+    ),
+    Case(
+        "complex inputs of a layer",
+        lambda n, x: (torch.fft.fft(x) * n.fc(x)).abs(),
+        lambda: {"fc": dense(4, 4)},
+        rules=("linear", "generic"),
+    ),
+    Case("mixed axes in between", lambda n, x: (x @ n.W).T.reshape(2, -1).T.reshape(2, -1, 2).permute(1, 0, 2).flatten(1), weights),
+    Case(
+        "island of lower precision",
+        lambda n, x: (x @ n.W).to(torch.bfloat16).float().double() @ n.W,
+        weights,
+        rules=("linear", "generic", "linear"),
+    ),
     Case("nothing but the input", lambda n, x: x, rules=()),
 ]

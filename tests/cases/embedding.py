@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -62,7 +63,42 @@ def flat(rows: int, width: int, length: int, **options: int) -> Callable[[], nn.
     return lambda: nn.Sequential(nn.Embedding(rows, width, **options), nn.Flatten(), nn.Linear(length * width, 2))
 
 
-EMBEDDING = (
+class Bag(nn.Module):
+    """``nn.EmbeddingBag`` under a linear layer; ``call`` reads it."""
+
+    def __init__(self, call: Callable[[nn.Module, Tensor], Tensor], **options: Any) -> None:
+        super().__init__()
+        self.call, self.bag, self.out = call, nn.EmbeddingBag(7, 5, **options), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``out(bag(x))``."""
+        y: Tensor = self.out(self.call(self.bag, x))
+        return y
+
+
+def whole_bag(bag: nn.Module, x: Tensor) -> Tensor:
+    """Each row of ``x`` a bag."""
+    y: Tensor = bag(x)
+    return y
+
+
+BAGS = (
+    row("bag-mean", "reduce", lambda: Bag(whole_bag), "the mean of the rows; an index may occur twice", tokens(7, 6)),
+    row("bag-sum", "reduce", lambda: Bag(whole_bag, mode="sum"), "their sum", tokens(7, 6)),
+    row("bag-max", "reduce_nonlinear", lambda: Bag(whole_bag, mode="max"), "their maximum", tokens(7, 6)),
+    row("bag-single", "embedding", lambda: Bag(whole_bag), "N = 1", tokens(7, 4), num_examples=1),
+    row("bag-of-one", "embedding", lambda: Bag(whole_bag), "one index a bag", tokens(7, 1)),
+    row("bag-offsets", "embedding", lambda: Bag(lambda bag, x: bag(x.flatten(), 4 * torch.arange(x.shape[0]))),
+        "offsets that count examples", tokens(7, 4)),
+    row("bag-weights", "multiply", lambda: Bag(lambda bag, x: bag(x, per_sample_weights=(x / 3).to(bag.weight.dtype)), mode="sum"),
+        "a weight for each index", tokens(7, 4)),
+    row("bag-padding", "generic", lambda: Bag(whole_bag, padding_idx=1), "the padding row counts for nothing", tokens(7, 6)),
+    row("bag-last-offset", "generic",
+        lambda: Bag(lambda bag, x: bag(x.flatten(), 4 * torch.arange(x.shape[0] + 1)), include_last_offset=True),
+        "one offset more than bags", tokens(7, 4)),
+)  # fmt: skip
+
+EMBEDDINGS = (
     row("embedding", "embedding", flat(7, 5, 4), "indices repeat within and between examples", tokens(7, 4)),
     row("embedding-alone", "embedding", lambda: nn.Embedding(7, 5), "the output itself", tokens(7, 3)),
     row(
@@ -89,3 +125,5 @@ EMBEDDING = (
     row("embedding-tied-padding", "embedding", lambda: Tied(7, 4, padding=2), "the padding row is trained by the head alone", tokens(7, 3)),
     row("embedding-twice", "embedding", Twice, "two reads of one table: cross terms", tokens(7, 3)),
 )
+
+EMBEDDING = EMBEDDINGS + BAGS

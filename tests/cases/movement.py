@@ -99,6 +99,8 @@ MAPPED = (
     expression("index-constant", "gather", lambda m, x: m.fc(x)[:, [3, 0, 0, 4]], "repeated indices", fc=fc(3, 5)),
     expression("index-select", "gather", lambda m, x: m.fc(x).index_select(1, torch.tensor([3, 0, 0, 4])), "index_select", fc=fc(3, 5)),
     expression("repeat", "gather", lambda m, x: m.fc(x).repeat(1, 3), "copies one after another", fc=fc(3, 4)),
+    expression("tile", "gather", lambda m, x: m.fc(x).tile(1, 2), "the same under another name",
+               fc=fc(3, 4)),
     expression("repeat-interleave", "gather", lambda m, x: m.fc(x).repeat_interleave(3, 1), "each element three times", fc=fc(3, 4)),
     expression("tril", "gather", lambda m, x: m.fc(x).unflatten(1, (4, 4)).tril(-1), "a triangle", fc=fc(3, 16)),
     expression("pixel-shuffle", "gather", lambda m, x: F.pixel_shuffle(m.fc(x).unflatten(1, (8, 3, 2)), 2), "channels to pixels", fc=fc(3,
@@ -114,4 +116,19 @@ MAPPED = (
                normal(5, 3), fc=fc(3, 4)),
 )  # fmt: skip
 
-MOVEMENT = STRIDED + JOINED + MAPPED
+GENERIC = (
+    expression("topk", "generic", lambda m, x: m.fc(x).topk(2, 1).values, "which elements depends on values", fc=fc(3, 5)),
+    expression("sort", "generic", lambda m, x: m.fc(x).sort(1).values * torch.arange(1.0, 6.0, dtype=x.dtype), "sorted", fc=fc(3, 5)),
+    expression("topk-indices", "generic", lambda m, x: (lambda y: m.b(x).gather(1, y.topk(2, 1).indices) * y.topk(2, 1).values)(m.fc(x)),
+               "indices that depend on parameters", fc=fc(3, 5), b=fc(3, 5)),
+    expression("scatter", "generic", lambda m, x: torch.zeros(x.shape[0], 7, dtype=x.dtype).scatter(1, x.argsort(1), m.fc(x)),
+               "to places of each example", fc=fc(3, 3)),
+    expression("scatter-add", "generic", lambda m, x: m.b(x).scatter_add(1, x.argsort(1) // 2, m.fc(x)), "several to one place",
+               fc=fc(3, 3), b=fc(3, 4)),
+    expression("affine-grid", "generic", lambda m, x: F.grid_sample(x, F.affine_grid(m.fc(x.flatten(1)).view(-1, 2, 3), x.shape,
+               align_corners=False), align_corners=False).flatten(1), "a predicted grid", normal(1, 4, 4), fc=fc(16, 6)),
+    expression("grid-sample", "generic", lambda m, x: F.grid_sample(m.conv(x), x[:, :2].permute(0, 2, 3, 1).tanh(), padding_mode="border",
+               align_corners=True).flatten(1), "a grid from the data", normal(3, 4, 4), conv=lambda: nn.Conv2d(3, 2, 2)),
+)  # fmt: skip
+
+MOVEMENT = STRIDED + JOINED + MAPPED + GENERIC

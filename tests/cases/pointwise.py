@@ -201,6 +201,21 @@ PAIRS = (
     expression("comparison-converted", "multiply",
                lambda m, x: (lambda y: (y != 0.3).to(y.dtype) * y - (y >= 0).to(y.dtype) + (y < 1) * y + (y == 0.5) * y)(m.a(x)),
                "truth values as numbers", a=fc(3, 4)),
+    *(
+        expression(f"{name}-of-two", "comparison", lambda m, x, f=f: (lambda y, z: f(y, z) * y - f(z, y).to(z.dtype) * z)(m.a(x), m.b(x)),
+                   "two activations", a=fc(3, 4), b=fc(3, 4))
+        for name, f in {"gt": torch.gt, "ge": torch.ge, "lt": torch.lt, "le": torch.le}.items()
+    ),
+    expression("is-largest", "comparison", lambda m, x: (lambda y: torch.where(y == y.amax(1, keepdim=True), y, 0.1 * y))(m.a(x)),
+               "equality under broadcasting", a=fc(3, 4)),
+    expression("is-not-largest", "comparison", lambda m, x: (lambda y: (y != y.amax(1, keepdim=True)) * y)(m.a(x)), "inequality",
+               a=fc(3, 4)),
+    expression("equal-infinities", "comparison",
+               lambda m, x: (lambda y: ((y == y.flip(1)).to(x.dtype) + 0.5) * m.a(x))(m.a(x).masked_fill(x[:, :1] < 9, -torch.inf)),
+               "infinities are equal: no difference is formed", a=fc(3, 4)),
+    expression("above-threshold", "comparison", lambda m, x: (lambda y: (y > m.t) * y + (m.p >= y) * m.p)(m.a(x)),
+               "against a buffer and a parameter", a=fc(3, 4), t=lambda: buffer(4), p=lambda: parameter(4)),
+    expression("above-input", "comparison", lambda m, x: (lambda y: torch.where(y > x, y, y * y))(m.a(x)), "against the input", a=fc()),
     expression("masked-fill", "where", lambda m, x: m.a(x).masked_fill(x > 0.2, -1.5), "masked_fill", a=fc()),
     expression("masked-fill-broadcast", "where", lambda m, x: m.a(x).masked_fill(x[..., :1] > 0.2, -1.5), "a mask over features",
                normal(5, 3), a=fc(3, 4)),
@@ -211,4 +226,16 @@ PAIRS = (
         "repeated over features", flags(5)),
 )  # fmt: skip
 
-POINTWISE = SMOOTH + TRAINED + PAIRS
+GENERIC = (
+    expression("pow-of-two", "generic", lambda m, x: positive(m, x) ** m.b(x), "both are differentiated", fc=fc(3, 4), b=fc(3, 4)),
+    expression("pow-of-number", "generic", lambda m, x: 1.7 ** m.fc(x), "the exponent is differentiated", fc=fc(3, 4)),
+    expression("pow-parameter", "generic", lambda m, x: positive(m, x) ** m.p, "a trained exponent", fc=fc(3, 4), p=lambda: parameter(4)),
+    expression("clamp-buffers", "generic", lambda m, x: torch.clamp(m.fc(x), m.low, m.low + 0.7), "bounds of each feature", fc=fc(3, 9),
+               low=lambda: buffer(9)),
+    expression("clamp-activations", "generic", lambda m, x: torch.clamp(m.fc(x), min=m.b(x)), "a bound that is differentiated", fc=fc(3, 4),
+               b=fc(3, 4)),
+    expression("lerp", "generic", lambda m, x: torch.lerp(m.fc(x), m.b(x), m.fc(x)), "three operands", fc=fc(3, 4), b=fc(3, 4)),
+    expression("atan2", "generic", lambda m, x: torch.atan2(m.fc(x), m.b(x)), "two operands", fc=fc(3, 4), b=fc(3, 4)),
+)  # fmt: skip
+
+POINTWISE = SMOOTH + TRAINED + PAIRS + GENERIC

@@ -1,13 +1,11 @@
 // Plain loops over contiguous memory, vectorised by the compiler; rows are split between threads where a pass takes longer than starting them.
 #include "kernels/arithmetic.h"
 
-#include "kernels/cpu/simd.h"
+#include "kernels/cpu/parallel.h"
 
 namespace infl {
 namespace INFL_ISA {
 namespace {
-
-inline int threads_for(const Context& ctx, int64_t elements) { return elements < 16384 ? 1 : ctx.num_threads; }
 
 constexpr int64_t kStrip = 1024;  // elements of a long row that one step of a loop over rows takes
 
@@ -114,6 +112,32 @@ void extremum(const Context& ctx, int64_t size, T sign, const T* x1, const T* x2
   });
 }
 
+template <Activation kind, class T>
+void comparison_loop(const Context& ctx, int64_t size, const T* x1, const T* x2, T* y) {
+  each_strip(ctx, 1, size, [=](int64_t, int64_t begin, int64_t end) {
+#pragma omp simd
+    for (int64_t i = begin; i < end; ++i) y[i] = infl::activation<kind>(x1[i], x2[i], T(0)).value;
+  });
+}
+
+template <class T>
+void comparison(const Context& ctx, Activation kind, int64_t size, const T* x1, const T* x2, T* y) {
+  switch (kind) {
+    case Activation::greater:
+      return comparison_loop<Activation::greater>(ctx, size, x1, x2, y);
+    case Activation::greater_equal:
+      return comparison_loop<Activation::greater_equal>(ctx, size, x1, x2, y);
+    case Activation::less:
+      return comparison_loop<Activation::less>(ctx, size, x1, x2, y);
+    case Activation::less_equal:
+      return comparison_loop<Activation::less_equal>(ctx, size, x1, x2, y);
+    case Activation::equal:
+      return comparison_loop<Activation::equal>(ctx, size, x1, x2, y);
+    default:
+      return comparison_loop<Activation::not_equal>(ctx, size, x1, x2, y);
+  }
+}
+
 template <class T>
 void blend(const Context& ctx, int64_t V, int64_t size, const T* w, const T* t1, const T* t2, T* out, bool accumulate) {
   each_strip(ctx, V, size, [=](int64_t v, int64_t begin, int64_t end) {
@@ -167,6 +191,7 @@ INFL_REGISTER_CPU(affine_tangent_stub, affine_tangent)
 INFL_REGISTER_CPU(column_dot_stub, column_dot)
 INFL_REGISTER_CPU(product_tangent_stub, product_tangent)
 INFL_REGISTER_CPU(extremum_stub, extremum)
+INFL_REGISTER_CPU(comparison_stub, comparison)
 INFL_REGISTER_CPU(blend_stub, blend)
 INFL_REGISTER_CPU(where_stub, where)
 INFL_REGISTER_CPU(prelu_stub, prelu)

@@ -1,7 +1,7 @@
 // An item is one example and one key head, with all query heads that read it; threads take items. Within an item gemm runs alone.
 #include "kernels/attention.h"
 
-#include "kernels/cpu/simd.h"
+#include "kernels/cpu/parallel.h"
 #include "math/exp.h"
 
 namespace infl {
@@ -174,12 +174,9 @@ template <class T, class Body>
 void for_items(const Context& ctx, const Attention<T>& a, const Body& body) {
   const int threads = threads_for(ctx, a);
   const int64_t size = attention_thread_scratch_size(a), items = a.n * a.key_heads;
-  if (threads <= 1) {
-    for (int64_t i = 0; i < items; ++i) body(i / a.key_heads, i % a.key_heads, a.scratch);
-    return;
-  }
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t i = 0; i < items; ++i) body(i / a.key_heads, i % a.key_heads, a.scratch + omp_get_thread_num() * size);
+  // One thread may be any of those of a schedule that is parallel itself: it has this scratch to itself.
+  parallel_for(threads, items,
+               [&](int64_t i) { body(i / a.key_heads, i % a.key_heads, a.scratch + (threads > 1 ? omp_get_thread_num() : 0) * size); });
 }
 
 template <class T>
@@ -312,16 +309,16 @@ void attention_vjp(const Context& ctx, const Attention<T>& a, const T* g_o, cons
   // Items may share elements of the mask: threads take right-hand sides.
   const int threads = threads_for(ctx, a);
   const int64_t size = attention_thread_scratch_size(a);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int64_t i = 0; i < a.V; ++i) {
+  parallel_for(threads, a.V, [&](int64_t i) {
     T* mask = g.mask + i * g.mask_stride;
     if (!g.accumulate) {
       for (int64_t n = 0; n < (g.mask_example ? a.n : 1); ++n) std::memset(mask + n * g.mask_example, 0, g.mask_size * sizeof(T));
     }
     for (int64_t item = 0; item < a.n * a.key_heads; ++item) {
-      attention_vjp_item(a, g_o, g, i, i + 1, item / a.key_heads, item % a.key_heads, a.scratch + omp_get_thread_num() * size);
+      T* scratch = a.scratch + (threads > 1 ? omp_get_thread_num() : 0) * size;
+      attention_vjp_item(a, g_o, g, i, i + 1, item / a.key_heads, item % a.key_heads, scratch);
     }
-  }
+  });
 }
 
 INFL_REGISTER_CPU(attention_forward_stub, attention_forward)

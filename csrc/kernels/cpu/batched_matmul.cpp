@@ -1,7 +1,7 @@
 // A loop of gemm calls. Threads take examples; where C is summed over examples they take right-hand sides, or share each product.
 #include "kernels/batched_matmul.h"
 
-#include "kernels/cpu/simd.h"
+#include "kernels/cpu/parallel.h"
 #include "kernels/gemm.h"
 
 namespace infl {
@@ -68,13 +68,11 @@ void batched_matmul(const Context& ctx, const BatchedMatmul<T>& given) {
   const int threads = p.V * p.n * p.M * p.N * p.K < 65536 ? 1 : ctx.num_threads;
   const Context alone{.num_threads = 1};
   if (threads > 1 && p.c.n_stride != 0 && p.n >= threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t n = 0; n < p.n; ++n) example(alone, p, 0, p.V, n);
+    parallel_for(threads, p.n, [&](int64_t n) { example(alone, p, 0, p.V, n); });
   } else if (threads > 1 && p.V >= threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t v = 0; v < p.V; ++v) {
+    parallel_for(threads, p.V, [&](int64_t v) {
       for (int64_t n = 0; n < p.n; ++n) example(alone, p, v, v + 1, n);
-    }
+    });
   } else {
     for (int64_t n = 0; n < p.n; ++n) example(ctx, p, 0, p.V, n);
   }

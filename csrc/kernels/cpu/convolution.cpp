@@ -3,7 +3,6 @@
 #include "kernels/convolution.h"
 
 #include "kernels/cpu/convolution_geometry.h"
-#include "kernels/cpu/simd.h"
 
 #if INFL_VECTOR_BYTES == 64
 #include <immintrin.h>
@@ -55,7 +54,7 @@ void convolution_pack(const Context& ctx, const Convolution& conv, bool up, int6
   const int64_t x_channels = conv.x_channels / conv.groups, y_channels = conv.y_channels / conv.groups;
   const RowBlocks blocks = convolution_row_blocks(rows);
   const int64_t size = convolution_packed_size(conv, up);
-  const int threads = num * conv.weight_size() < 16384 ? 1 : ctx.num_threads;
+  const int threads = threads_for(ctx, num * conv.weight_size());
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t v = 0; v < num; ++v) {
     T* to = packed + v * size;
@@ -353,8 +352,7 @@ void convolution_product(const Context& ctx, const Convolution& conv, const Conv
   const int64_t in_width = geometry.in_channels * geometry.in_plane, out_width = geometry.out_channels * geometry.out_plane;
   const double flops = 2.0 * num_terms * p.V * p.n * conv.weight_size() * std::min(conv.x_plane(), conv.y_plane());
   const int threads = flops < 5e5 ? 1 : ctx.num_threads;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int64_t i = 0; i < p.n; ++i) {
+  parallel_for(threads, p.n, [&](int64_t i) {
     const T* shared[2] = {nullptr, nullptr};
     T* buffers[2] = {nullptr, nullptr};
     for (int t = 0; t < num_terms; ++t) {
@@ -375,7 +373,7 @@ void convolution_product(const Context& ctx, const Convolution& conv, const Conv
       product.run(operands, p.bias ? p.bias + v * p.bias_batch : nullptr, p.scale ? p.scale + i * out_width : nullptr,
                   p.out + (v * p.n + i) * out_width, p.accumulate);
     }
-  }
+  });
 }
 
 template <class T>
@@ -387,7 +385,7 @@ template <class T>
 void convolution_prepare(const Context& ctx, const Convolution& conv, int64_t n, const T* x, T* prepared) {
   const Geometry<T> geometry(conv, false);
   const int64_t in_width = geometry.in_channels * geometry.in_plane;
-  const int threads = n * geometry.padded < 16384 ? 1 : ctx.num_threads;
+  const int threads = threads_for(ctx, n * geometry.padded);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t i = 0; i < n; ++i) geometry.prepare(x + i * in_width, prepared + i * geometry.prepared());
 }

@@ -9,7 +9,7 @@
 #pragma once
 
 #include "kernels/convolution.h"
-#include "kernels/cpu/simd.h"
+#include "kernels/cpu/parallel.h"
 
 namespace infl {
 namespace INFL_ISA {

@@ -3,7 +3,6 @@
 #include "kernels/convolution_weights.h"
 
 #include "kernels/cpu/convolution_geometry.h"
-#include "kernels/cpu/simd.h"
 
 namespace infl {
 namespace INFL_ISA {
@@ -209,7 +208,7 @@ void convolution_weights(const Context& ctx, const Convolution& conv, int64_t V,
 template <class T>
 void channel_sum(const Context& ctx, int64_t V, int64_t n, int64_t channels, int64_t plane, const T* y, int64_t images, T* out, int64_t out_batch,
                  int64_t out_example) {
-  const int threads = V * n * channels * plane < 16384 ? 1 : ctx.num_threads;
+  const int threads = threads_for(ctx, V * n * channels * plane);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t item = 0; item < V * channels; ++item) {
     const int64_t v = item / channels, c = item % channels;
@@ -232,9 +231,8 @@ void convolution_columns(const Context& ctx, const Convolution& conv, int64_t n,
   const Geometry<T> geometry(conv, false);
   const int64_t taps = conv.taps(), cols = conv.x_channels * taps, plane = conv.y_plane();
   const int64_t* count = geometry.phases[0].count;
-  const int threads = n * plane * cols < 16384 ? 1 : ctx.num_threads;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int64_t i = 0; i < n; ++i) {
+  const int threads = threads_for(ctx, n * plane * cols);
+  parallel_for(threads, n, [&](int64_t i) {
     const T* padded = x + i * geometry.prepared();
     if (!prepared) {
       T* copy = scratch<T>(geometry.padded + kLanes<T>, 0);
@@ -253,7 +251,7 @@ void convolution_columns(const Context& ctx, const Convolution& conv, int64_t n,
         }
       }
     }
-  }
+  });
 }
 
 INFL_REGISTER_CPU(convolution_weights_stub, convolution_weights)

@@ -1,15 +1,11 @@
 // Plain loops over contiguous memory, vectorised by the compiler; split between threads only where a pass takes longer than starting them.
 #include "kernels/elementwise.h"
 
-#include "kernels/cpu/simd.h"
+#include "kernels/cpu/parallel.h"
 
 namespace infl {
 namespace INFL_ISA {
 namespace {
-
-constexpr int64_t kGrain = 16384;  // elements below which one thread does it alone
-
-inline int threads_for(const Context& ctx, int64_t elements) { return elements < kGrain ? 1 : ctx.num_threads; }
 
 // Call body(begin, end) on slices of [0, size).
 template <class Body>

@@ -1,15 +1,11 @@
 // Bandwidth-bound: whole rows are read and written. Where several positions may meet in one row of the table, threads own columns of it.
 #include "kernels/embedding.h"
 
-#include "kernels/cpu/simd.h"
+#include "kernels/cpu/parallel.h"
 
 namespace infl {
 namespace INFL_ISA {
 namespace {
-
-constexpr int64_t kGrain = 16384;  // elements below which one thread does it alone
-
-inline int threads_for(const Context& ctx, int64_t elements) { return elements < kGrain ? 1 : ctx.num_threads; }
 
 template <class T>
 void row_gather(const Context& ctx, int64_t V, int64_t positions, int64_t cols, const T* index, int64_t skip, const T* table, int64_t table_ld,

@@ -7,9 +7,7 @@
 #include <cstring>
 #include <vector>
 
-#include <omp.h>
-
-#include "kernels/cpu/simd.h"
+#include "kernels/cpu/parallel.h"
 #include "kernels/gemm.h"
 
 namespace infl {
@@ -110,12 +108,7 @@ void gemm_pack(const Context& ctx, int64_t num, int64_t K, int64_t N, const T* b
     const int64_t v = i / panels, p = i % panels;
     pack_panel<T>(K, std::min<int64_t>(W, N - p * W), b + v * b_batch + p * W * b_col, b_row, b_col, packed + v * size + p * W * K);
   };
-  if (ctx.num_threads <= 1 || num * K * N <= 16384) {  // entering a parallel region costs as much as packing a small matrix
-    for (int64_t i = 0; i < work; ++i) item(i);
-    return;
-  }
-#pragma omp parallel for schedule(static) num_threads(ctx.num_threads)
-  for (int64_t i = 0; i < work; ++i) item(i);
+  parallel_for(threads_for(ctx, num * K * N), work, item);
 }
 
 // What a register tile does with its sums once they are complete.
@@ -295,12 +288,7 @@ void gemm(const Context& ctx, const Gemm<T>& g) {
     const int64_t q = i % panel_groups, m = i / panel_groups % row_blocks, v = i / panel_groups / row_blocks;
     gemm_block<T>(g, terms, num_terms, v, m * block, std::min(g.M, (m + 1) * block), q * group, std::min(panels, (q + 1) * group));
   };
-  if (threads == 1) {
-    for (int64_t i = 0; i < work; ++i) item(i);
-    return;
-  }
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-  for (int64_t i = 0; i < work; ++i) item(i);
+  parallel_for<Shares::on_demand>(threads, work, item);
 }
 
 INFL_REGISTER_CPU(gemm_pack_stub, gemm_pack)

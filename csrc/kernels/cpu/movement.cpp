@@ -2,16 +2,13 @@
 // contiguous (a transposition), the two are walked together in square blocks, so that every cache line fetched is used up.
 #include "kernels/movement.h"
 
-#include "kernels/cpu/simd.h"
+#include "kernels/cpu/parallel.h"
 
 namespace infl {
 namespace INFL_ISA {
 namespace {
 
-constexpr int64_t kGrain = 16384;  // elements below which one thread does it alone
-constexpr int64_t kBlock = 16;     // side of the blocks of a transposition: a cache line of floats
-
-inline int threads_for(const Context& ctx, int64_t elements) { return elements < kGrain ? 1 : ctx.num_threads; }
+constexpr int64_t kBlock = 16;  // side of the blocks of a transposition: a cache line of floats
 
 struct Walk {
   int rank = 0;  // of the odometer

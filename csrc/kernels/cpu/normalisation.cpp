@@ -2,19 +2,16 @@
 // A channel's elements lie in runs: of one element (layer norm: weights are vectors along the row) or many (images: weights are numbers).
 #include "kernels/normalisation.h"
 
-#include "kernels/cpu/simd.h"
+#include "kernels/cpu/parallel.h"
 #include "math/normalisation.h"
 
 namespace infl {
 namespace INFL_ISA {
 namespace {
 
-constexpr int64_t kGrain = 16384;  // elements below which one thread does it alone
-constexpr int64_t kBlock = 1024;   // terms summed before they are added to a total: bounds the rounding error
+constexpr int64_t kBlock = 1024;  // terms summed before they are added to a total: bounds the rounding error
 
-inline int threads_for(const Context& ctx, int64_t elements) { return elements < kGrain ? 1 : ctx.num_threads; }
-
-// `count` copies of a value that stand for an absent array.
+// `count` copies of a value that stand for an absent array; made outside parallel regions, since it allocates.
 template <int value, class T>
 const T* constant(int64_t count) {
   static thread_local std::vector<T> values;
@@ -70,6 +67,7 @@ void layer_norm(const Context& ctx, const ChannelMap& map, int64_t rows, bool ce
                 T* rstd) {
   const int64_t size = map.size();
   const int threads = threads_for(ctx, rows * size);
+  const T *ones = constant<1, T>(map.channels), *zeros = constant<0, T>(map.channels);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t r = 0; r < rows; ++r) {
     const T* from = x + r * size;
@@ -85,8 +83,8 @@ void layer_norm(const Context& ctx, const ChannelMap& map, int64_t rows, bool ce
     for (int64_t j = 0; j < size; ++j) hat[j] = ((from[j] - mean) - rest) * inverse;
     const int64_t first = r % map.groups * map.channels;
     if (map.run == 1) {
-      const T* weight = w ? w + first : constant<1, T>(size);
-      const T* bias = b ? b + first : constant<0, T>(size);
+      const T* weight = w ? w + first : ones;
+      const T* bias = b ? b + first : zeros;
 #pragma omp simd
       for (int64_t j = 0; j < size; ++j) to[j] = weight[j] * hat[j] + bias[j];
       continue;
@@ -268,10 +266,11 @@ void for_row_blocks(const Context& ctx, const ChannelMap& map, int64_t V, int64_
                     const T* in, const T* scale, T* out, const Body& body) {
   const int64_t size = map.size(), stride = rows * size;
   const int threads = threads_for(ctx, V * stride);
+  const T* ones = constant<1, T>(map.channels);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t first = r % map.groups * map.channels, at = r * size;
-    const T* weight = w ? w + first : constant<1, T>(map.channels);
+    const T* weight = w ? w + first : ones;
     const auto run = [&](auto block, int64_t v) {
       block = {map.channels,          map.run, stride, centre, rstd[r], weight, x_hat + at, in + v * stride + at, scale ? scale + at : nullptr,
                out + v * stride + at, {},      {}};
@@ -286,15 +285,14 @@ void for_row_blocks(const Context& ctx, const ChannelMap& map, int64_t V, int64_
 template <bool kRun, class T>
 void layer_norm_jvp_rows(const Context& ctx, const ChannelMap& map, int64_t V, int64_t rows, bool centre, const T* x_hat, const T* rstd, const T* w,
                          const T* t_x, const ChannelTangents<T>& t_theta, const T* scale, T* t_y) {
+  const T* zeros = constant<0, T>(map.channels);
   for_row_blocks<kRun>(ctx, map, V, rows, centre, x_hat, rstd, w, t_x, scale, t_y, [&](auto& block, int64_t v, int64_t first) {
     block.template sum<false>();
     if (!t_theta.w && !t_theta.b) {
       if (scale) return block.template write_tangents<false, Write::scaled>({}, {});
       return block.template write_tangents<false, Write::plain>({}, {});
     }
-    const auto rows_of = [&](const T* t) {
-      return t ? Rows<T>{t + v * t_theta.stride + first, t_theta.stride} : Rows<T>{constant<0, T>(map.channels), 0};
-    };
+    const auto rows_of = [&](const T* t) { return t ? Rows<T>{t + v * t_theta.stride + first, t_theta.stride} : Rows<T>{zeros, 0}; };
     if (scale) return block.template write_tangents<true, Write::scaled>(rows_of(t_theta.w), rows_of(t_theta.b));
     block.template write_tangents<true, Write::plain>(rows_of(t_theta.w), rows_of(t_theta.b));
   });
@@ -338,13 +336,13 @@ void batch_norm(const Context& ctx, const ChannelMap& map, int64_t rows, const T
                 T* x_hat) {
   const int64_t size = map.size(), run = map.run;
   const int threads = threads_for(ctx, rows * size);
+  const T* bias = b ? b : constant<0, T>(map.channels);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t r = 0; r < rows; ++r) {
     const T* from = x + r * size;
     T* to = y + r * size;
     T* hat = x_hat ? x_hat + r * size : nullptr;
     if (run == 1) {
-      const T* bias = b ? b : constant<0, T>(size);
 #pragma omp simd
       for (int64_t j = 0; j < size; ++j) to[j] = (from[j] - mean[j]) * a[j] + bias[j];
       if (hat) {
@@ -354,7 +352,7 @@ void batch_norm(const Context& ctx, const ChannelMap& map, int64_t rows, const T
       continue;
     }
     for (int64_t c = 0; c < map.channels; ++c) {
-      const T m = mean[c], factor = a[c], shift = b ? b[c] : T(0), inverse = rstd[c];
+      const T m = mean[c], factor = a[c], shift = bias[c], inverse = rstd[c];
 #pragma omp simd
       for (int64_t j = c * run; j < (c + 1) * run; ++j) to[j] = (from[j] - m) * factor + shift;
       if (hat) {
@@ -371,6 +369,7 @@ void channel_affine_rows(const Context& ctx, const ChannelMap& map, int64_t V, i
                          const ChannelTangents<T>& t_theta, const T* scale, T* out) {
   const int64_t size = map.size(), run = map.run;
   const int threads = threads_for(ctx, V * rows * size);
+  const T *ones = constant<1, T>(map.channels), *zeros = constant<0, T>(map.channels);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t first = r % map.groups * map.channels;
@@ -382,8 +381,8 @@ void channel_affine_rows(const Context& ctx, const ChannelMap& map, int64_t V, i
       const T* t_w = kParameters == 2 ? t_theta.w + v * t_theta.stride + first : nullptr;
       const T* t_b = kParameters > 0 && t_theta.b ? t_theta.b + v * t_theta.stride + first : nullptr;
       if (run == 1) {
-        const T* weight = a ? a + first : constant<1, T>(size);
-        const T* shift = t_b ? t_b : constant<0, T>(size);
+        const T* weight = a ? a + first : ones;
+        const T* shift = t_b ? t_b : zeros;
 #pragma omp simd
         for (int64_t j = 0; j < size; ++j) {
           T value = 0;

@@ -1,7 +1,7 @@
 // One pass over u, one row at a time; the softmax shape reads its row twice, from L1 or L2.
 #include "kernels/output_hessian.h"
 
-#include "kernels/cpu/simd.h"
+#include "kernels/cpu/parallel.h"
 
 namespace infl {
 namespace INFL_ISA {
@@ -102,7 +102,7 @@ void softmax_block(HessianPart part, int64_t K, int64_t stride, int64_t B, const
 
 template <class T>
 void output_hessian(const Context& ctx, const OutputHessian<T>& h, HessianPart part, int64_t V, int64_t n, T* u) {
-  const int threads = V * n * h.C < 16384 ? 1 : ctx.num_threads;
+  const int threads = threads_for(ctx, V * n * h.C);
   const int64_t C = h.C, positions = h.positions;
   const bool product = part == HessianPart::product;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)

@@ -1,7 +1,7 @@
 // Bandwidth-bound loops. outer_product writes N·rows·cols elements and reads next to nothing, so its stores go past the caches.
 #include "kernels/per_example.h"
 
-#include "kernels/cpu/simd.h"
+#include "kernels/cpu/parallel.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -12,8 +12,6 @@ namespace INFL_ISA {
 namespace {
 
 constexpr int64_t kStreamBytes = 8 << 20;  // outputs larger than this leave the cache anyway
-
-inline int threads_for(const Context& ctx, int64_t elements) { return elements < 16384 ? 1 : ctx.num_threads; }
 
 #if defined(__x86_64__)
 inline void stream_vector(float* to, Vec<float> v) {

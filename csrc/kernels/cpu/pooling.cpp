@@ -2,13 +2,11 @@
 // windows within the sum of lines; a window that is the whole plane is one sum.
 #include "kernels/pooling.h"
 
-#include "kernels/cpu/simd.h"
+#include "kernels/cpu/parallel.h"
 
 namespace infl {
 namespace INFL_ISA {
 namespace {
-
-inline int threads_for(const Context& ctx, int64_t elements) { return elements < 16384 ? 1 : ctx.num_threads; }
 
 template <class T>
 void max_pool_plane(const Windows& w, const T* x, T* y, T* index) {
@@ -91,8 +89,7 @@ void window_mean(const Context& ctx, const Windows& w, int64_t planes, T factor,
   const int64_t in = w.in_plane(), out = w.out_plane(), width = w.in[2];
   const bool whole = is_whole_plane(w);
   const int threads = threads_for(ctx, planes * in);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int64_t p = 0; p < planes; ++p) {
+  parallel_for(threads, planes, [&](int64_t p) {
     const T* from = x + p * in;
     T* to = y + p * out;
     if (whole) {
@@ -100,7 +97,7 @@ void window_mean(const Context& ctx, const Windows& w, int64_t planes, T factor,
 #pragma omp simd reduction(+ : sum)
       for (int64_t i = 0; i < in; ++i) sum += from[i];
       *to = sum * (factor / static_cast<T>(w.count[0][0] * w.count[1][0] * w.count[2][0]));
-      continue;
+      return;
     }
     T* line = line_buffer<T>(width);
     for (int64_t d = 0; d < w.out[0]; ++d) {
@@ -121,7 +118,7 @@ void window_mean(const Context& ctx, const Windows& w, int64_t planes, T factor,
         }
       }
     }
-  }
+  });
 }
 
 template <class T>
@@ -129,8 +126,7 @@ void window_spread(const Context& ctx, const Windows& w, int64_t planes, T facto
   const int64_t in = w.in_plane(), out = w.out_plane(), width = w.in[2];
   const bool whole = is_whole_plane(w);
   const int threads = threads_for(ctx, planes * in);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int64_t p = 0; p < planes; ++p) {
+  parallel_for(threads, planes, [&](int64_t p) {
     const T* from = y + p * out;
     T* to = x + p * in;
     if (whole) {
@@ -140,7 +136,7 @@ void window_spread(const Context& ctx, const Windows& w, int64_t planes, T facto
       } else {
         for (int64_t i = 0; i < in; ++i) to[i] = value;
       }
-      continue;
+      return;
     }
     if (!accumulate) std::memset(to, 0, in * sizeof(T));
     T* line = line_buffer<T>(width);
@@ -161,7 +157,7 @@ void window_spread(const Context& ctx, const Windows& w, int64_t planes, T facto
         }
       }
     }
-  }
+  });
 }
 
 INFL_REGISTER_CPU(max_pool_stub, max_pool)

@@ -1,7 +1,7 @@
 // inner = 1: along contiguous rows; else for a strip of columns side by side. Long sums are taken in blocks, which bounds the rounding error.
 #include "kernels/reduction.h"
 
-#include "kernels/cpu/simd.h"
+#include "kernels/cpu/parallel.h"
 
 namespace infl {
 namespace INFL_ISA {
@@ -10,8 +10,6 @@ namespace {
 constexpr int64_t kStrip = 64;    // columns whose sums stay in registers
 constexpr int64_t kBlock = 1024;  // terms of a row summed before they are added to a total
 constexpr int64_t kRowBlock = 256;
-
-inline int threads_for(const Context& ctx, int64_t elements) { return elements < 16384 ? 1 : ctx.num_threads; }
 
 // body(row, first column, number of columns) for every row and strip of columns
 template <class Body>

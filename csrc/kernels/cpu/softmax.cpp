@@ -1,15 +1,13 @@
 // inner = 1: along contiguous rows; else for a strip of columns side by side.
 #include "kernels/softmax.h"
 
-#include "kernels/cpu/simd.h"
+#include "kernels/cpu/parallel.h"
 
 namespace infl {
 namespace INFL_ISA {
 namespace {
 
 constexpr int64_t kStrip = 64;  // columns whose sums stay in registers
-
-inline int threads_for(const Context& ctx, int64_t elements) { return elements < 16384 ? 1 : ctx.num_threads; }
 
 template <class T>
 void softmax_row(int64_t size, bool log, const T* x, T* y, T* p) {

@@ -7,18 +7,20 @@ this form: then the generic rule runs it. What cannot be right in any way it ref
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from influence_ext.capture.constants import draws_random_numbers
-from influence_ext.capture.context import Context, Value, is_number, operation_of, target_of
+from influence_ext.capture.context import Context, Value, is_number, is_part, operation_of, operator_name, target_of
+from influence_ext.capture.cost import elements, operations
 from influence_ext.capture.export import Exported
-from influence_ext.capture.generic import NodeOperator, Reference
+from influence_ext.capture.generic import NodeOperator, Reference, Step
 from influence_ext.capture.graph import CapturedGraph, Problem, without_unread
-from influence_ext.capture.layout import Layout, is_free
-from influence_ext.capture.lowering import convolution, embedding, linear, movement, normalisation, pointwise, products, reduction
+from influence_ext.capture.layout import NO_AXIS, Layout, is_free
+from influence_ext.capture.lowering import convolution, embedding, linear, movement, normalisation, pointwise, products, reduction, resize
 from influence_ext.capture.lowering.pointwise import ACTIVATION_KINDS
 from influence_ext.capture.lowering.table import Lowering
 from influence_ext.capture.prologue import Prologue
@@ -34,6 +36,7 @@ LOWERINGS: dict[str, Lowering] = {
     **normalisation.LOWERINGS,
     **reduction.LOWERINGS,
     **products.LOWERINGS,
+    **resize.LOWERINGS,
 }
 
 # Operators that give truth values, kept as 1 and 0: comparisons, and what moves their results.
@@ -71,12 +74,16 @@ def lower(
     context = Context(exported, dtype, input_names)
     _check_inputs(context)
     reason: str | None = None
+    hidden: str | None = None
     for node in exported.program.graph.nodes:
         if node.op != "call_function" or node not in context.live or not context.is_batched(node):
             continue
         if draws_random_numbers(node) or _uses_batch_statistics(node):
             context.refuse(node, _refusal_text(node))
         elif context.depends[node] and isinstance(node.meta.get("val"), Tensor):
+            if not context.can_be_value(node):
+                hidden = hidden or f"{node.name}: {operator_name(node)} gives {_hidden_text(context, node)}"  # what reads it computes it
+                continue
             try:
                 value = _lower_node(context, node)
             except Unlowered as found:
@@ -90,7 +97,7 @@ def lower(
     if len(conditions) < len(problems):
         return None, problems, context
     if output is None or reason is not None:
-        raise Unlowered(reason or "the output is not computed from the inputs node by node")
+        raise Unlowered(reason or hidden or "the output is not computed from the inputs node by node")
     read, nodes, result = without_unread(context.nodes, output.id, context.num_sources)
     context.keep_sources(read)
     wanted = [(node, context.values[node].layout) for node in context.sources]
@@ -113,12 +120,9 @@ def lower(
 def _lower_node(context: Context, node: fx.Node) -> Value | None:
     operation = operation_of(node)
     item = node.args[1] if operation is not node else None
-    missing = [n for n in operation.all_input_nodes if context.is_batched(n) and n not in context.values]
-    if missing:
-        raise Unlowered(f"{missing[0].name}: its examples lie on no single axis of {target_of(missing[0])}'s output")
+    if any(context.is_batched(n) and n not in context.values for n in operation.all_input_nodes):
+        return _generic(context, node)
     found = node.meta["val"].dtype
-    if found != context.dtype and (found.is_floating_point or found.is_complex):
-        raise Unlowered(f"{node.name}: {target_of(node)} gives {found} where the parameters are {context.dtype}")
     # Of a multi-output operator its first output has a rule; parts of a split have one each.
     read = node if operation is node or target_of(operation) in PART_LOWERINGS else operation
     lowering = PART_LOWERINGS.get(target_of(operation)) or (LOWERINGS.get(target_of(operation)) if item in (None, 0) else None)
@@ -132,22 +136,26 @@ def _lower_node(context: Context, node: fx.Node) -> Value | None:
         if value is not None or len(context.problems) > before[1]:
             return value
         del context.nodes[before[0] :]
-    return _generic(context, node, operation, item)
+    return _generic(context, node)
 
 
-def _generic(context: Context, node: fx.Node, operation: fx.Node, item: Any) -> Value | None:
-    """The node as an operator for torch to differentiate."""
+def _generic(context: Context, node: fx.Node) -> Value | None:
+    """The node as an operator for torch to differentiate, together with operands that are no values."""
     layout = context.layout(node)
-    if layout is None:
-        raise Unlowered(f"{node.name}: the examples lie on no single axis of {target_of(operation)}'s output")
-    if not isinstance(operation.target, torch._ops.OpOverload):
-        raise Unlowered(f"{node.name}: {target_of(operation)} is not an operator that torch can run on its own")
+    assert layout is not None
+    inside = _computed_inside(context, node)
     inputs: list[tuple[Layout, torch.dtype]] = []
     values: list[Value] = []
     slots: list[tuple[tuple[int, ...], torch.dtype]] = []
     slot_ids: list[int] = []
+    references: dict[fx.Node, Reference] = {}
 
     def describe(argument: fx.Node) -> Any:
+        if argument not in references:
+            references[argument] = read(argument)
+        return references[argument]
+
+    def read(argument: fx.Node) -> Reference:
         if context.is_batched(argument):
             value = context.value(argument)
             inputs.append((value.layout, argument.meta["val"].dtype))
@@ -165,10 +173,42 @@ def _generic(context: Context, node: fx.Node, operation: fx.Node, item: Any) -> 
         slot_ids.append(slot)
         return Reference("slot", len(slots) - 1)
 
-    args: Any = fx.map_arg(operation.args, describe)
-    kwargs: Any = fx.map_arg(operation.kwargs, describe)
-    operator = NodeOperator(node.name, operation.target, tuple(args), dict(kwargs), inputs, slots, layout, item, context.dtype)
-    return context.emit(node, "generic", values, slot_ids, operator=operator)
+    steps: list[Step] = []
+    for source in inside:
+        args: Any = fx.map_arg(source.args, describe)
+        kwargs: Any = fx.map_arg(source.kwargs, describe)
+        shown = source is not operation_of(node) and not is_part(source) and not context.can_be_value(source)
+        hidden = _hidden_text(context, source) if shown else ""
+        steps.append(Step(source.name, source.target, tuple(args), dict(kwargs), hidden))  # type: ignore[arg-type]
+        references[source] = Reference("step", len(steps) - 1)
+    operator = NodeOperator(steps, inputs, slots, layout, context.dtype)
+    value = context.emit(node, "generic", values, slot_ids, operator=operator)
+    context.nodes[-1] = replace(context.nodes[-1], operations=sum(operations(n, elements(n)) for n in inside if not is_part(n)))
+    return value
+
+
+def _computed_inside(context: Context, node: fx.Node) -> list[fx.Node]:
+    """``node`` and those of its operands that are no values, theirs, and so on, in order."""
+    found = {node}
+    waiting = [node]
+    while waiting:
+        current = waiting.pop()
+        if not isinstance(current.target, torch._ops.OpOverload) and not is_part(current):
+            raise Unlowered(f"{current.name}: {target_of(current)} is not an operator that torch can run on its own")
+        for operand in current.all_input_nodes:
+            known = operand in context.values and context.counted(operand, 1) is None  # what depends on N alone differs from the data's N
+            if context.is_batched(operand) and not known and operand not in found:
+                found.add(operand)
+                waiting.append(operand)
+    return [n for n in node.graph.nodes if n in found]
+
+
+def _hidden_text(context: Context, node: fx.Node) -> str:
+    """Why a tensor is no value of the plan."""
+    tensor = node.meta.get("val")
+    if isinstance(tensor, Tensor) and context.layout(node) is not None:
+        return f"{tensor.dtype} where the parameters are {context.dtype}"
+    return NO_AXIS
 
 
 def _uses_batch_statistics(node: fx.Node) -> bool:

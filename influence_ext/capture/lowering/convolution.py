@@ -63,12 +63,12 @@ def _emit_convolution(
         [slot for slot in slots if slot is not None],
         ints={"in_channels": value.shape[1], "out_channels": int(output[1]), "groups": int(groups), "transposed": int(transposed)},
         lists={
-            "input": _three(value.shape[2:], 1),
-            "output": _three([int(size) for size in output[2:]], 1),
-            "kernel": _three(kernel, 1),
-            "stride": _three(stride, 1),
-            "dilation": _three(dilation, 1),
-            "padding": _three(_each(0 if padding == "valid" else padding, dims), 0),
+            "input": three(value.shape[2:], 1),
+            "output": three([int(size) for size in output[2:]], 1),
+            "kernel": three(kernel, 1),
+            "stride": three(stride, 1),
+            "dilation": three(dilation, 1),
+            "padding": three(_each(0 if padding == "valid" else padding, dims), 0),
         },
     )
 
@@ -150,7 +150,7 @@ def _emit_pool(
         return None
     sizes = value.shape[rank - dims :]
     outputs = [int(size) for size in _output(node).shape[rank - dims :]]
-    lists: dict[str, Sequence[int]] = {"input": _three(sizes, 1), "dilation": _three(dilation, 1)}
+    lists: dict[str, Sequence[int]] = {"input": three(sizes, 1), "dilation": three(dilation, 1)}
     for axis in range(3):
         mine = axis - (3 - dims)
         found = intervals(mine, sizes[mine], outputs[mine]) if mine >= 0 else [(0, 1, 1)]
@@ -174,7 +174,8 @@ def _each(setting: Any, dims: int) -> list[int]:
     return [int(number) for number in (numbers * dims if len(numbers) == 1 else numbers)]
 
 
-def _three(numbers: Sequence[int], fill: int) -> list[int]:
+def three(numbers: Sequence[int], fill: int) -> list[int]:
+    """Numbers of the spatial axes as those of three, leading ones filled in."""
     return [fill] * (3 - len(numbers)) + list(numbers)
 
 

@@ -144,13 +144,20 @@ def _pow(context: Context, node: fx.Node) -> Value | None:
 
 
 def _comparison(kind: str) -> Lowering:
-    """``x > number`` and the like, as 1 or 0 with a derivative of zero."""
+    """``x > y`` and the like, y a tensor or a number, as 1 or 0 with a derivative of zero."""
 
     def lowering(context: Context, node: fx.Node) -> Value | None:
-        source: Any = node.args[0]
-        if not context.is_batched(source) or source.meta["val"].dtype != context.dtype:
+        first, second = node.args[:2]
+        if context.is_batched(first) and first.meta["val"].dtype == context.dtype:  # type: ignore[union-attr]
+            number = _constant_number(context, node, second)
+            if number is not None:
+                return _emit_activation(context, node, kind, [number])
+        if not isinstance(first, fx.Node) or not isinstance(second, fx.Node):
             return None
-        return _emit_activation(context, node, kind, [_constant_number(context, node, node.args[1])])
+        if any(x.meta["val"].dtype not in (context.dtype, torch.bool) for x in (first, second)):
+            return None
+        pair = _pair(context, node, first, second)
+        return None if pair is None else context.emit(node, "comparison", pair, ints={"kind": ACTIVATION_KINDS[kind]})
 
     return lowering
 

@@ -136,6 +136,21 @@ class Recurrent(nn.Module):
         return self.head(self.rnn(self.tokens(x))[0][:, -1])
 
 
+class TimeFirst(nn.Module):
+    """A recurrent layer made for ``[T, N, E]``, its first state a parameter, that reads all positions."""
+
+    def __init__(self, kind: type[nn.LSTM] | type[nn.GRU]):
+        super().__init__()
+        self.tokens, self.rnn, self.head = nn.Embedding(11, 6), kind(6, 5), nn.Linear(5, 3)
+        self.state = nn.Parameter(torch.randn(1, 1, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = self.state.expand(1, x.shape[0], 5).contiguous()
+        states = (state, state.tanh()) if isinstance(self.rnn, nn.LSTM) else state
+        positions = self.rnn(self.tokens(x).transpose(0, 1), states)[0]
+        return self.head(positions.transpose(0, 1).tanh().sum(1))
+
+
 class Cells(nn.Module):
     """An LSTM written as a loop over ``nn.LSTMCell``, its first state zeros of the batch's size."""
 

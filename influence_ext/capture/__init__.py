@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from influence_ext.capture.export import NotExportable, batch_norm_problems, export_model
-from influence_ext.capture.generic import differentiable
 from influence_ext.capture.graph import CapturedGraph, Expression, Node, Problem, Slot, named_tensors
 from influence_ext.capture.lowering import ACTIVATION_KINDS, LOWERINGS, PART_LOWERINGS, Unlowered, lower
 from influence_ext.capture.probe import mixing_node
 from influence_ext.capture.report import format_table
 from influence_ext.capture.signature import structure_key
-from influence_ext.capture.whole import only_tensor, whole_model
+from influence_ext.capture.whole import whole_model
 from influence_ext.context import exclusive
 from influence_ext.errors import DeviceError, DTypeError, ShapeError, UnsupportedModelError
 
@@ -30,10 +29,8 @@ __all__ = [
     "Slot",
     "capture",
     "clear_cache",
-    "differentiable",
     "format_table",
     "named_tensors",
-    "only_tensor",
 ]
 
 _log = logging.getLogger("influence_ext")

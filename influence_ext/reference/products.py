@@ -110,13 +110,13 @@ def hessian_products(
     parameters = list(trainable(network, params).values())
     total = torch.zeros(V.shape, dtype=torch.float64)
     with plain_kernels(), _TwiceDifferentiable():
-        for n in range(num_examples(data)):
-            value = loss(call(network, example(data, n)), targets[n : n + 1]).sum()
-            gradient = flat_gradient(value, parameters, create_graph=True)
-            for row, v in zip(total, V.double(), strict=True):
-                if gradient.requires_grad:
-                    row += flat_gradient(gradient @ v, parameters, retain_graph=True)
-    return reduction_factor(reduction, num_examples(data)) * total
+        z = call(network, data)
+        losses = [loss(z[n : n + 1], targets[n : n + 1]).sum() for n in range(z.shape[0])]
+        gradient = flat_gradient(torch.stack(losses).sum(), parameters, create_graph=True)
+        for row, v in zip(total, V.double(), strict=True):
+            if gradient.requires_grad:
+                row += flat_gradient(gradient @ v, parameters, retain_graph=True)
+    return reduction_factor(reduction, z.shape[0]) * total
 
 
 def double_outputs(model: nn.Module, X: Inputs) -> Tensor:

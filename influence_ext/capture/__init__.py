@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from influence_ext.capture.export import NotExportable, batch_norm_problems, export_model
+from influence_ext.capture.generic import differentiable
 from influence_ext.capture.graph import CapturedGraph, Expression, Node, Problem, Slot, named_tensors
 from influence_ext.capture.lowering import ACTIVATION_KINDS, LOWERINGS, PART_LOWERINGS, Unlowered, lower
 from influence_ext.capture.probe import mixing_node
@@ -29,6 +30,7 @@ __all__ = [
     "Slot",
     "capture",
     "clear_cache",
+    "differentiable",
     "format_table",
     "named_tensors",
 ]

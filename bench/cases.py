@@ -56,7 +56,7 @@ class Problem:
 class Case:
     """One row of the table."""
 
-    quantity: str  # ggn | grads | norms | dots | gram | solve
+    quantity: str  # ggn | hessian | grads | norms | dots | gram | solve
     workload: Workload
     num_examples: int
     num_vectors: int = 1
@@ -65,13 +65,14 @@ class Case:
 
     @property
     def name(self) -> str:
-        vectors = f"-v{self.num_vectors}" if self.quantity in ("ggn", "dots", "solve") else ""
+        vectors = f"-v{self.num_vectors}" if self.quantity in ("ggn", "hessian", "dots", "solve") else ""
         return f"{self.quantity}{vectors}-{self.workload.name}-n{self.num_examples}"
 
     @property
     def title(self) -> str:
         text = {
             "ggn": f"GGN product, V = {self.num_vectors}",
+            "hessian": f"Hessian product, V = {self.num_vectors}",
             "grads": "per-example gradients",
             "norms": "per-example norms",
             "dots": f"per-example dots, V = {self.num_vectors}",
@@ -95,6 +96,11 @@ CASES: tuple[Case, ...] = (
     Case("ggn", CLASSIFIER, 4096, 8),
     *(Case("ggn", workload, N, V) for workload, N in ((LENET, 512), (TRANSFORMER, 16), (RESNET, 128)) for V in (1, 8)),
     *(
+        Case("hessian", workload, N, V)
+        for workload, N in ((REGRESSION, 1000), (CLASSIFIER, 4096), (LENET, 512), (TRANSFORMER, 16))
+        for V in (1, 8)
+    ),
+    *(
         Case(quantity, workload, 256, num_vectors)
         for workload in (REGRESSION, CLASSIFIER, LENET)
         for quantity, num_vectors in (("grads", 1), ("norms", 1), ("dots", 8), ("gram", 1))
@@ -112,6 +118,8 @@ SMOKE_CASES: tuple[Case, ...] = tuple(
     for quantity, num_vectors, dtype, damping in (
         ("ggn", 1, torch.float32, 0.0),
         ("ggn", 3, torch.float32, 0.0),
+        ("hessian", 1, torch.float32, 0.0),
+        ("hessian", 3, torch.float32, 0.0),
         ("grads", 1, torch.float32, 0.0),
         ("norms", 1, torch.float32, 0.0),
         ("dots", 3, torch.float32, 0.0),
@@ -144,6 +152,9 @@ def reference(case: Case, problem: Problem) -> Tensor:
     if case.quantity == "ggn":
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels cannot be differentiated twice
             return ggn_products(exact, exact.vectors)
+    if case.quantity == "hessian":
+        with sdpa_kernel(SDPBackend.MATH):
+            return hessian_products(exact, exact.vectors)
     if case.quantity == "solve":
         return exact.vectors
     if case.quantity == "norms":
@@ -180,6 +191,18 @@ def ggn_products(problem: Problem, V: Tensor) -> Tensor:
         pulled = torch.autograd.grad(z, parameters, hessian_product(problem, z.detach(), jv), retain_graph=True)
         products.append(torch.cat([g.flatten() for g in pulled]))
     return torch.stack(products)
+
+
+def hessian_products(problem: Problem, V: Tensor) -> Tensor:
+    """``∇²J V`` row by row, by reverse mode twice."""
+    parameters = list(problem.model.parameters())
+
+    def gradient(value: Tensor) -> Tensor:
+        found = torch.autograd.grad(value, parameters, create_graph=True, allow_unused=True, materialize_grads=True)
+        return torch.cat([g.flatten() for g in found])
+
+    first = gradient(problem.loss_fn(problem.model(problem.X), problem.y))
+    return torch.stack([gradient(first @ v).detach() for v in V])
 
 
 def hessian_product(problem: Problem, z: Tensor, t_z: Tensor) -> Tensor:

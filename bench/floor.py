@@ -99,7 +99,8 @@ def count(case: Case) -> tuple[float, float] | None:
 
     One GGN product costs four forward passes less two of the first layer: the tangent through parameters and through
     inputs, the cotangent of inputs and of parameters, of which the first layer's inputs need neither. Its own forward
-    pass is done once, before. The per-example quantities include their forward pass.
+    pass is done once, before. A Hessian product costs two forward passes more, without the first layer: either cotangent's
+    second-order term. The per-example quantities include their forward pass.
     """
     N, V = case.num_examples, case.num_vectors
     forward = N * case.workload.forward_operations
@@ -108,6 +109,8 @@ def count(case: Case) -> tuple[float, float] | None:
     gradients = forward + (forward - first)  # activations and the cotangent of every layer's output
     if case.quantity == "ggn":
         return V * (4 * forward - 2 * first), V * case.workload.num_parameters * item
+    if case.quantity == "hessian":
+        return V * (6 * forward - 4 * first), V * case.workload.num_parameters * item
     if case.quantity == "grads":
         return gradients, N * case.workload.num_parameters * item
     if case.quantity == "norms":

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call, grad, jvp, vjp, vmap
+from torch.func import functional_call, grad, jvp, linearize, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.cases import LOSS_MODULES, Case, Problem
@@ -92,6 +92,13 @@ def _ours_ggn(case: Case, problem: Problem) -> Call:
     return lambda: G.matmat(problem.vectors)
 
 
+def _ours_hessian(case: Case, problem: Problem) -> Call:
+    import influence_ext as ie
+
+    H = ie.Hessian(problem.model, LOSS_MODULES[problem.loss](), (problem.X, problem.y))
+    return lambda: H.matmat(problem.vectors)
+
+
 def _ours_per_example(case: Case, problem: Problem) -> Call:
     import influence_ext as ie
 
@@ -148,8 +155,30 @@ def _functional_ggn(problem: Problem) -> Callable[[Tensors], Tensors]:
     return product
 
 
-def _torch_ggn(case: Case, problem: Problem, *, compiled: bool, batched: bool) -> Call:
-    product = _functional_ggn(problem)
+def _functional_gradient(problem: Problem) -> Callable[[Tensors], Tensors]:
+    def cost(p: Tensors) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            return problem.loss_fn(functional_call(problem.model, p, (problem.X,)), problem.y)
+
+    return grad(cost)
+
+
+def _functional_hessian(problem: Problem) -> Callable[[Tensors], Tensors]:
+    parameters, gradient = _parameters(problem), _functional_gradient(problem)
+    return lambda v: jvp(gradient, (parameters,), (v,))[1]
+
+
+def _linearized_hessian(problem: Problem) -> Callable[[Tensors], Tensors]:
+    """What does not depend on v is computed once, as ours is."""
+    _, product = linearize(_functional_gradient(problem), _parameters(problem))
+    return product
+
+
+Products = Callable[[Problem], Callable[[Tensors], Tensors]]
+
+
+def _torch_products(make: Products, case: Case, problem: Problem, *, compiled: bool, batched: bool) -> Call:
+    product = make(problem)
     if case.num_vectors == 1 or not batched:
         function = compile_static(product) if compiled else product
         stacked = _unflatten(problem, problem.vectors)
@@ -219,10 +248,10 @@ def _torch_forward_dots(case: Case, problem: Problem, *, compiled: bool) -> Call
 # curvlinops
 
 
-def _curvlinops_ggn(case: Case, problem: Problem) -> Call:
-    from curvlinops import GGNLinearOperator
+def _curvlinops(operator: str, case: Case, problem: Problem) -> Call:
+    import curvlinops
 
-    G = GGNLinearOperator(
+    G = getattr(curvlinops, operator)(
         problem.model,
         LOSS_MODULES[problem.loss](),
         [p for p in problem.model.parameters() if p.requires_grad],
@@ -241,17 +270,37 @@ def _curvlinops_ggn(case: Case, problem: Problem) -> Call:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _ggn_contenders(case: Case) -> list[Contender]:
-    found = [Contender(OURS, _ours_ggn, _same)]
-    if case.num_vectors == 1:
-        for name, compiled in (("torch.func", False), ("torch.compile", True)):
-            found.append(Contender(name, partial(_torch_ggn, compiled=compiled, batched=False), _stacked_one))
-    else:
-        for name, compiled in (("torch.func", False), ("torch.compile", True)):
-            found.append(Contender(f"{name}, vmap", partial(_torch_ggn, compiled=compiled, batched=True), _stacked))
-            found.append(Contender(f"{name}, loop", partial(_torch_ggn, compiled=compiled, batched=False), _listed))
-    found.append(Contender("curvlinops", _curvlinops_ggn, _trailing))
+def _torch_contenders(case: Case, make: Products, forms: tuple[tuple[str, bool], ...]) -> list[Contender]:
+    """One of each form (name, compiled); for several vectors both under vmap and in a loop."""
+    found = []
+    for name, compiled in forms:
+        prepare = partial(_torch_products, make, compiled=compiled)
+        if case.num_vectors == 1:
+            found.append(Contender(name, partial(prepare, batched=False), _stacked_one))
+        else:
+            found.append(Contender(f"{name}, vmap", partial(prepare, batched=True), _stacked))
+            found.append(Contender(f"{name}, loop", partial(prepare, batched=False), _listed))
     return found
+
+
+_EAGER_AND_COMPILED = (("torch.func", False), ("torch.compile", True))
+
+
+def _ggn_contenders(case: Case) -> list[Contender]:
+    return [
+        Contender(OURS, _ours_ggn, _same),
+        *_torch_contenders(case, _functional_ggn, _EAGER_AND_COMPILED),
+        Contender("curvlinops", partial(_curvlinops, "GGNLinearOperator"), _trailing),
+    ]
+
+
+def _hessian_contenders(case: Case) -> list[Contender]:
+    return [
+        Contender(OURS, _ours_hessian, _same),
+        *_torch_contenders(case, _functional_hessian, _EAGER_AND_COMPILED),
+        *_torch_contenders(case, _linearized_hessian, (("torch.func.linearize", False),)),
+        Contender("curvlinops", partial(_curvlinops, "HessianLinearOperator"), _trailing),
+    ]
 
 
 def _per_example_contenders(case: Case) -> list[Contender]:
@@ -273,6 +322,7 @@ def _solve_contenders(case: Case) -> list[Contender]:
 
 _CONTENDERS: dict[str, Callable[[Case], list[Contender]]] = {
     "ggn": _ggn_contenders,
+    "hessian": _hessian_contenders,
     "grads": _per_example_contenders,
     "norms": _per_example_contenders,
     "dots": _per_example_contenders,

@@ -106,6 +106,9 @@ class PyRule final : public Rule<T> {
     return {.keeps_input = std::vector<bool>(node.inputs.size(), true), .state_widths = {}, .on_calling_thread = true};
   }
 
+  // Torch says what second derivatives an operator has; those it has not come out as zeros.
+  bool is_curved(const Node&) const override { return true; }
+
   void forward(const Tile<T>& tile, T* y) const override {
     py::gil_scoped_acquire gil;
     store(tile.ctx, object_->attr("forward")(tile.n, inputs(tile), slots(tile)), y, tile.n * tile.node.width, false);
@@ -113,14 +116,7 @@ class PyRule final : public Rule<T> {
 
   void jvp(const Tile<T>& tile, const T* const* t_x, const ParameterTangents<T>& t_theta, const T* /*scale*/, T* t_y) const override {
     py::gil_scoped_acquire gil;
-    py::list of_inputs, of_slots;
-    for (size_t k = 0; k < tile.node.inputs.size(); ++k) {
-      of_inputs.append(t_x[k] ? py::cast(view(tile.ctx, t_x[k], {tile.V, tile.n, tile.node.input_widths[k]})) : py::none());
-    }
-    for (size_t k = 0; k < tile.node.slots.size(); ++k) {
-      const T* t = t_theta.theta[k];
-      of_slots.append(t ? py::cast(view(tile.ctx, t, {tile.V, tile.node.slot_sizes[k]}, {t_theta.stride, 1}).contiguous()) : py::none());
-    }
+    const auto [of_inputs, of_slots] = tangents(tile, t_x, t_theta);
     store(tile.ctx, object_->attr("jvp")(tile.n, inputs(tile), slots(tile), of_inputs, of_slots), t_y, tile.V * tile.n * tile.node.width, false);
   }
 
@@ -142,6 +138,25 @@ class PyRule final : public Rule<T> {
     for (size_t k = 0; k < tile.node.slots.size(); ++k) {
       if (g_theta[k])
         view(tile.ctx, g_theta[k], {tile.V, tile.node.slot_sizes[k]}, {stride, 1}).add_(found[num_inputs + k].template cast<at::Tensor>());
+    }
+  }
+
+  void second_order(const Tile<T>& tile, const SecondOrder<T>& s) const override {
+    py::gil_scoped_acquire gil;
+    const Node& node = tile.node;
+    const size_t num_inputs = node.inputs.size();
+    const auto [of_inputs, of_slots] = tangents(tile, s.t_x, s.t_theta);
+    std::vector<bool> wanted;
+    for (size_t k = 0; k < num_inputs; ++k) wanted.push_back(s.g_x[k] != nullptr);
+    for (size_t k = 0; k < node.slots.size(); ++k) wanted.push_back(s.g_theta[k] != nullptr);
+    const py::list found =
+        object_->attr("second_order")(tile.n, inputs(tile), slots(tile), view(tile.ctx, s.g_y, {tile.n, node.width}), of_inputs, of_slots, wanted);
+    for (size_t k = 0; k < num_inputs; ++k) {
+      if (s.g_x[k]) store(tile.ctx, found[k], s.g_x[k], tile.V * tile.n * node.input_widths[k], true);
+    }
+    for (size_t k = 0; k < node.slots.size(); ++k) {
+      if (s.g_theta[k])
+        view(tile.ctx, s.g_theta[k], {tile.V, node.slot_sizes[k]}, {s.stride, 1}).add_(found[num_inputs + k].template cast<at::Tensor>());
     }
   }
 
@@ -167,6 +182,17 @@ class PyRule final : public Rule<T> {
     return at::for_blob(p, sizes).strides(strides).options(options).target_device(options.device()).make_tensor();
   }
   static at::Tensor cotangent(const Tile<T>& tile, const T* g_y) { return view(tile.ctx, g_y, {tile.V, tile.n, tile.node.width}); }
+  static std::pair<py::list, py::list> tangents(const Tile<T>& tile, const T* const* t_x, const ParameterTangents<T>& t_theta) {
+    py::list of_inputs, of_slots;
+    for (size_t k = 0; k < tile.node.inputs.size(); ++k) {
+      of_inputs.append(t_x[k] ? py::cast(view(tile.ctx, t_x[k], {tile.V, tile.n, tile.node.input_widths[k]})) : py::none());
+    }
+    for (size_t k = 0; k < tile.node.slots.size(); ++k) {
+      const T* t = t_theta.theta[k];
+      of_slots.append(t ? py::cast(view(tile.ctx, t, {tile.V, tile.node.slot_sizes[k]}, {t_theta.stride, 1}).contiguous()) : py::none());
+    }
+    return {of_inputs, of_slots};
+  }
   static py::list inputs(const Tile<T>& tile) {
     py::list list;
     for (size_t k = 0; k < tile.node.inputs.size(); ++k) list.append(view(tile.ctx, tile.x[k], {tile.n, tile.node.input_widths[k]}));
@@ -240,11 +266,26 @@ struct BoundFactors {
   std::unique_ptr<FactorSet<T>> set;
 };
 
+// [V, P] -> [V, P] by ggn or hvp.
+template <class T, void (Tape<T>::*method)(const Context&, int64_t, const T*, const OutputHessian<T>&, T*) const>
+at::Tensor product(const BoundTape<T>& b, const at::Tensor& v, int shape, double scale, const std::optional<at::Tensor>& state,
+                   const std::optional<at::Tensor>& weights) {
+  const int64_t V = v.size(0);
+  const T* from = data<T>(v, V * b.P(), b.device, "product");
+  const OutputHessian<T> h = make_hessian<T>(shape, b.C(), scale, b.N(), state, weights, b.device);
+  at::Tensor out = empty<T>({V, b.P()}, b.device);
+  T* to = out.mutable_data_ptr<T>();
+  const Run run(b.device, b.precision);
+  py::gil_scoped_release release;
+  if (V > 0) (b.tape.get()->*method)(run.ctx, V, from, h, to);
+  return out;
+}
+
 template <class T>
 void bind(py::module_& m, const std::string& suffix) {
   py::class_<Plan<T>, std::shared_ptr<Plan<T>>>(m, ("Plan" + suffix).c_str())
       .def(py::init([](const std::vector<py::dict>& nodes, const std::vector<std::pair<int64_t, int64_t>>& slots, std::vector<int64_t> input_widths,
-                       std::vector<int> aliases, int output, int64_t num_parameters) {
+                       std::vector<int> aliases, int output, int64_t num_parameters, bool second_order) {
              std::vector<Node> parsed;
              std::vector<std::shared_ptr<const Rule<T>>> own_rules;
              for (const py::dict& d : nodes) {
@@ -265,13 +306,22 @@ void bind(py::module_& m, const std::string& suffix) {
              std::vector<Slot> parsed_slots;
              for (const auto& [size, offset] : slots) parsed_slots.push_back({size, offset});
              return std::make_shared<Plan<T>>(std::move(parsed), std::move(parsed_slots), std::move(input_widths), std::move(aliases), output,
-                                              num_parameters, std::move(own_rules));
+                                              num_parameters, std::move(own_rules), second_order);
            }),
-           py::arg("nodes"), py::arg("slots"), py::arg("input_widths"), py::arg("aliases"), py::arg("output"), py::arg("num_parameters"))
+           py::arg("nodes"), py::arg("slots"), py::arg("input_widths"), py::arg("aliases"), py::arg("output"), py::arg("num_parameters"),
+           py::arg("second_order") = false)
       .def_property_readonly("num_parameters", &Plan<T>::num_parameters)
       .def_property_readonly("output_depends_on_parameters", &Plan<T>::output_depends_on_parameters)
       .def_property_readonly("widest_activation", &Plan<T>::widest_activation)
       .def_property_readonly("sweep_width", [](const Plan<T>& plan) { return plan.schedules().sweep_width; })
+      .def_property_readonly("curved_nodes",
+                             [](const Plan<T>& plan) {
+                               std::vector<std::string> names;
+                               for (const Node& node : plan.nodes()) {
+                                 if (node.curved) names.push_back(node.name);
+                               }
+                               return names;
+                             })
       .def_property_readonly("fused_nodes", [](const Plan<T>& plan) {
         std::vector<std::string> names;
         for (const TangentStep& step : plan.schedules().tangent) {
@@ -333,20 +383,16 @@ void bind(py::module_& m, const std::string& suffix) {
           },
           py::arg("g"))
       .def(
-          "ggn",
-          [](const BoundTape<T>& b, const at::Tensor& v, int shape, double scale, const std::optional<at::Tensor>& state,
-             const std::optional<at::Tensor>& weights) {
-            const int64_t V = v.size(0);
-            const T* from = data<T>(v, V * b.P(), b.device, "ggn");
-            const OutputHessian<T> h = make_hessian<T>(shape, b.C(), scale, b.N(), state, weights, b.device);
-            at::Tensor out = empty<T>({V, b.P()}, b.device);
-            T* to = out.mutable_data_ptr<T>();
+          "keep_cotangents",
+          [](BoundTape<T>& b, const at::Tensor& g) {
+            const T* from = data<T>(g, b.N() * b.C(), b.device, "keep_cotangents");
             const Run run(b.device, b.precision);
             py::gil_scoped_release release;
-            if (V > 0) b.tape->ggn(run.ctx, V, from, h, to);
-            return out;
+            b.tape->keep_cotangents(run.ctx, from);
           },
-          py::arg("v"), py::arg("shape"), py::arg("scale"), py::arg("state"), py::arg("weights"))
+          py::arg("g"))
+      .def("ggn", &product<T, &Tape<T>::ggn>, py::arg("v"), py::arg("shape"), py::arg("scale"), py::arg("state"), py::arg("weights"))
+      .def("hvp", &product<T, &Tape<T>::hvp>, py::arg("v"), py::arg("shape"), py::arg("scale"), py::arg("state"), py::arg("weights"))
       .def(
           "factors",
           [](std::shared_ptr<BoundTape<T>> b, const at::Tensor& g) {

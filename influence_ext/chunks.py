@@ -39,6 +39,7 @@ class ChunkedTape:
         self._values: list[Tensor | None] = []
         self._theta: Tensor | None = None
         self._schedule = 0
+        self._cotangents: Tensor | None = None
         self._outputs: Tensor | None = None
         self._spares: list[Any] = []
 
@@ -116,10 +117,18 @@ class ChunkedTape:
 
     def ggn(self, v: Tensor, shape: int, scale: float, state: Tensor | None, weights: Tensor | None) -> Tensor:
         """``[V, P] -> [V, P]``."""
+        return self._sum(lambda tape, start, stop: tape.ggn(v, shape, scale, *_rows(start, stop, state, weights)))
+
+    def keep_cotangents(self, g: Tensor) -> None:
+        """Cotangents ``[N, *out]`` of the outputs, pulled back anew for each chunk in each ``hvp``."""
+        self._cotangents = g
+
+    def hvp(self, v: Tensor, shape: int, scale: float, state: Tensor | None, weights: Tensor | None) -> Tensor:
+        """``[V, P] -> [V, P]``."""
 
         def part(tape: Any, start: int, stop: int) -> Tensor:
-            rows = (None if t is None else t[start:stop].contiguous() for t in (state, weights))
-            product: Tensor = tape.ggn(v, shape, scale, *rows)
+            tape.keep_cotangents(*_rows(start, stop, self._cotangents))
+            product: Tensor = tape.hvp(v, shape, scale, *_rows(start, stop, state, weights))
             return product
 
         return self._sum(part)
@@ -194,3 +203,8 @@ class ChunkedFactors:
         for start, tape in self.tape.tapes():
             stop = start + tape.num_examples
             yield start, stop, tape.factors(self.g[:, start:stop].contiguous())
+
+
+def _rows(start: int, stop: int, *tensors: Tensor | None) -> list[Tensor | None]:
+    """Those of the examples ``start`` to ``stop``."""
+    return [None if t is None else t[start:stop].contiguous() for t in tensors]

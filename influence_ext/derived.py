@@ -5,7 +5,9 @@ computed from trained parameters become blocks of their own behind the parameter
 
     J v = J̃ D v,   Jᵀ g = Dᵀ J̃ᵀ g,   D = ∂θ̃/∂θ = [I; ∂φ/∂θ]
 
-D costs what φ costs, whatever the number of examples.
+D costs what φ costs, whatever the number of examples. Second derivatives have a term more, since φ is curved itself:
+
+    ∇²L v = Dᵀ ∇̃²L D v + Σ_j (∇̃L)_j ∇²φ_j v
 """
 
 from __future__ import annotations
@@ -90,6 +92,12 @@ class DerivedPoint:
             return direct.contiguous()
         found = self.operator.vjp(1, [], self.theta, derived.reshape(G.shape[0], 1, -1), [True] * len(self.theta))
         return direct + torch.cat([g.reshape(G.shape[0], -1) for g in found if g is not None], dim=1)
+
+    def second_order(self, gradient: Tensor, V: Tensor) -> Tensor:
+        """``Σ_j g_j ∇²φ_j v`` for a gradient ``[P̃]`` in θ̃: ``[V, P] -> [V, P]``."""
+        g = gradient[None, self.parameters.space.num_parameters :]
+        found = self.operator.second_order(1, [], self.theta, g, [], self._split(V), [True] * len(self.theta))
+        return torch.cat([s.reshape(V.shape[0], -1) for s in found if s is not None], dim=1)
 
     def _split(self, V: Tensor) -> list[Tensor | None]:
         return list(V.split([math.prod(shape) for shape in self.parameters.space.shapes], dim=1))

@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-import copy
+import functools
 import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 import influence_ext._C as _C
-from influence_ext.capture import (
-    CapturedGraph,
-    call_signature,
-    capture,
-    differentiable,
-    format_table,
-    named_inputs,
-    named_tensors,
-    only_tensor,
-    remembered,
-)
+from influence_ext.capture import CapturedGraph, call_signature, capture, format_table, named_inputs, named_tensors, remembered
 from influence_ext.chunks import ChunkedTape
 from influence_ext.context import about_to_start_threads, exclusive
-from influence_ext.data import Examples, StreamedExamples, call_arguments
+from influence_ext.data import Examples, StreamedExamples
 from influence_ext.derived import DerivedFactors, DerivedParameters, DerivedPoint
 from influence_ext.errors import ArgumentError, DataError, DeviceError, DTypeError, ShapeError, UnsupportedModelError
 from influence_ext.finite import all_finite
 from influence_ext.losses import OutputHessian
-from influence_ext.params import ParameterSpace, Selection, is_half, widened, widened_model
+from influence_ext.params import ParameterSpace, Selection, is_half, widened
 
 Schedule = Literal["auto", "by_example", "by_operator"]
 _SCHEDULES: dict[str, int] = {"auto": 0, "by_example": 1, "by_operator": 2}
@@ -77,7 +67,8 @@ class Plan:
         widths = [math.prod(shape) for shape in graph.prologue.shapes]
         kind = _C.Plan32 if space.dtype == torch.float32 else _C.Plan64
         size = space.num_parameters if self._derived is None else self._derived.num_parameters
-        self._native = kind(nodes, slots, widths, aliases, graph.output, size)
+        self._compile = functools.partial(kind, nodes, slots, widths, aliases, graph.output, size)
+        self._native = self._compile()
         if not self._native.output_depends_on_parameters:
             raise UnsupportedModelError(
                 f"{graph.model_name}: expected an output that depends on a trainable parameter, got none among "
@@ -125,7 +116,7 @@ class Plan:
         plan._model = model
         return plan
 
-    def linearize(self, X: Any, theta: Tensor | None = None, *, memory_budget: int | None = None) -> Tape:
+    def linearize(self, X: Any, theta: Tensor | None = None, *, memory_budget: int | None = None, second_order: bool = False) -> Tape:
         """The forward pass at ``theta`` and all that products need.
 
         Args:
@@ -133,6 +124,7 @@ class Plan:
             theta: ``[P]``; by default the model's own parameters at this moment. Frozen parameters and buffers are read now.
             memory_budget: bytes that the forward state and one product's workspace may take. What does not fit is recomputed
                 in every product, a chunk of examples at a time.
+            second_order: also keep what ``Tape.hvp`` needs.
 
         Raises:
             ShapeError, DTypeError, DeviceError: inputs or theta do not fit.
@@ -142,22 +134,25 @@ class Plan:
         Cost: one forward pass; memory ``Tape.cached_bytes``.
         """
         with exclusive:
-            return self._linearize(X, theta, memory_budget)
+            return self._linearize(X, theta, memory_budget, second_order)
 
-    def _linearize(self, X: Any, theta: Tensor | None, memory_budget: int | None) -> Tape:
+    def _linearize(self, X: Any, theta: Tensor | None, memory_budget: int | None, second_order: bool) -> Tape:
         tensors = named_tensors(self._model)
         theta = self.space.gather(tensors, self._who) if theta is None else self._copied(theta)
+        native = self._second_order_native if second_order else self._native
+        make = functools.partial(self._make, native)
+        curved = tuple(native.curved_nodes) if second_order else None
         examples = X if isinstance(X, Examples) else None
         if memory_budget is None and isinstance(examples, StreamedExamples):
             memory_budget = examples.memory_budget
         if memory_budget is None:
-            return Tape(self, self._tape_on(X if examples is None else examples.X, tensors), theta, tensors)
+            return Tape(self, make(self._inputs(X if examples is None else examples.X, tensors)), theta, tensors, curved)
         if examples is None:
             examples = Examples.of_inputs(X)
-        chunk = self._chunk(examples, memory_budget)
+        chunk = self._chunk(native, examples, memory_budget)
         if chunk >= examples.num_examples and examples.resident:
-            return Tape(self, self._tape_on(examples.X, tensors), theta, tensors)
-        return Tape(self, ChunkedTape(self._make, self._inputs, examples.blocks, examples.num_examples, chunk), theta, tensors)
+            return Tape(self, make(self._inputs(examples.X, tensors)), theta, tensors, curved)
+        return Tape(self, ChunkedTape(make, self._inputs, examples.blocks, examples.num_examples, chunk), theta, tensors, curved)
 
     def _copied(self, theta: Tensor) -> Tensor:
         """A copy of a user's θ, checked."""
@@ -170,20 +165,21 @@ class Plan:
             raise DTypeError(f"Tape: expected theta of dtype {space.dtype}, got {theta.dtype}; convert it with .to({space.dtype}).")
         return theta.detach().clone(memory_format=torch.contiguous_format)
 
-    def _tape_on(self, X: Any, tensors: Mapping[str, Tensor] | None = None) -> Any:
-        """A tape of the extension on inputs as the user gives them."""
-        return self._make(self._inputs(X, tensors))
+    @functools.cached_property
+    def _second_order_native(self) -> Any:
+        return self._compile(second_order=True)
 
-    def _make(self, sources: list[Tensor]) -> Any:
+    def _make(self, native: Any, sources: list[Tensor]) -> Any:
+        """A tape of the extension."""
         kind = _C.Tape32 if self.space.dtype == torch.float32 else _C.Tape64
-        return kind(self._native, sources)
+        return kind(native, sources)
 
-    def _chunk(self, examples: Examples, budget: int) -> int:
+    def _chunk(self, native: Any, examples: Examples, budget: int) -> int:
         """Examples whose forward state and workspace, for one vector, take at most ``budget`` bytes."""
         _, first = next(examples.blocks(2))
-        one = self._tape_on(_rows(first, 1))
-        two = self._tape_on(_rows(first, 1, repeat=2))
-        each = two.cached_bytes - one.cached_bytes + self._native.sweep_width * self.space.dtype.itemsize
+        one = self._make(native, self._inputs(_rows(first, 1)))
+        two = self._make(native, self._inputs(_rows(first, 1, repeat=2)))
+        each = two.cached_bytes - one.cached_bytes + native.sweep_width * self.space.dtype.itemsize
         fixed = 2 * one.cached_bytes - two.cached_bytes
         if fixed + each > budget:
             raise ArgumentError(
@@ -192,29 +188,9 @@ class Plan:
             )
         return int(min(examples.num_examples, (budget - fixed) // each))
 
-    def network(self) -> Callable[[Any], Callable[[Tensor], Tensor]]:
-        """The network as torch differentiates it: ``network(X)(theta [P]) -> [N, *out]``, for what no rule computes.
-
-        Frozen parameters and buffers are those of this moment. Cost: a copy of the model.
-        """
-        model = copy.deepcopy(widened_model(self._model)).eval().requires_grad_(False)
-        space, half = self.space, self._half
-
-        def at(X: Any) -> Callable[[Tensor], Tensor]:
-            X = torch.utils._pytree.tree_map(widened, X) if half else X
-
-            def function(theta: Tensor) -> Tensor:
-                with differentiable():
-                    args, kwargs = call_arguments(X)
-                    return only_tensor(torch.func.functional_call(model, space.unflatten(theta), args, kwargs))
-
-            return function
-
-        return at
-
-    def report(self) -> str:
-        """A table of the nodes and the rule that runs each."""
-        fused = set(self._native.fused_nodes)
+    def report(self, second_order: bool = False) -> str:
+        """A table of the nodes and the rule that runs each, in a tape for second-order products or another."""
+        fused = set((self._second_order_native if second_order else self._native).fused_nodes)
         table = format_table(self.graph, notes=dict.fromkeys(fused, "fused into the product before it"))
         if self._half:
             table += "\nhalf precision: parameters and inputs are read as they are, all between is float32 without the model's roundings"
@@ -276,11 +252,13 @@ class Tape:
         plan: where it came from.
         num_examples: N.
         theta: ``[P]``, the parameters it stands at.
+        curved_nodes: nodes with a second-order term; None if the tape was not made for second-order products.
     """
 
-    def __init__(self, plan: Plan, native: Any, theta: Tensor, tensors: Mapping[str, Tensor]):
+    def __init__(self, plan: Plan, native: Any, theta: Tensor, tensors: Mapping[str, Tensor], curved_nodes: tuple[str, ...] | None):
         about_to_start_threads()
         self.plan = plan
+        self.curved_nodes = curved_nodes
         self._constants = plan._constants(tensors)
         self._native = native
         self._derived: DerivedPoint | None = None
@@ -304,6 +282,8 @@ class Tape:
             values = [self._derived.values.get(slot, value) for slot, value in enumerate(values)]
         self._native.linearize(values, theta)
         self._outputs: Tensor | None = None
+        self._has_cotangents = False
+        self._gradient: Tensor | None = None  # of what keep_cotangents was given, in θ̃, if there are derived parameters
 
     @property
     def outputs(self) -> Tensor:
@@ -361,6 +341,42 @@ class Tape:
         if not hessian.native:
             return self.vjp(hessian.matmat(self.jvp(V)))
         return self._pull(self._native.ggn(self._push(V), hessian.shape, hessian.scale, hessian.state, hessian.weights))
+
+    def keep_cotangents(self, G: Tensor) -> None:
+        """Fix the cotangents ``g [N, *out]`` of the outputs for :meth:`hvp`, until ``relinearize``.
+
+        Raises:
+            ArgumentError: the tape was not made with ``second_order=True``.
+
+        Cost: one cotangent sweep; two if parameters are computed from others.
+        """
+        if self.curved_nodes is None:
+            raise ArgumentError("Tape: expected a tape for second-order products, got another; linearize with second_order=True.")
+        self._native.keep_cotangents(G.contiguous())
+        self._has_cotangents = True
+        self._gradient = None if self._derived is None else self._native.vjp(G[None].contiguous())[0]
+
+    def hvp(self, V: Tensor, hessian: OutputHessian | None) -> Tensor:
+        """``∇²_θ(Σ_n g_nᵀ f_n) v + Σ_n J_nᵀ (w_n H_n) J_n v``: ``[V, P] -> [V, P]`` at the cotangents that are kept; None: without the H_n.
+
+        Raises:
+            ArgumentError: :meth:`keep_cotangents` was not called since the last ``relinearize``.
+
+        Cost: one tangent and one cotangent sweep for all V, in which every curved node costs about one vjp more. A Hessian that is not
+        native takes a tangent and a cotangent sweep more.
+        """
+        if not self._has_cotangents:
+            raise ArgumentError("Tape.hvp: expected the outputs' cotangents, got none at this point; call keep_cotangents first.")
+        pushed = self._push(V)
+        native = hessian is not None and hessian.native
+        state = (hessian.shape, hessian.scale, hessian.state, hessian.weights) if native else (0, 0.0, None, None)  # type: ignore[union-attr]
+        product = self._native.hvp(pushed, *state)
+        if hessian is not None and not native:
+            tangents = self._native.jvp(pushed).view(V.shape[0], self.num_examples, *self.plan.output_shape)
+            product += self._native.vjp(hessian.matmat(tangents).contiguous())
+        if self._derived is None or self._gradient is None or V.shape[0] == 0:
+            return self._pull(product)
+        return self._pull(product).add_(self._derived.second_order(self._gradient, V))
 
     def factors(self, G: Tensor) -> Any:
         """Per-example factors of ``J_nᵀ g[v, n]`` for ``G [V, N, *out]``.

@@ -47,6 +47,8 @@ def test_reference_agrees_with_the_dense_oracle(case: Case) -> None:
     if case.quantity in ("ggn", "solve"):
         G = oracle.ggn(problem.model, loss, problem.X, problem.y)
         expected = problem.vectors @ G if case.quantity == "ggn" else problem.vectors
+    elif case.quantity == "hessian":
+        expected = oracle.hessian_products(problem.model, loss, problem.X, problem.y, problem.vectors)
     else:
         g = oracle.per_example_grads(problem.model, loss, problem.X, problem.y)
         expected = {"grads": g, "norms": g.norm(dim=1), "dots": g @ problem.vectors.T, "gram": g @ g.T}[case.quantity]
@@ -91,6 +93,7 @@ def test_compiled_contenders_give_the_right_answer(case: Case) -> None:
     [
         # 8-128-128-1: 8·128 + 128·128 + 128 = 17,536 multiply-adds an example, 1,024 of them in the first layer.
         (Case("ggn", REGRESSION, 10, 1), 10 * 2 * (4 * 17_536 - 2 * 1_024), 4 * 17_793),
+        (Case("hessian", REGRESSION, 10, 8), 8 * 10 * 2 * (6 * 17_536 - 4 * 1_024), 8 * 4 * 17_793),
         (Case("ggn", REGRESSION, 10, 8), 8 * 10 * 2 * (4 * 17_536 - 2 * 1_024), 8 * 4 * 17_793),
         (Case("grads", REGRESSION, 10), 10 * 2 * (2 * 17_536 - 1_024), 10 * 4 * 17_793),
         (Case("norms", REGRESSION, 10), 10 * 2 * (2 * 17_536 - 1_024), 4 * 10),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 import influence_ext as ie
 from influence_ext import errors, reference
+from influence_ext.plan import Plan
 from influence_ext.reference.jacobian import call, double, double_copy
 from influence_ext.testing import assert_close
 from tests.cases import Network, NetworkCase, build, in_float64
@@ -63,6 +65,81 @@ def test_hessian_in_float32() -> None:
     V = network.random("V", 3, network.P)
     expected = V.double() @ dense_hessian(build(NETWORKS["mlp-gelu"], F64))
     assert float((H.matmat(V).double() - expected).norm() / expected.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["mlp-tanh", "tied-layer", "mixer", "diamonds"])
+def test_hessian_is_symmetric(name: str) -> None:
+    network = build(NETWORKS[name], F64)
+    H = ie.Hessian(network.model, network.loss, network.data)
+    U, V = network.random("U", 4, network.P), network.random("V", 4, network.P)
+    assert_close(H.matmat(U) @ V.T, (H.matmat(V) @ U.T).T, scale=float(U.norm() * H.matmat(V).norm()))
+
+
+def test_hessian_of_one_example_and_of_any_number_of_vectors() -> None:
+    network = build(NETWORKS["mlp-gelu"], F64)
+    X, y = network.X[:1], network.y[:1]
+    H = ie.Hessian(network.model, network.loss, (X, y))
+    V = network.random("V", 5, network.P)
+    expected = reference.hessian_products(network.model, network.loss_case.oracle(), X, y, V, network.loss_case.reduction)
+    assert_close(H.matmat(V), expected)
+    assert_close(H.matmat(V[2:3]), expected[2:3])
+    assert H.matmat(V[:0]).shape == (0, network.P)
+
+
+class Parts(nn.Module):
+    """Nodes without a native rule, between native ones, and a weight that is an expression of parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3, 4)
+        self.direction, self.length = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.rand(4))
+        self.outer = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.special.bessel_j0(self.inner(x))
+        weight = self.length[:, None] * self.direction / self.direction.square().sum(1, keepdim=True).sqrt()
+        return self.outer(torch.lerp(h, torch.tanh(h @ weight.T), h.square()))
+
+
+@pytest.mark.parametrize(
+    "loss", [nn.MSELoss(), lambda z, t: ((z - t).square() + 0.1 * (z - t) ** 4).sum(dim=1).mean()], ids=["native", "callable"]
+)
+@pytest.mark.parametrize("budget", [None, 8_000])
+def test_hessian_through_generic_nodes_and_expressions(loss: Callable[[Tensor, Tensor], Tensor], budget: int | None) -> None:
+    torch.manual_seed(0)
+    model = Parts().double()
+    X, y = torch.randn(37, 3, dtype=F64), torch.randn(37, 2, dtype=F64)
+    H = ie.Hessian(model, loss, (X, y), damping=0.5, memory_budget=budget)
+    assert (H.tape.chunk is None) == (budget is None)
+    assert "generic" in H.report()
+    V = torch.randn(3, H.shape[0], dtype=F64)
+    assert_close(H.matmat(V), reference.hessian_products(model, loss, X, y, V) + 0.5 * V)
+
+
+def test_hessian_reports_what_is_curved() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+    X, y = torch.randn(5, 3), torch.randn(5, 2)
+    curved = next(line for line in ie.Hessian(model, nn.MSELoss(), (X, y)).report().splitlines() if line.startswith("second-order terms"))
+    assert curved == "second-order terms: linear_1, tanh, linear_2"
+    assert "second-order terms" not in ie.GGN(model, nn.MSELoss(), (X, y)).report()
+    model.requires_grad_(False)[4].requires_grad_(True)
+    assert "second-order terms: none" in ie.Hessian(model, nn.MSELoss(), (X, y)).report()
+
+
+def test_second_order_products_need_their_tape_and_their_cotangents() -> None:
+    network = build(NETWORKS["mlp-tanh"], F64)
+    plan = Plan.of(network.model, network.X)
+    V = network.random("V", 2, network.P)
+    with pytest.raises(errors.ArgumentError, match="linearize with second_order=True"):
+        plan.linearize(network.X).keep_cotangents(torch.ones_like(network.outputs))
+    tape = plan.linearize(network.X, second_order=True)
+    with pytest.raises(errors.ArgumentError, match="call keep_cotangents first"):
+        tape.hvp(V, None)
+    tape.keep_cotangents(torch.ones_like(network.outputs))
+    assert tape.hvp(V, None).shape == V.shape
+    tape.relinearize(tape.theta + 1)
+    with pytest.raises(errors.ArgumentError, match="call keep_cotangents first"):
+        tape.hvp(V, None)
 
 
 def test_hessian_keeps_the_point_it_was_made_at() -> None:

@@ -13,8 +13,8 @@ import influence_ext as ie
 from influence_ext.losses import resolve
 from influence_ext.plan import Plan
 from influence_ext.testing import assert_close
-from tests.cases import Network, build, eager
-from tests.cases.families import FAMILIES
+from tests.cases import Network, NetworkCase, build, eager
+from tests.cases.families import FAMILIES, RULE_ROWS
 from tests.cases.movement import MOVEMENT
 from tests.cases.pointwise import POINTWISE
 
@@ -62,6 +62,22 @@ def test_every_product(row: Network, threads: Callable[[int], None]) -> None:
         assert torch.equal(first, tape.ggn(V, hessian)), "products do not repeat"
     threads(1)
     assert_close(tape.jvp(V[:1]), tangents[:1], scope=scope, eager=lambda: peers[0]()[:1])
+
+
+@pytest.mark.parametrize("dtype", [F64, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=["f64", "f32"])
+@pytest.mark.parametrize("case", RULE_ROWS, ids=lambda case: case.id)
+def test_hessian(case: NetworkCase, dtype: torch.dtype, threads: Callable[[int], None]) -> None:
+    row = build(case, dtype)
+    V = row.random("V", 3, row.P)
+    expected = row.hessian_matmat(V)
+    peer = cache(partial(eager.hessian_products, row, V))
+    H = ie.Hessian(row.model, row.loss, row.data)
+    for schedule, num_threads in (("by_example", 1), ("by_operator", 2)):
+        threads(num_threads)
+        H.tape.set_schedule(schedule)  # type: ignore[arg-type]
+        assert_close(H.matmat(V), expected, scope=case.scope, eager=peer)
+    threads(1)
+    assert_close(H.matmat(V[:1]), expected[:1], scope=case.scope, eager=lambda: peer()[:1])
 
 
 def test_every_per_example_quantity(row: Network) -> None:

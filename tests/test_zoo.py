@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import influence_ext as ie
-from influence_ext import reference
+from influence_ext import errors, reference
 from influence_ext.capture import clear_cache
 from influence_ext.plan import Plan
 from influence_ext.testing import assert_close
@@ -66,6 +66,15 @@ def test_vjp(model: WholeModel) -> None:
 def test_ggn(model: WholeModel) -> None:
     G = ie.GGN(model.model, model.loss, model.data, params=model.case.params)
     assert_close(G.matmat(model.V), model.products, eager=plain(eager.ggn_products, model.peer, model.V))
+
+
+def test_hessian(model: WholeModel) -> None:
+    H = ie.Hessian(model.model, model.loss, model.data, params=model.case.params)
+    if not model.case.twice:
+        with pytest.raises(errors.UnsupportedModelError, match="operators that PyTorch differentiates twice, got"):
+            H.matmat(model.V)
+        return
+    assert_close(H.matmat(model.V), model.hessian_products, eager=plain(eager.hessian_products, model.peer, model.V))
 
 
 def test_per_example_gradients(model: WholeModel) -> None:

@@ -3,6 +3,9 @@
 //   jvp   t_S = scale (t_q kᵀ + q t_kᵀ) + t_mask,  t_P = P ∘ (t_S − rowsum(P ∘ t_S)),  t_o = t_P v + P t_v
 //   vjp   g_v = Pᵀ g_o,  g_P = g_o vᵀ,  g_S = P ∘ (g_P − rowsum(P ∘ g_P)),  g_q = scale g_S k,  g_k = scale g_Sᵀ q,  g_mask = g_S
 //
+//   second order   at a cotangent g_o, with u = t_S − rowsum(P ∘ t_S), c = g_P − rowsum(P ∘ g_P), w = u ∘ c + g_o t_vᵀ, h = P ∘ (w − rowsum(P ∘ w)):
+//         S_v = (P ∘ u)ᵀ g_o,  S_q = scale (h k + g_S t_k),  S_k = scale (hᵀ q + g_Sᵀ t_q),  S_mask = h
+//
 // Works on blocks of queries: scores of one block and one right-hand side at a time, so no array of V · L · S elements exists. Per head and block the
 // right-hand sides share P and the packed k and v. `heads` heads of q read `key_heads` of k and v, heads / key_heads each (grouped queries).
 // Rows whose keys are all masked give 0, and 0 derivatives. With `causal`, query l sees keys 0..l and blocks leave out the keys beyond their last
@@ -92,6 +95,21 @@ int64_t attention_scratch_size(const Context& ctx, const Attention<T>& a) {
   return ctx.on_device() ? 0 : ctx.num_threads * attention_thread_scratch_size(a);
 }
 
+// The same for second-order products.
+template <class T>
+int64_t attention_second_order_thread_scratch_size(const Attention<T>& a) {
+  const int64_t block = attention_block(a), group = a.heads / a.key_heads;
+  const int64_t tangents = a.L > block || group > 1 ? a.V : 1;
+  const int64_t keys = gemm_packed_size<T>(a.E, a.S) + gemm_packed_size<T>(a.S, a.E), values = gemm_packed_size<T>(a.F, a.S);
+  const int64_t rows = 2 * gemm_packed_size<T>(block, a.E) + gemm_packed_size<T>(block, a.F);
+  return 5 * block * a.S + (1 + tangents) * (keys + values) + rows + 16 * 14;  // each chunk aligned
+}
+
+template <class T>
+int64_t attention_second_order_scratch_size(const Context& ctx, const Attention<T>& a) {
+  return ctx.device == Device::cpu ? ctx.num_threads * attention_second_order_thread_scratch_size(a) : 0;
+}
+
 // o from q, k, v and mask; fills p if it is given.
 template <class T>
 inline KernelStub<void(const Context&, const Attention<T>&, T* o)> attention_forward_stub{"attention_forward"};
@@ -101,5 +119,10 @@ inline KernelStub<void(const Context&, const Attention<T>&, const AttentionTange
 
 template <class T>
 inline KernelStub<void(const Context&, const Attention<T>&, const T* g_o, const AttentionCotangents<T>&)> attention_vjp_stub{"attention_vjp"};
+
+// Adds S to what is wanted (g.accumulate is taken as true); g_o [n, …], `scratch` of attention_second_order_scratch_size elements.
+template <class T>
+inline KernelStub<void(const Context&, const Attention<T>&, const T* g_o, const AttentionTangents<T>&, const AttentionCotangents<T>&)>
+    attention_second_order_stub{"attention_second_order"};
 
 }  // namespace infl

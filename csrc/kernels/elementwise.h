@@ -12,6 +12,14 @@ namespace infl {
 template <class T>
 inline KernelStub<void(const Context&, Activation kind, T a, T b, int64_t size, const T* x, T* y, T* derivative)> activation_stub{"activation"};
 
+// out[i] = φ''(x[i]); i < size.
+template <class T>
+inline KernelStub<void(const Context&, Activation kind, T a, T b, int64_t size, const T* x, T* out)> second_derivative_stub{"second_derivative"};
+
+// out[v, i] += d[i] * g[i] * in[v, i]; v < V, i < size.
+template <class T>
+inline KernelStub<void(const Context&, int64_t V, int64_t size, const T* d, const T* g, const T* in, T* out)> add_scaled_stub{"add_scaled"};
+
 // out[v, i] = d[i] * in[v, i], or += with accumulate; v < V, i < size; `in` and `out` may be the same.
 template <class T>
 inline KernelStub<void(const Context&, int64_t V, int64_t size, const T* d, const T* in, T* out, bool accumulate)> scale_stub{"scale"};

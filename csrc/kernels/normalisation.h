@@ -44,6 +44,13 @@ inline KernelStub<void(const Context&, const ChannelMap&, int64_t V, int64_t row
                        const T* g_y, const T* scale, T* g_x, bool accumulate)>
     layer_norm_vjp_stub{"layer_norm_vjp"};
 
+// g_x += what layer_norm_vjp changes by along t_x and t_w at the cotangent g_y [rows, size]; t_x_hat [V, rows, size] is ∂x̂/∂x t_x:
+//   −rstd m(x̂ ∘ t_x) g_x + rstd (t_ĝ − m(t_ĝ) − x̂ m(x̂ ∘ t_ĝ) − t_x̂ m(x̂ ∘ ĝ) − x̂ m(t_x̂ ∘ ĝ)),   ĝ = w ∘ g_y,  t_ĝ = t_w ∘ g_y,  m the mean over a row
+template <class T>
+inline KernelStub<void(const Context&, const ChannelMap&, int64_t V, int64_t rows, bool centre, const T* x_hat, const T* rstd, const T* w,
+                       const T* g_y, const T* t_x, const T* t_x_hat, const ChannelTangents<T>& t_theta, T* g_x)>
+    layer_norm_second_order_stub{"layer_norm_second_order"};
+
 // packed [2, channels]: rstd = 1 / sqrt(variance + eps), then w rstd (w may be absent).
 template <class T>
 inline KernelStub<void(const Context&, int64_t channels, T eps, const T* variance, const T* w, T* packed)> batch_norm_pack_stub{"batch_norm_pack"};

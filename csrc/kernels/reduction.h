@@ -41,6 +41,15 @@ template <class T>
 inline KernelStub<void(const Context&, Reduction kind, T a, int64_t rows, int64_t size, int64_t inner, const T* x, T* y, T* d)>
     nonlinear_reduction_stub{"nonlinear_reduction"};
 
+// Is the reduction's second derivative 0 wherever there is one?
+constexpr bool is_piecewise_linear(Reduction kind) { return kind <= Reduction::min || kind == Reduction::absolute_norm; }
+
+// out[v, r, s, i] += g[r, i] Σ_s' ∂²y[r, i]/∂x[r, s, i]∂x[r, s', i] t[v, r, s', i]; x is read for products alone.
+template <class T>
+inline KernelStub<void(const Context&, Reduction kind, T a, int64_t V, int64_t rows, int64_t size, int64_t inner, const T* x, const T* y, const T* d,
+                       const T* g, const T* t, T* out)>
+    reduction_second_order_stub{"reduction_second_order"};
+
 // out[v, r, i] = Σ_s d[r, s, i] t[v, r, s, i]
 template <class T>
 inline KernelStub<void(const Context&, int64_t V, int64_t rows, int64_t size, int64_t inner, const T* d, const T* t, T* out)> weighted_sum_axis_stub{

@@ -23,4 +23,11 @@ inline KernelStub<void(const Context&, SoftmaxProduct part, int64_t V, int64_t r
                        bool accumulate)>
     softmax_product_stub{"softmax_product"};
 
+// out[v] += the cotangent map's derivative along t[v] at the cotangent g [rows, size, inner], with u = t − Σ p ∘ t:
+//   softmax  p ∘ (w − Σ p ∘ w),  w = u ∘ (g − Σ p ∘ g)
+//   log      −(Σ g) p ∘ u
+template <class T>
+inline KernelStub<void(const Context&, bool log, int64_t V, int64_t rows, int64_t size, int64_t inner, const T* p, const T* g, const T* t, T* out)>
+    softmax_second_order_stub{"softmax_second_order"};
+
 }  // namespace infl

@@ -3,6 +3,7 @@
 //   jvp         t_y = a (s ∘ t_x + t_s ∘ x) + t_c
 //   vjp_input   g_x = a s ∘ g_y
 //   vjp_params  g_s += a Σ_n g_y ∘ x, g_c += Σ_n g_y, both summed over what the slot is broadcast over
+//   second_order S_x = a t_s ∘ g_y, S_s = a Σ_n g_y ∘ t_x; curved if s is trained and x has a tangent
 //   per_example dense: the same without the sum over n; a slot repeated along leading axes leaves that sum to the factor (its positions)
 //   tape        x if s is trainable
 //
@@ -83,6 +84,8 @@ class SlotRule : public Rule<T> {
     return storage;
   }
 
+  bool is_curved(const Node& node) const override { return node.is_trainable(kScale) && !node.inputs.empty() && node.needs_tangent[0]; }
+
   void pack(const Tile<T>& tile) const override {
     const Broadcasting b(tile.node);
     T* to = tile.packed;
@@ -105,26 +108,19 @@ class SlotRule : public Rule<T> {
 
   void vjp_params(const Tile<T>& tile, const T* g_y, T* const* g_theta, int64_t stride) const override {
     const Broadcasting b(tile.node);
-    const T a = factor(tile);
     for (SlotRole role : {kScale, kShift}) {
-      if (!b.present[role] || g_theta[role] == nullptr) continue;
-      Scratch<T> whole(tile.ctx, b.expanded[role] ? tile.V * b.width : 0);  // before the sum over what the slot is broadcast over
-      T* to = g_theta[role] + b.map[role].offset;
-      int64_t ld = stride;
-      if (b.expanded[role]) {
-        to = whole.data();
-        ld = b.width;
-        fill_zero<T>(tile.ctx, tile.V * b.width, to);
-      }
-      if (role == kScale) {
-        column_dot_stub<T>(tile.ctx, tile.V, tile.n * b.repeat, b.width, a, g_y, tile.x[0], to, ld);
-      } else {
-        column_sum_stub<T>(tile.ctx, tile.V, tile.n * b.repeat, b.width, g_y, to, ld);
-      }
-      if (b.expanded[role]) {
-        strided_scatter_stub<T>(tile.ctx, tile.V, b.map[role], to, ld, g_theta[role], stride, tile.node.slot_sizes[role], true);
-      }
+      if (b.present[role] && g_theta[role]) slot_gradient(tile, b, role, g_y, role == kScale ? tile.x[0] : nullptr, g_theta[role], stride);
     }
+  }
+
+  void second_order(const Tile<T>& tile, const SecondOrder<T>& s) const override {
+    const Broadcasting b(tile.node);
+    const Tangent t = tangent(tile, b, s.t_theta, kScale);
+    for (int64_t v = 0; v < tile.V; ++v) {
+      T* to = s.g_x[0] + v * tile.n * tile.node.width;
+      affine_stub<T>(tile.ctx, tile.n * b.repeat, b.width, factor(tile), t.rows + v * t.ld, T(0), nullptr, s.g_y, to, true);
+    }
+    slot_gradient(tile, b, kScale, s.t_x[0], s.g_y, s.g_theta[kScale], s.stride);
   }
 
   void per_example(const Tile<T>& tile, const T* g_y, FactorSink<T>& factors) const override {
@@ -148,6 +144,26 @@ class SlotRule : public Rule<T> {
       T* summed = factors.allocate(rows * size);
       strided_scatter_stub<T>(tile.ctx, rows, b.map[role], whole, node.width, summed, size, size, false);
       factors.add({.slot = node.slots[role], .positions = 1, .rows = size, .cols = 1, .row = summed});
+    }
+  }
+
+  // g_slot += the sum over examples and what the slot is broadcast over of g [V, n, width] (null x), or of a g ∘ x.
+  static void slot_gradient(const Tile<T>& tile, const Broadcasting& b, SlotRole role, const T* g, const T* x, T* g_slot, int64_t stride) {
+    Scratch<T> whole(tile.ctx, b.expanded[role] ? tile.V * b.width : 0);  // before the sum over what the slot is broadcast over
+    T* to = g_slot + b.map[role].offset;
+    int64_t ld = stride;
+    if (b.expanded[role]) {
+      to = whole.data();
+      ld = b.width;
+      fill_zero<T>(tile.ctx, tile.V * b.width, to);
+    }
+    if (x) {
+      column_dot_stub<T>(tile.ctx, tile.V, tile.n * b.repeat, b.width, factor(tile), g, x, to, ld);
+    } else {
+      column_sum_stub<T>(tile.ctx, tile.V, tile.n * b.repeat, b.width, g, to, ld);
+    }
+    if (b.expanded[role]) {
+      strided_scatter_stub<T>(tile.ctx, tile.V, b.map[role], to, ld, g_slot, stride, tile.node.slot_sizes[role], true);
     }
   }
 

@@ -8,6 +8,7 @@
 //           others are numbers a and b; the derivative by m is 0                              tape: m
 //
 // vjp_input is the coefficient of t_xi times g_y; the same value may stand on both sides.
+// second_order, of multiply: S_x1 = g_y ∘ t_x2, S_x2 = g_y ∘ t_x1; curved if both have tangents.
 #include "kernels/arithmetic.h"
 
 #include <algorithm>
@@ -32,6 +33,8 @@ class Add final : public Rule<T> {
     expect_equal_widths(node);
     return {.keeps_input = {false, false}, .state_widths = {}};
   }
+
+  bool is_curved(const Node&) const override { return false; }
 
   void forward(const Tile<T>& tile, T* y) const override { combine(tile, tile.n * tile.node.width, tile.x, y); }
 
@@ -64,6 +67,8 @@ class Multiply final : public Rule<T> {
     return {.keeps_input = {node.needs_tangent[1], node.needs_tangent[0]}, .state_widths = {}};
   }
 
+  bool is_curved(const Node& node) const override { return node.needs_tangent[0] && node.needs_tangent[1]; }
+
   void forward(const Tile<T>& tile, T* y) const override { scale_stub<T>(tile.ctx, 1, tile.n * tile.node.width, tile.x[0], tile.x[1], y, false); }
 
   void jvp(const Tile<T>& tile, const T* const* t_x, const ParameterTangents<T>&, const T* /*scale*/, T* t_y) const override {
@@ -79,6 +84,10 @@ class Multiply final : public Rule<T> {
   void vjp_input(const Tile<T>& tile, int i, const T* g_y, const T* /*scale*/, T* g_x, bool accumulate) const override {
     scale_stub<T>(tile.ctx, tile.V, tile.n * tile.node.width, tile.x[1 - i], g_y, g_x, accumulate);
   }
+
+  void second_order(const Tile<T>& tile, const SecondOrder<T>& s) const override {
+    for (int i : {0, 1}) scale_stub<T>(tile.ctx, tile.V, tile.n * tile.node.width, s.g_y, s.t_x[1 - i], s.g_x[i], true);
+  }
 };
 
 template <class T>
@@ -89,6 +98,8 @@ class Extremum final : public Rule<T> {
     node.attribute("minimum");
     return {.keeps_input = {false, false}, .state_widths = {node.width}};
   }
+
+  bool is_curved(const Node&) const override { return false; }
 
   void forward(const Tile<T>& tile, T* y) const override {
     const T sign = tile.node.attribute("minimum") != 0 ? T(-1) : T(1);
@@ -121,6 +132,8 @@ class Where final : public Rule<T> {
     if (o.mask >= 0) storage.keeps_input[o.mask] = true;
     return storage;
   }
+
+  bool is_curved(const Node&) const override { return false; }
 
   void forward(const Tile<T>& tile, T* y) const override {
     choose(tile, 1, tile.x, static_cast<T>(tile.node.number("a")), static_cast<T>(tile.node.number("b")), y, false);

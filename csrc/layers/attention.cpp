@@ -4,6 +4,7 @@
 //   jvp         t_y from t_q, t_k, t_v, t_mask: four products of L·S·E (F) a head and right-hand side
 //   vjp_input   q and k: two products each, as both need g_S; v: one
 //   vjp_params  of the mask: g_S summed over examples and the axes along which the mask is broadcast
+//   second_order kernels/attention.h; curved if q, k, v or the mask has a tangent
 //   per_example of the mask: dense
 //   tape        q, k, v; P while it is not large beside them, else it is computed again block by block (and a mask that is an input is kept)
 //
@@ -53,19 +54,14 @@ class AttentionRule final : public Rule<T> {
     return storage;
   }
 
+  bool is_curved(const Node& node) const override {
+    return std::find(node.needs_tangent.begin(), node.needs_tangent.end(), true) != node.needs_tangent.end() || node.is_trainable(0);
+  }
+
   void forward(const Tile<T>& tile, T* y) const override { attention_forward_stub<T>(tile.ctx, Arguments(tile, 1).a, y); }
 
   void jvp(const Tile<T>& tile, const T* const* t_x, const ParameterTangents<T>& t_theta, const T* /*scale*/, T* t_y) const override {
-    const Node& node = tile.node;
-    AttentionTangents<T> t{t_x[kQuery], t_x[kKey], t_x[kValue]};
-    if (node.inputs.size() == 4) {
-      t.mask = t_x[kMask];
-      t.mask_stride = tile.n * node.input_widths[kMask];
-    } else if (node.has_slot(0)) {
-      t.mask = t_theta.theta[0];
-      t.mask_stride = t_theta.stride;
-    }
-    attention_jvp_stub<T>(tile.ctx, Arguments(tile, tile.V).a, t, t_y);
+    attention_jvp_stub<T>(tile.ctx, Arguments(tile, tile.V).a, tangents(tile, t_x, t_theta), t_y);
   }
 
   void vjp_input(const Tile<T>& tile, int i, const T* g_y, const T* /*scale*/, T* g_x, bool accumulate) const override {
@@ -86,6 +82,24 @@ class AttentionRule final : public Rule<T> {
     g.mask = g_theta[0];
     g.mask_stride = stride;
     attention_vjp_stub<T>(tile.ctx, Arguments(tile, tile.V).a, g_y, g);
+  }
+
+  void second_order(const Tile<T>& tile, const SecondOrder<T>& s) const override {
+    const Node& node = tile.node;
+    AttentionCotangents<T> g{s.g_x[kQuery], s.g_x[kKey], s.g_x[kValue]};
+    g.accumulate = true;
+    if (node.inputs.size() == 4) {
+      g.mask = s.g_x[kMask];
+      g.mask_size = g.mask_example = node.input_widths[kMask];
+      g.mask_stride = tile.n * g.mask_example;
+    } else if (node.has_slot(0)) {
+      g.mask = s.g_theta[0];
+      g.mask_stride = s.stride;
+    }
+    Attention<T> a = attention(tile, tile.V);
+    Scratch<T> scratch(tile.ctx, attention_second_order_scratch_size(tile.ctx, a));
+    a.scratch = scratch.data();
+    attention_second_order_stub<T>(tile.ctx, a, s.g_y, tangents(tile, s.t_x, s.t_theta), g);
   }
 
   void per_example(const Tile<T>& tile, const T* g_y, FactorSink<T>& factors) const override {
@@ -161,6 +175,19 @@ class AttentionRule final : public Rule<T> {
     }
     if (keeps(a)) a.p = tile.state[0];
     return a;
+  }
+
+  static AttentionTangents<T> tangents(const Tile<T>& tile, const T* const* t_x, const ParameterTangents<T>& t_theta) {
+    const Node& node = tile.node;
+    AttentionTangents<T> t{t_x[kQuery], t_x[kKey], t_x[kValue]};
+    if (node.inputs.size() == 4) {
+      t.mask = t_x[kMask];
+      t.mask_stride = tile.n * node.input_widths[kMask];
+    } else if (node.has_slot(0)) {
+      t.mask = t_theta.theta[0];
+      t.mask_stride = t_theta.stride;
+    }
+    return t;
   }
 };
 

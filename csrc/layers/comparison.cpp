@@ -28,6 +28,8 @@ class Comparison final : public Rule<T> {
     return {.keeps_input = {false, false}, .state_widths = {}};
   }
 
+  bool is_curved(const Node&) const override { return false; }
+
   void forward(const Tile<T>& tile, T* y) const override {
     const auto kind = static_cast<Activation>(tile.node.attribute("kind"));
     comparison_stub<T>(tile.ctx, kind, tile.n * tile.node.width, tile.x[0], tile.x[1], y);

@@ -7,6 +7,7 @@
 //   jvp          t_y = conv(t_x, W) + conv(x, T_W) + t_b    one product with two terms
 //   vjp_input    g_x = convᵀ(g_y, W)
 //   vjp_params   g_W += Σ_n Σ_q g_y[o, q] x[c, ...],  g_b += Σ_n Σ_q g_y
+//   second_order S_x = convᵀ(g_y, T_W),  S_W = Σ_n Σ_q g_y[o, q] t_x[c, ...]; curved if W is trained and x has a tangent
 //   per_example  W: outer products of g_y and the columns of x if there are few positions, else dense;  b: dense
 //   tape         x if W is differentiated, prepared as the kernels read it unless `transposed`; W packed both ways, shared by all tiles
 #include "kernels/convolution.h"
@@ -27,8 +28,11 @@ class ConvolutionRule final : public Rule<T> {
     if (prepares(node, s)) storage.state_widths = {s.images * prepared_size(s)};
     storage.packed_size = convolution_packed_size(s.conv, false) + convolution_packed_size(s.conv, true);
     if (node.is_trainable(0)) storage.tangent_packed_size = convolution_packed_size(s.conv, s.transposed);
+    if (node.curved) storage.tangent_packed_size += convolution_packed_size(s.conv, !s.transposed);
     return storage;
   }
+
+  bool is_curved(const Node& node) const override { return node.is_trainable(0) && node.needs_tangent[0]; }
 
   bool fuses_scale() const override { return true; }
 
@@ -41,6 +45,9 @@ class ConvolutionRule final : public Rule<T> {
   void pack_tangents(const Tile<T>& tile, const ParameterTangents<T>& t_theta, T* packed) const override {
     const Shape s(tile.node);
     convolution_pack_stub<T>(tile.ctx, s.conv, s.transposed, tile.V, t_theta.theta[0], t_theta.stride, packed);
+    if (!tile.node.curved) return;
+    packed += tile.V * convolution_packed_size(s.conv, s.transposed);
+    convolution_pack_stub<T>(tile.ctx, s.conv, !s.transposed, tile.V, t_theta.theta[0], t_theta.stride, packed);
   }
 
   void forward(const Tile<T>& tile, T* y) const override {
@@ -80,8 +87,18 @@ class ConvolutionRule final : public Rule<T> {
   void vjp_params(const Tile<T>& tile, const T* g_y, T* const* g_theta, int64_t stride) const override {
     const Shape s(tile.node);
     const int64_t n = tile.n * s.images;
-    if (g_theta[0]) weights(s, tile, g_y, n, g_theta[0], stride, 0);
+    if (g_theta[0]) weights(s, tile, g_y, tile.n * tile.node.width, nullptr, n, g_theta[0], stride, 0);
     if (g_theta[1]) channel_sum_stub<T>(tile.ctx, tile.V, n, s.out_channels, s.out_plane, g_y, n, g_theta[1], stride, 0);
+  }
+
+  void second_order(const Tile<T>& tile, const SecondOrder<T>& order) const override {
+    const Shape s(tile.node);
+    ConvolutionProduct<T> p = product(s, tile, !s.transposed, tile.V, order.g_x[0]);
+    p.terms[0] = {order.g_y, 0, false, order.t_theta.packed + tile.V * convolution_packed_size(s.conv, s.transposed),
+                  convolution_packed_size(s.conv, !s.transposed)};
+    p.accumulate = true;
+    convolution_product_stub<T>(tile.ctx, s.conv, p);
+    weights(s, tile, order.g_y, 0, order.t_x[0], tile.n * s.images, order.g_theta[0], order.stride, 0);
   }
 
   void per_example(const Tile<T>& tile, const T* g_y, FactorSink<T>& factors) const override {
@@ -103,7 +120,7 @@ class ConvolutionRule final : public Rule<T> {
       } else {
         T* sums = factors.allocate(V * n * size);
         fill_zero<T>(tile.ctx, V * n * size, sums);
-        weights(s, tile, g_y, s.images, sums, n * size, size);
+        weights(s, tile, g_y, n * tile.node.width, nullptr, s.images, sums, n * size, size);
         factors.add({.slot = tile.node.slots[0], .positions = 1, .rows = size, .cols = 1, .row = sums});
       }
     }
@@ -200,13 +217,16 @@ class ConvolutionRule final : public Rule<T> {
 
   static const T* packed(const Shape& s, const Tile<T>& tile, bool up) { return tile.packed + (up ? convolution_packed_size(s.conv, false) : 0); }
 
-  // The kernel's gradient, one for each `images` images.
-  static void weights(const Shape& s, const Tile<T>& tile, const T* g_y, int64_t images, T* out, int64_t batch, int64_t example) {
-    const int64_t n = tile.n * s.images, width = tile.n * tile.node.width;
+  // The kernel's gradient from g (a batch stride of 0: shared by the right-hand sides) and t_x, or the node's input without it, one for each `images`
+  // images.
+  static void weights(const Shape& s, const Tile<T>& tile, const T* g, int64_t g_batch, const T* t_x, int64_t images, T* out, int64_t batch,
+                      int64_t example) {
+    const int64_t n = tile.n * s.images, x_batch = t_x ? tile.n * tile.node.input_widths[0] : 0;
     if (s.transposed) {
-      convolution_weights_stub<T>(tile.ctx, s.conv, tile.V, n, g_y, width, false, tile.x[0], 0, images, out, batch, example);
+      convolution_weights_stub<T>(tile.ctx, s.conv, tile.V, n, g, g_batch, false, t_x ? t_x : tile.x[0], x_batch, images, out, batch, example);
     } else {
-      convolution_weights_stub<T>(tile.ctx, s.conv, tile.V, n, tile.state[0], 0, true, g_y, width, images, out, batch, example);
+      convolution_weights_stub<T>(tile.ctx, s.conv, tile.V, n, t_x ? t_x : tile.state[0], x_batch, t_x == nullptr, g, g_batch, images, out, batch,
+                                  example);
     }
   }
 };

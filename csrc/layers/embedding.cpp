@@ -33,6 +33,8 @@ class Embedding final : public Rule<T> {
     return {.keeps_input = {node.is_trainable(0)}, .state_widths = {}};
   }
 
+  bool is_curved(const Node&) const override { return false; }
+
   void forward(const Tile<T>& tile, T* y) const override {
     const int64_t positions = tile.n * tile.node.input_widths[0];
     check_indices_stub<T>(tile.ctx, positions, tile.x[0], tile.node.attribute("rows"), false, tile.node.name.c_str());

@@ -17,6 +17,9 @@ class Identity final : public Rule<T> {
   // Nothing of the forward pass is needed later: no input kept, no state.
   Storage storage(const Node&) const override { return {.keeps_input = {false}, .state_widths = {}}; }
 
+  // Linear in everything: no second_order.
+  bool is_curved(const Node&) const override { return false; }
+
   void forward(const Tile<T>& tile, T* y) const override {
     combine_stub<T>(tile.ctx, tile.n * tile.node.width, T(1), tile.x[0], T(0), nullptr, y, false);
   }

@@ -3,6 +3,7 @@
 //   jvp          t_y = t_x Wᵀ + x T_Wᵀ + 1 t_bᵀ              one product with two terms
 //   vjp_input    g_x = g_y W
 //   vjp_params   g_W += Σ_{n,t} g_y xᵀ,  g_b += Σ_{n,t} g_y
+//   second_order S_x = g_y T_W,  S_W = Σ_{n,t} g_y t_xᵀ; curved if W is trained and x has a tangent
 //   per_example  W: outer product of g_y and x;  b: dense g_y
 //   tape         x if W is differentiated; W packed both ways (each O·I elements, shared by all tiles)
 //
@@ -27,8 +28,10 @@ class Linear final : public Rule<T> {
     return {.keeps_input = {node.is_trainable(0)},
             .state_widths = {},
             .packed_size = gemm_packed_size<T>(I, O) + gemm_packed_size<T>(O, I),
-            .tangent_packed_size = node.is_trainable(0) ? gemm_packed_size<T>(I, O) : 0};
+            .tangent_packed_size = node.is_trainable(0) ? gemm_packed_size<T>(I, O) + (node.curved ? gemm_packed_size<T>(O, I) : 0) : 0};
   }
+
+  bool is_curved(const Node& node) const override { return node.is_trainable(0) && node.needs_tangent[0]; }
 
   bool fuses_scale() const override { return true; }
 
@@ -42,6 +45,9 @@ class Linear final : public Rule<T> {
   void pack_tangents(const Tile<T>& tile, const ParameterTangents<T>& t_theta, T* packed) const override {
     const Shape s(tile);
     gemm_pack_stub<T>(tile.ctx, tile.V, s.I, s.O, t_theta.theta[0], t_theta.stride, s.in_stride, s.out_stride, packed);
+    if (!tile.node.curved) return;
+    packed += tile.V * gemm_packed_size<T>(s.I, s.O);
+    gemm_pack_stub<T>(tile.ctx, tile.V, s.O, s.I, t_theta.theta[0], t_theta.stride, s.out_stride, s.in_stride, packed);
   }
 
   void forward(const Tile<T>& tile, T* y) const override {
@@ -85,32 +91,19 @@ class Linear final : public Rule<T> {
 
   void vjp_params(const Tile<T>& tile, const T* g_y, T* const* g_theta, int64_t stride) const override {
     const Shape s(tile);
-    if (g_theta[0]) {
-      // The parameter's rows come from `row`: g_y [M, O] as stored [O, I], x [M, I] as stored [I, O].
-      const T* row = s.transposed ? tile.x[0] : g_y;
-      const T* col = s.transposed ? g_y : tile.x[0];
-      const int64_t rows = s.transposed ? s.I : s.O, cols = s.transposed ? s.O : s.I;
-      Gemm<T> g;
-      g.V = tile.V;
-      g.M = rows;
-      g.N = cols;
-      g.c = g_theta[0];
-      g.c_batch = stride;
-      g.ldc = cols;
-      g.accumulate = true;
-      GemmTerm<T>& term = g.terms[0];
-      term.K = s.M;
-      term.a = row;
-      term.a_row = 1;
-      term.a_col = rows;
-      term.a_batch = s.transposed ? 0 : s.M * rows;
-      term.b = col;
-      term.b_row = cols;
-      term.b_col = 1;
-      term.b_batch = s.transposed ? s.M * cols : 0;
-      gemm_stub<T>(tile.ctx, g);
-    }
+    if (g_theta[0]) weight_gradient(tile, s, g_y, s.M * s.O, tile.x[0], 0, g_theta[0], stride);
     if (g_theta[1]) column_sum_stub<T>(tile.ctx, tile.V, s.M, s.O, g_y, g_theta[1], stride);
+  }
+
+  void second_order(const Tile<T>& tile, const SecondOrder<T>& order) const override {
+    const Shape s(tile);
+    Gemm<T> g = product(s, tile.V, s.I, order.g_x[0]);
+    g.terms[0] = left(s, order.g_y, s.O, 0);
+    g.terms[0].packed = order.t_theta.packed + tile.V * gemm_packed_size<T>(s.I, s.O);
+    g.terms[0].packed_batch = gemm_packed_size<T>(s.O, s.I);
+    g.accumulate = true;
+    gemm_stub<T>(tile.ctx, g);
+    weight_gradient(tile, s, order.g_y, 0, order.t_x[0], s.M * s.I, order.g_theta[0], order.stride);
   }
 
   void per_example(const Tile<T>& tile, const T* g_y, FactorSink<T>& factors) const override {
@@ -154,6 +147,31 @@ class Linear final : public Rule<T> {
     g.c_batch = s.M * N;
     g.ldc = N;
     return g;
+  }
+
+  // g_W += Σ g xᵀ over rows, g [V, M, O] and x [V, M, I]; a batch stride of 0: the same for all right-hand sides.
+  static void weight_gradient(const Tile<T>& tile, const Shape& s, const T* g, int64_t g_batch, const T* x, int64_t x_batch, T* out, int64_t stride) {
+    const int64_t rows = s.transposed ? s.I : s.O, cols = s.transposed ? s.O : s.I;
+    Gemm<T> p;
+    p.V = tile.V;
+    p.M = rows;
+    p.N = cols;
+    p.c = out;
+    p.c_batch = stride;
+    p.ldc = cols;
+    p.accumulate = true;
+    GemmTerm<T>& term = p.terms[0];
+    // The parameter's rows come from g as stored [O, I], from x as stored [I, O].
+    term.K = s.M;
+    term.a = s.transposed ? x : g;
+    term.a_row = 1;
+    term.a_col = rows;
+    term.a_batch = s.transposed ? x_batch : g_batch;
+    term.b = s.transposed ? g : x;
+    term.b_row = cols;
+    term.b_col = 1;
+    term.b_batch = s.transposed ? g_batch : x_batch;
+    gemm_stub<T>(tile.ctx, p);
   }
 
   static GemmTerm<T> left(const Shape&, const T* a, int64_t K, int64_t batch) {

@@ -3,6 +3,7 @@
 //   jvp          t_y = t_A B + A t_B        one product with two terms
 //   vjp_input    g_A = g_y Bᵀ,  g_B = Aᵀ g_y, summed over the batch axes along which the operand is broadcast
 //   vjp_params   the same for the slot, summed over examples
+//   second_order S_A = g_y t_Bᵀ,  S_B = t_Aᵀ g_y; curved if both operands have tangents
 //   per_example  dense, M·K (K·N) elements an example
 //   tape         both operands; of a slot's partner only if the slot is differentiated
 //
@@ -39,6 +40,10 @@ class Matmul final : public Rule<T> {
     return {.keeps_input = {node.is_trainable(0)}, .state_widths = {}};
   }
 
+  bool is_curved(const Node& node) const override {
+    return node.needs_tangent[0] && (slot_operand(node) < 0 ? node.needs_tangent[1] : node.is_trainable(0));
+  }
+
   void forward(const Tile<T>& tile, T* y) const override {
     BatchedMatmul<T> p = product(tile, 1, y);
     p.a[0] = primal(tile, 0);
@@ -49,12 +54,10 @@ class Matmul final : public Rule<T> {
   void jvp(const Tile<T>& tile, const T* const* t_x, const ParameterTangents<T>& t_theta, const T* /*scale*/, T* t_y) const override {
     BatchedMatmul<T> p = product(tile, tile.V, t_y);
     for (int side = 0; side < 2; ++side) {
-      const Source s(tile.node, side);
-      MatrixView<const T> tangent = view(tile, side, s.is_slot ? t_theta.theta[0] : t_x[s.index]);
-      if (tangent.data == nullptr) continue;
-      tangent.v_stride = s.is_slot ? t_theta.stride : tile.n * tangent.n_stride;
-      p.a[side] = side == 0 ? tangent : primal(tile, 0);
-      p.b[side] = side == 0 ? primal(tile, 1) : tangent;
+      const MatrixView<const T> moving = tangent(tile, side, t_x, t_theta);
+      if (moving.data == nullptr) continue;
+      p.a[side] = side == 0 ? moving : primal(tile, 0);
+      p.b[side] = side == 0 ? primal(tile, 1) : moving;
     }
     batched_matmul_stub<T>(tile.ctx, p);
   }
@@ -63,7 +66,7 @@ class Matmul final : public Rule<T> {
     const int side = slot_operand(tile.node) == 0 ? 1 : i;
     MatrixView<T> target = view(tile, side, g_x);
     target.v_stride = tile.n * target.n_stride;
-    cotangent(tile, side, g_y, target, accumulate);
+    cotangent(tile, side, output(tile, g_y), primal(tile, 1 - side), target, accumulate);
   }
 
   void vjp_params(const Tile<T>& tile, const T* g_y, T* const* g_theta, int64_t stride) const override {
@@ -71,7 +74,18 @@ class Matmul final : public Rule<T> {
     const int side = slot_operand(tile.node);
     MatrixView<T> target = view(tile, side, g_theta[0]);
     target.v_stride = stride;
-    cotangent(tile, side, g_y, target, true);
+    cotangent(tile, side, output(tile, g_y), primal(tile, 1 - side), target, true);
+  }
+
+  void second_order(const Tile<T>& tile, const SecondOrder<T>& order) const override {
+    MatrixView<const T> g = output(tile, order.g_y);
+    g.v_stride = 0;
+    for (int side = 0; side < 2; ++side) {
+      const Source s(tile.node, side);
+      MatrixView<T> target = view(tile, side, s.is_slot ? order.g_theta[0] : order.g_x[s.index]);
+      target.v_stride = s.is_slot ? order.stride : tile.n * target.n_stride;
+      cotangent(tile, side, g, tangent(tile, 1 - side, order.t_x, order.t_theta), target, true);
+    }
   }
 
   void per_example(const Tile<T>& tile, const T* g_y, FactorSink<T>& factors) const override {
@@ -82,7 +96,7 @@ class Matmul final : public Rule<T> {
     MatrixView<T> target = view(tile, side, g);
     target.n_stride = size;
     target.v_stride = tile.n * size;
-    cotangent(tile, side, g_y, target, false);
+    cotangent(tile, side, output(tile, g_y), primal(tile, 1 - side), target, false);
     factors.add({.slot = tile.node.slots[0], .positions = 1, .rows = size, .cols = 1, .row = g});
   }
 
@@ -137,6 +151,14 @@ class Matmul final : public Rule<T> {
     return view(tile, side, s.is_slot ? tile.theta[0] : tile.x[s.index]);
   }
 
+  // Without data where the operand has none.
+  static MatrixView<const T> tangent(const Tile<T>& tile, int side, const T* const* t_x, const ParameterTangents<T>& t_theta) {
+    const Source s(tile.node, side);
+    MatrixView<const T> found = view(tile, side, s.is_slot ? t_theta.theta[0] : t_x[s.index]);
+    found.v_stride = s.is_slot ? t_theta.stride : tile.n * found.n_stride;
+    return found;
+  }
+
   template <class P>
   static MatrixView<P> output(const Tile<T>& tile, P* data) {
     const auto& strides = tile.node.list("c");
@@ -162,17 +184,18 @@ class Matmul final : public Rule<T> {
     return p;
   }
 
-  // The cotangent of A: g_y Bᵀ, or of B: Aᵀ g_y.
-  static void cotangent(const Tile<T>& tile, int side, const T* g_y, const MatrixView<T>& target, bool accumulate) {
+  // The cotangent of A: g Bᵀ, or of B: Aᵀ g, with the other operand B or A.
+  static void cotangent(const Tile<T>& tile, int side, const MatrixView<const T>& g, const MatrixView<const T>& other, const MatrixView<T>& target,
+                        bool accumulate) {
     BatchedMatmul<T> p = shape(tile, tile.V);
     if (side == 0) {
       std::swap(p.K, p.N);
-      p.a[0] = output(tile, g_y);
-      p.b[0] = primal(tile, 1).transposed();
+      p.a[0] = g;
+      p.b[0] = other.transposed();
     } else {
       std::swap(p.M, p.K);
-      p.a[0] = primal(tile, 0).transposed();
-      p.b[0] = output(tile, g_y);
+      p.a[0] = other.transposed();
+      p.b[0] = g;
     }
     p.c = target;
     p.accumulate = accumulate;

@@ -29,6 +29,8 @@ class Strided final : public Rule<T> {
     return {.keeps_input = {false}, .state_widths = {}};
   }
 
+  bool is_curved(const Node&) const override { return false; }
+
   void forward(const Tile<T>& tile, T* y) const override { gather(tile, tile.n, tile.x[0], y); }
 
   void jvp(const Tile<T>& tile, const T* const* t_x, const ParameterTangents<T>&, const T* /*scale*/, T* t_y) const override {
@@ -67,6 +69,8 @@ class Concat final : public Rule<T> {
     }
     return {.keeps_input = std::vector<bool>(node.inputs.size(), false), .state_widths = {}};
   }
+
+  bool is_curved(const Node&) const override { return false; }
 
   void forward(const Tile<T>& tile, T* y) const override { join(tile, tile.n, tile.x, y); }
 
@@ -108,6 +112,8 @@ class Gather final : public Rule<T> {
     return {.keeps_input = {false}, .state_widths = {}};
   }
 
+  bool is_curved(const Node&) const override { return false; }
+
   void forward(const Tile<T>& tile, T* y) const override { gather(tile, tile.n, static_cast<T>(tile.node.number("fill")), tile.x[0], y); }
 
   void jvp(const Tile<T>& tile, const T* const* t_x, const ParameterTangents<T>&, const T* /*scale*/, T* t_y) const override {
@@ -144,6 +150,8 @@ class SelectAxis final : public Rule<T> {
     }
     return {.keeps_input = {false, true}, .state_widths = {}};
   }
+
+  bool is_curved(const Node&) const override { return false; }
 
   void forward(const Tile<T>& tile, T* y) const override {
     const AxisSelection s = selection(tile.node);

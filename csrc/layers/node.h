@@ -45,6 +45,7 @@ struct Node {
   std::vector<bool> needs_tangent;  // per input: does a differentiated parameter influence it?
   std::vector<bool> trainable;      // per entry of `slots`: is it differentiated?
   std::vector<int64_t> slot_sizes;  // per entry of `slots`: its elements, 0 where absent
+  bool curved = false;              // is the plan for second-order products, and does the rule say is_curved?
   std::shared_ptr<ListsOnDevices> on_devices = std::make_shared<ListsOnDevices>();
 
   int64_t attribute(const std::string& key) const {

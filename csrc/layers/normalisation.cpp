@@ -11,6 +11,7 @@
 //   jvp          t_y = w ∘ t_x̂ + x̂ ∘ t_w + t_b,   t_x̂ = rstd (t_x − mean(t_x) − x̂ mean(x̂ ∘ t_x))
 //   vjp_input    g_x = rstd (g_x̂ − mean(g_x̂) − x̂ mean(x̂ ∘ g_x̂)),   g_x̂ = w ∘ g_y
 //   vjp_params   g_w += Σ g_y ∘ x̂,   g_b += Σ g_y
+//   second_order S_x: kernels/normalisation.h,   S_w = Σ g_y ∘ t_x̂; curved if x has a tangent
 //   per_example  dense: the same sums over one example
 //   tape         x̂ [N, width], rstd [N, groups]
 //
@@ -19,12 +20,15 @@
 //
 //   jvp          t_y = rstd w ∘ t_x + x̂ ∘ t_w + t_b
 //   vjp_input    g_x = rstd w ∘ g_y
+//   second_order S_x = rstd t_w ∘ g_y,   S_w = rstd Σ g_y ∘ t_x; curved if the weight is trained and x has a tangent
 //   vjp_params, per_example   as layer_norm
 //   tape         x̂ [N, width] if the weight is trained, else nothing; rstd and rstd w, packed
 //
 // Both take an activation that follows or precedes as a factor of the pass that writes (fuses_scale).
 #include "kernels/normalisation.h"
 
+#include "common/scratch.h"
+#include "kernels/elementwise.h"
 #include "layers/rule.h"
 
 namespace infl {
@@ -72,6 +76,8 @@ class LayerNorm final : public Rule<T> {
     return {.keeps_input = {false}, .state_widths = {node.width, groups}};
   }
 
+  bool is_curved(const Node& node) const override { return node.needs_tangent[0]; }
+
   bool fuses_scale() const override { return true; }
 
   void forward(const Tile<T>& tile, T* y) const override {
@@ -96,6 +102,17 @@ class LayerNorm final : public Rule<T> {
 
   void vjp_params(const Tile<T>& tile, const T* g_y, T* const* g_theta, int64_t stride) const override {
     channel_vjp_params(tile, map(tile), tile.node.attribute("groups"), tile.state[0], g_y, g_theta, stride);
+  }
+
+  void second_order(const Tile<T>& tile, const SecondOrder<T>& s) const override {
+    const ChannelMap m = map(tile);
+    Scratch<T> moved(tile.ctx, tile.V * tile.n * tile.node.width);  // t_x̂
+    layer_norm_jvp_stub<T>(tile.ctx, m, tile.V, rows(tile), centre(tile), tile.state[0], tile.state[1], nullptr, s.t_x[0], {}, nullptr, moved.data());
+    layer_norm_second_order_stub<T>(tile.ctx, m, tile.V, rows(tile), centre(tile), tile.state[0], tile.state[1], tile.theta[0], s.g_y, s.t_x[0],
+                                    moved.data(), {s.t_theta.theta[0], nullptr, s.t_theta.stride}, s.g_x[0]);
+    if (s.g_theta[0] == nullptr) return;
+    const ChannelGradients<T> out{s.g_theta[0], nullptr, s.stride, 0, true};
+    channel_gradient_stub<T>(tile.ctx, m, tile.V, 1, rows(tile), moved.data(), s.g_y, out);
   }
 
   void per_example(const Tile<T>& tile, const T* g_y, FactorSink<T>& factors) const override {
@@ -129,6 +146,8 @@ class BatchNorm final : public Rule<T> {
     return storage;
   }
 
+  bool is_curved(const Node& node) const override { return node.is_trainable(0) && node.needs_tangent[0]; }
+
   bool fuses_scale() const override { return true; }
 
   void pack(const Tile<T>& tile) const override {
@@ -154,6 +173,18 @@ class BatchNorm final : public Rule<T> {
 
   void vjp_params(const Tile<T>& tile, const T* g_y, T* const* g_theta, int64_t stride) const override {
     channel_vjp_params(tile, map(tile), rows(tile), x_hat(tile), g_y, g_theta, stride);
+  }
+
+  void second_order(const Tile<T>& tile, const SecondOrder<T>& s) const override {
+    const ChannelMap m = map(tile);
+    const int64_t count = tile.n * rows(tile);
+    Scratch<T> moved(tile.ctx, m.channels), sums(tile.ctx, tile.V * m.channels);  // rstd t_w, Σ g_y ∘ t_x
+    channel_gradient_stub<T>(tile.ctx, m, tile.V, 1, count, s.t_x[0], s.g_y, {sums.data(), nullptr, m.channels, 0, false});
+    for (int64_t v = 0; v < tile.V; ++v) {
+      scale_stub<T>(tile.ctx, 1, m.channels, tile.packed, sums.data() + v * m.channels, s.g_theta[0] + v * s.stride, true);
+      scale_stub<T>(tile.ctx, 1, m.channels, tile.packed, s.t_theta.theta[0] + v * s.t_theta.stride, moved.data(), false);
+      channel_affine_stub<T>(tile.ctx, m, 1, count, moved.data(), s.g_y, nullptr, {}, nullptr, s.g_x[0] + v * tile.n * tile.node.width, true);
+    }
   }
 
   void per_example(const Tile<T>& tile, const T* g_y, FactorSink<T>& factors) const override {

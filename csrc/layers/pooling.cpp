@@ -71,6 +71,8 @@ class MaxPool final : public Rule<T> {
     return {.keeps_input = {false}, .state_widths = {node.width}};
   }
 
+  bool is_curved(const Node&) const override { return false; }
+
   void forward(const Tile<T>& tile, T* y) const override {
     const Windows w = windows_of(tile.ctx, tile.node, false);
     max_pool_stub<T>(tile.ctx, w, planes(tile, w), tile.x[0], y, tile.state[0]);
@@ -100,6 +102,8 @@ class AvgPool final : public Rule<T> {
     }
     return {.keeps_input = {false}, .state_widths = {}};
   }
+
+  bool is_curved(const Node&) const override { return false; }
 
   void forward(const Tile<T>& tile, T* y) const override { mean(tile, 1, tile.x[0], y); }
 

@@ -8,7 +8,8 @@
 //   forward      y = ρ(x), d = ∂y/∂x
 //   jvp          t_y = Σ d ∘ t_x
 //   vjp_input    g_x = d ∘ g_y
-//   tape         d [N, width of x]
+//   second_order S_x = g_y ∇²ρ t_x; not curved where ρ is piecewise linear (extrema, sums of absolute values)
+//   tape         d [N, width of x]; if curved y, and x for a product
 //
 // cumulative_sum: y_s = Σ_{s' <= s} x_s' over one axis of an example [outer, size, inner].
 //   jvp          the same of t_x
@@ -61,6 +62,8 @@ class Reduce final : public Rule<T> {
     }
     return {.keeps_input = {false}, .state_widths = {}};
   }
+
+  bool is_curved(const Node&) const override { return false; }
 
   void forward(const Tile<T>& tile, T* y) const override { sum(tile, tile.n, tile.x[0], y); }
 
@@ -139,13 +142,18 @@ class ReduceNonlinear final : public Rule<T> {
       throw std::invalid_argument("reduce_nonlinear (" + node.name + "): expected kind in [0, " + std::to_string(kNumReductions) + "), got " +
                                   std::to_string(node.attribute("kind")) + ".");
     }
-    return {.keeps_input = {false}, .state_widths = {node.input_widths[0]}};
+    Storage storage{.keeps_input = {node.curved && kind(node) == Reduction::product}, .state_widths = {node.input_widths[0]}};
+    if (node.curved) storage.state_widths.push_back(node.width);
+    return storage;
   }
+
+  bool is_curved(const Node& node) const override { return !is_piecewise_linear(kind(node)); }
 
   void forward(const Tile<T>& tile, T* y) const override {
     const Axis axis(tile.node);
-    nonlinear_reduction_stub<T>(tile.ctx, static_cast<Reduction>(tile.node.attribute("kind")), static_cast<T>(tile.node.number("a")),
-                                tile.n * axis.outer, axis.size, axis.inner, tile.x[0], y, tile.state[0]);
+    nonlinear_reduction_stub<T>(tile.ctx, kind(tile.node), static_cast<T>(tile.node.number("a")), tile.n * axis.outer, axis.size, axis.inner,
+                                tile.x[0], y, tile.state[0]);
+    if (tile.node.curved) combine_stub<T>(tile.ctx, tile.n * tile.node.width, T(1), y, T(0), nullptr, tile.state[1], false);
   }
 
   void jvp(const Tile<T>& tile, const T* const* t_x, const ParameterTangents<T>&, const T* /*scale*/, T* t_y) const override {
@@ -157,6 +165,15 @@ class ReduceNonlinear final : public Rule<T> {
     const Axis axis(tile.node);
     weighted_broadcast_axis_stub<T>(tile.ctx, tile.V, tile.n * axis.outer, axis.size, axis.inner, tile.state[0], g_y, g_x, accumulate);
   }
+
+  void second_order(const Tile<T>& tile, const SecondOrder<T>& s) const override {
+    const Axis axis(tile.node);
+    reduction_second_order_stub<T>(tile.ctx, kind(tile.node), static_cast<T>(tile.node.number("a")), tile.V, tile.n * axis.outer, axis.size,
+                                   axis.inner, tile.x[0], tile.state[1], tile.state[0], s.g_y, s.t_x[0], s.g_x[0]);
+  }
+
+ private:
+  static Reduction kind(const Node& node) { return static_cast<Reduction>(node.attribute("kind")); }
 };
 
 template <class T>
@@ -166,6 +183,8 @@ class CumulativeSum final : public Rule<T> {
     Axis(node).check(node, node.input_widths[0]);
     return {.keeps_input = {false}, .state_widths = {}};
   }
+
+  bool is_curved(const Node&) const override { return false; }
 
   void forward(const Tile<T>& tile, T* y) const override { sum(tile, tile.n, false, tile.x[0], y, false); }
 

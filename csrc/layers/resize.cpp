@@ -74,6 +74,8 @@ class Resize final : public Rule<T> {
     return {.keeps_input = {false}, .state_widths = {}};
   }
 
+  bool is_curved(const Node&) const override { return false; }
+
   void forward(const Tile<T>& tile, T* y) const override { run(tile, false, tile.n, tile.x[0], y, false); }
 
   void jvp(const Tile<T>& tile, const T* const* t_x, const ParameterTangents<T>&, const T* /*scale*/, T* t_y) const override {

@@ -1,4 +1,4 @@
-// The contract of a rule: what one kind of node does forward, in tangent and cotangent direction, and per example.
+// The contract of a rule: what one kind of node does forward, in tangent and cotangent direction, to second order, and per example.
 //
 // Axes: V right-hand sides first, n examples of a tile, then the node's width. All pointers stand at the tile's first example, all arrays
 // are contiguous. A rule knows no device (it calls kernel stubs), no schedule and no data type. vjp is the transpose of jvp.
@@ -45,12 +45,26 @@ struct ParameterTangents {
   const T* packed = nullptr;  // [V, tangent_packed_size]
 };
 
+// What second_order reads of the sweeps, and where it adds.
+template <class T>
+struct SecondOrder {
+  const T* g_y = nullptr;         // [n, width]: the cotangent at the point, the same for all right-hand sides
+  const T* const* t_x = nullptr;  // per input: tangent [V, n, width of input], null: zero
+  ParameterTangents<T> t_theta;
+  T* const* g_x = nullptr;      // per input: [V, n, width of input], null if not wanted; two may be the same
+  T* const* g_theta = nullptr;  // per slot: [V, size] rows `stride` apart, null if not wanted
+  int64_t stride = 0;
+};
+
 template <class T>
 class Rule {
  public:
   virtual ~Rule() = default;
 
   virtual Storage storage(const Node& node) const = 0;
+
+  // Has the node second derivatives by the inputs that have a tangent and the slots that are trained? Piecewise linear is not curved.
+  virtual bool is_curved(const Node& node) const = 0;
 
   // y [n, width] from tile.x; fills tile.state.
   virtual void forward(const Tile<T>& tile, T* y) const = 0;
@@ -71,6 +85,10 @@ class Rule {
 
   // g_theta [per slot: [V, size] rows `stride` apart; null if not wanted] += the sum over the tile's examples.
   virtual void vjp_params(const Tile<T>&, const T* /*g_y*/, T* const* /*g_theta*/, int64_t /*stride*/) const {}
+
+  // Adds to g_x and g_theta what vjp changes by along (t_x, t_theta) at a fixed g_y: the second derivative of g_yᵀ f contracted with the tangent,
+  //   S = ∂²(g_yᵀ f)/∂(x, θ)² · (t_x, t_θ), summed over the examples for parameters. Called where node.curved.
+  virtual void second_order(const Tile<T>&, const SecondOrder<T>&) const {}
 
   // Adds the factors of each example's own gradient. They may point at tile.x, at g_y and at what `factors` allocates.
   virtual void per_example(const Tile<T>&, const T* /*g_y*/, FactorSink<T>& /*factors*/) const {}

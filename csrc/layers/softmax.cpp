@@ -3,6 +3,7 @@
 //                softmax                       log_softmax
 //   jvp          t_y = p ∘ (t_x − Σ p ∘ t_x)   t_y = t_x − Σ p ∘ t_x
 //   vjp_input    g_x = p ∘ (g_y − Σ p ∘ g_y)   g_x = g_y − p Σ g_y
+//   second_order S_x = p ∘ (w − Σ p ∘ w)       S_x = −(Σ g_y) p ∘ u,   u = t_x − Σ p ∘ t_x,  w = u ∘ (g_y − Σ p ∘ g_y)
 //   parameters   none
 //   tape         p [N, width]
 #include "kernels/softmax.h"
@@ -25,6 +26,8 @@ class Softmax final : public Rule<T> {
     return {.keeps_input = {false}, .state_widths = {node.width}};
   }
 
+  bool is_curved(const Node&) const override { return true; }
+
   void forward(const Tile<T>& tile, T* y) const override {
     const Node& node = tile.node;
     softmax_stub<T>(tile.ctx, tile.n * node.attribute("outer"), node.attribute("size"), node.attribute("inner"), is_log(tile), tile.x[0], y,
@@ -37,6 +40,12 @@ class Softmax final : public Rule<T> {
 
   void vjp_input(const Tile<T>& tile, int /*i*/, const T* g_y, const T* /*scale*/, T* g_x, bool accumulate) const override {
     multiply(tile, is_log(tile) ? SoftmaxProduct::log_cotangent : SoftmaxProduct::softmax, g_y, g_x, accumulate);
+  }
+
+  void second_order(const Tile<T>& tile, const SecondOrder<T>& s) const override {
+    const Node& node = tile.node;
+    softmax_second_order_stub<T>(tile.ctx, is_log(tile), tile.V, tile.n * node.attribute("outer"), node.attribute("size"), node.attribute("inner"),
+                                 tile.state[0], s.g_y, s.t_x[0], s.g_x[0]);
   }
 
  private:

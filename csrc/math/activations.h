@@ -1,4 +1,4 @@
-// Activations: value and first derivative at one point, PyTorch's conventions at kinks (the derivative of relu at 0 is 0).
+// Activations: value, first and second derivative at one point, PyTorch's conventions at kinks (the derivative of relu at 0 is 0).
 #pragma once
 
 #include <cmath>
@@ -24,6 +24,35 @@ enum class Activation : int { INFL_FOR_EACH_ACTIVATION(INFL_ENUMERATOR) };
 #define INFL_COUNT(kind) +1
 inline constexpr int kNumActivations = 0 INFL_FOR_EACH_ACTIVATION(INFL_COUNT);
 #undef INFL_COUNT
+
+// Is the second derivative 0 wherever there is one?
+constexpr bool is_piecewise_linear(Activation kind) {
+  switch (kind) {
+    case Activation::relu:
+    case Activation::leaky_relu:
+    case Activation::hardsigmoid:
+    case Activation::clamp:
+    case Activation::hardtanh:
+    case Activation::softshrink:
+    case Activation::hardshrink:
+    case Activation::threshold:
+    case Activation::abs:
+    case Activation::sign:
+    case Activation::floor:
+    case Activation::ceil:
+    case Activation::round:
+    case Activation::trunc:
+    case Activation::greater:
+    case Activation::greater_equal:
+    case Activation::less:
+    case Activation::less_equal:
+    case Activation::equal:
+    case Activation::not_equal:
+      return true;
+    default:
+      return false;
+  }
+}
 
 template <class T>
 struct ValueAndDerivative {
@@ -196,6 +225,96 @@ INFL_HD ValueAndDerivative<T> activation(T x, T a, T b) {
   } else {
     static_assert(kind == Activation::not_equal);
     return {x != a ? T(1) : T(0), T(0)};
+  }
+}
+
+// Second derivatives; 0 at kinks, and so everywhere for the kinds that are piecewise linear.
+template <Activation kind, class T>
+INFL_HD T second_derivative(T x, T a, T b) {
+  if constexpr (kind == Activation::tanh) {
+    const T y = hyperbolic_tangent(x);
+    return T(-2) * y * (T(1) - y * y);
+  } else if constexpr (kind == Activation::gelu) {
+    return T(0.39894228040143267794) * std::exp(T(-0.5) * x * x) * (T(2) - x * x);
+  } else if constexpr (kind == Activation::gelu_tanh) {
+    const T c = T(0.79788456080286535588), k = T(0.044715);
+    const T t = hyperbolic_tangent(c * (x + k * x * x * x)), slope = c * (T(1) + T(3) * k * x * x);
+    return (T(1) - t * t) * (slope + T(0.5) * x * (T(6) * c * k * x - T(2) * t * slope * slope));
+  } else if constexpr (kind == Activation::silu) {
+    const T s = sigmoid(x);
+    return s * (T(1) - s) * (T(2) + x * (T(1) - T(2) * s));
+  } else if constexpr (kind == Activation::sigmoid) {
+    const T s = sigmoid(x);
+    return s * (T(1) - s) * (T(1) - T(2) * s);
+  } else if constexpr (kind == Activation::elu) {
+    return x < T(0) ? a * b * std::exp(x) : T(0);
+  } else if constexpr (kind == Activation::softplus) {
+    const T s = sigmoid(a * x);
+    return a * x > b ? T(0) : a * s * (T(1) - s);
+  } else if constexpr (kind == Activation::hardswish) {
+    return x > T(-3) && x < T(3) ? T(1) / T(3) : T(0);
+  } else if constexpr (kind == Activation::mish) {
+    const T t = std::tanh(log1p_exp(x)), s = sigmoid(x);
+    return (T(1) - t * t) * s * (T(2) + x * (T(1) - s - T(2) * t * s));
+  } else if constexpr (kind == Activation::log_sigmoid) {
+    const T s = sigmoid(x);
+    return -s * (T(1) - s);
+  } else if constexpr (kind == Activation::celu) {
+    const T rate = T(1) / T(static_cast<float>(a));
+    return x < T(0) ? a * rate * rate * std::exp(x * rate) : T(0);
+  } else if constexpr (kind == Activation::exp || kind == Activation::expm1) {
+    return std::exp(x);
+  } else if constexpr (kind == Activation::exp2) {
+    return std::exp2(x) * T(0.48045301391820142467);
+  } else if constexpr (kind == Activation::log) {
+    return T(-1) / (x * x);
+  } else if constexpr (kind == Activation::log2) {
+    return T(-1.4426950408889634074) / (x * x);
+  } else if constexpr (kind == Activation::log10) {
+    return T(-0.43429448190325182765) / (x * x);
+  } else if constexpr (kind == Activation::log1p) {
+    return T(-1) / ((x + T(1)) * (x + T(1)));
+  } else if constexpr (kind == Activation::sqrt) {
+    return T(-0.25) / (x * std::sqrt(x));
+  } else if constexpr (kind == Activation::rsqrt) {
+    return T(0.75) / (x * x * std::sqrt(x));
+  } else if constexpr (kind == Activation::reciprocal) {
+    return T(2) / (x * x * x);
+  } else if constexpr (kind == Activation::square) {
+    return T(2);
+  } else if constexpr (kind == Activation::pow) {
+    return a == T(0) || a == T(1) ? T(0) : a * (a - T(1)) * std::pow(x, a - T(2));
+  } else if constexpr (kind == Activation::sin) {
+    return -std::sin(x);
+  } else if constexpr (kind == Activation::cos) {
+    return -std::cos(x);
+  } else if constexpr (kind == Activation::tan) {
+    const T y = std::tan(x);
+    return T(2) * y * (T(1) + y * y);
+  } else if constexpr (kind == Activation::asin || kind == Activation::acos) {
+    const T s = (T(1) - x) * (T(1) + x);
+    return (kind == Activation::asin ? x : -x) / (s * std::sqrt(s));
+  } else if constexpr (kind == Activation::atan) {
+    const T s = T(1) + x * x;
+    return T(-2) * x / (s * s);
+  } else if constexpr (kind == Activation::sinh) {
+    return std::sinh(x);
+  } else if constexpr (kind == Activation::cosh) {
+    return std::cosh(x);
+  } else if constexpr (kind == Activation::asinh) {
+    const T s = x * x + T(1);
+    return -x / (s * std::sqrt(s));
+  } else if constexpr (kind == Activation::acosh) {
+    const T s = (x - T(1)) * (x + T(1));
+    return -x / (s * std::sqrt(s));
+  } else if constexpr (kind == Activation::atanh) {
+    const T s = (T(1) - x) * (T(1) + x);
+    return T(2) * x / (s * s);
+  } else if constexpr (kind == Activation::erf || kind == Activation::erfc) {
+    return (kind == Activation::erf ? T(-2) : T(2)) * x * T(1.1283791670955125739) * std::exp(-x * x);
+  } else {
+    static_assert(is_piecewise_linear(kind));
+    return T(0);
   }
 }
 

@@ -37,7 +37,7 @@ class Places {
 
 template <class T>
 Plan<T>::Plan(std::vector<Node> nodes, std::vector<Slot> slots, std::vector<int64_t> input_widths, std::vector<int> aliases, int output,
-              int64_t num_parameters, std::vector<std::shared_ptr<const Rule<T>>> own_rules)
+              int64_t num_parameters, std::vector<std::shared_ptr<const Rule<T>>> own_rules, bool second_order)
     : nodes_(std::move(nodes)),
       slots_(std::move(slots)),
       input_widths_(std::move(input_widths)),
@@ -80,6 +80,7 @@ Plan<T>::Plan(std::vector<Node> nodes, std::vector<Slot> slots, std::vector<int6
     widths_[node.output] = node.width;
     producer_[node.output] = static_cast<int>(i);
     rules_.push_back(rule);
+    node.curved = second_order && needs_tangent_[node.output] && rule->is_curved(node);
     storages_.push_back(rule->storage(node));
   }
   if (!unknown.empty()) throw std::invalid_argument("Plan: expected rules that exist, got " + unknown + ".");
@@ -110,11 +111,13 @@ int64_t Plan<T>::widest_activation() const {
 template <class T>
 void Plan<T>::analyse() {
   kept_.assign(widths_.size(), false);
+  first_curved_.assign(widths_.size(), -1);
   for (size_t i = 0; i < nodes_.size(); ++i) {
     const Node& node = nodes_[i];
     for (size_t k = 0; k < node.inputs.size(); ++k) {
       const int value = canonical_[node.inputs[k]];
       if (storages_[i].keeps_input[k] && producer_[value] >= 0) kept_[value] = true;
+      if (node.curved && needs_tangent_[value] && first_curved_[value] < 0) first_curved_[value] = static_cast<int>(i);
     }
   }
   if (producer_[output()] >= 0) kept_[output()] = true;
@@ -164,12 +167,13 @@ void Plan<T>::compile_tangent() {
   Places places;
   std::vector<Place> place(widths_.size(), kNowhere);
   std::vector<int> step_of(widths_.size(), -1);
+  tangent_place_.assign(widths_.size(), kNowhere);
   auto& steps = schedules_.tangent;
   for (size_t i = 0; i < nodes_.size(); ++i) {
     const Node& node = nodes_[i];
     if (!needs_tangent_[node.output]) continue;
     const int first = node.inputs.empty() ? -1 : canonical_[node.inputs[0]];
-    if (is_elementwise(static_cast<int>(i)) && num_uses[first] == 1) {
+    if (is_elementwise(static_cast<int>(i)) && num_uses[first] == 1 && !node.curved) {
       // Sole reader of its input: same place; and if the step that wrote it can, it multiplies by the derivative on its way out.
       place[node.output] = place[first];
       TangentStep& producer = steps[step_of[first]];
@@ -188,7 +192,8 @@ void Plan<T>::compile_tangent() {
     step_of[node.output] = static_cast<int>(steps.size());
     for (int input : node.inputs) {
       const int value = canonical_[input];
-      if (last_use[value] == static_cast<int>(i) && place[value] != kNowhere) {
+      if (first_curved_[value] >= 0) tangent_place_[value] = place[value];
+      if (last_use[value] == static_cast<int>(i) && place[value] != kNowhere && first_curved_[value] < 0) {
         places.release(place[value]);
         place[value] = kNowhere;
       }
@@ -197,6 +202,11 @@ void Plan<T>::compile_tangent() {
   }
   schedules_.output = place[output()];
   schedules_.sweep_width = places.high_water();
+  schedules_.tangent_packed.assign(nodes_.size(), 0);
+  for (const TangentStep& step : steps) {
+    schedules_.tangent_packed[step.node] = schedules_.tangent_packed_size;
+    schedules_.tangent_packed_size += storages_[step.node].tangent_packed_size;
+  }
 }
 
 template <class T>
@@ -213,6 +223,9 @@ void Plan<T>::compile_cotangent() {
   ++num_writes[output()];
 
   Places places;
+  for (size_t value = 0; value < widths_.size(); ++value) {
+    if (tangent_place_[value] != kNowhere) places.take_at(tangent_place_[value], widths_[value]);
+  }
   std::vector<Place> place(widths_.size(), kNowhere);
   std::vector<bool> written(widths_.size(), false);
   std::vector<int> step_of(widths_.size(), -1);  // the step that wrote the cotangent, if it was one alone
@@ -220,6 +233,24 @@ void Plan<T>::compile_cotangent() {
   places.take_at(schedules_.output, output_width());
   written[output()] = true;
   auto& steps = schedules_.cotangent;
+  // Ends the steps of a curved node: its second-order term, after which tangents that no earlier node reads have had their use.
+  const auto second_order = [&](int i) {
+    if (!nodes_[i].curved) return;
+    SecondOrderStep step{i, {}, {}};
+    for (int input : nodes_[i].inputs) {
+      const int value = canonical_[input];
+      step.t_inputs.push_back(tangent_place_[value]);
+      step.g_inputs.push_back(needs_tangent_[value] ? place[value] : kNowhere);
+    }
+    for (int input : nodes_[i].inputs) {
+      const int value = canonical_[input];
+      if (first_curved_[value] != i || tangent_place_[value] == kNowhere || tangent_place_[value] == schedules_.output) continue;
+      places.release(tangent_place_[value]);
+      tangent_place_[value] = kNowhere;
+    }
+    steps.back().second_order = static_cast<int>(schedules_.second_order.size());
+    schedules_.second_order.push_back(std::move(step));
+  };
   for (int i = static_cast<int>(nodes_.size()) - 1; i >= 0; --i) {
     const Node& node = nodes_[i];
     if (!written[node.output]) continue;
@@ -230,13 +261,15 @@ void Plan<T>::compile_cotangent() {
       place[first] = g_output;
       written[first] = true;
       const int before = step_of[node.output];
-      if (before >= 0 && num_writes[node.output] == 1 && steps[before].scale_by < 0 && rules_[steps[before].node]->fuses_scale()) {
+      const bool plain = before >= 0 && !node.curved && !nodes_[steps[before].node].curved;
+      if (plain && num_writes[node.output] == 1 && steps[before].scale_by < 0 && rules_[steps[before].node]->fuses_scale()) {
         steps[before].scale_by = i;
         step_of[first] = -1;  // one epilogue a step
         continue;
       }
       step_of[first] = static_cast<int>(steps.size());
       steps.push_back({i, g_output, false, 0, g_output, false, -1});
+      second_order(i);
       continue;
     }
     const bool params = std::find(node.trainable.begin(), node.trainable.end(), true) != node.trainable.end();
@@ -255,6 +288,7 @@ void Plan<T>::compile_cotangent() {
       steps.push_back(step);
     }
     if (params && !params_done) steps.push_back({i, g_output, true, -1, kNowhere, false, -1});
+    second_order(i);
     places.release(g_output);
   }
   schedules_.sweep_width = std::max(schedules_.sweep_width, places.high_water());

@@ -5,6 +5,9 @@
 //   tangent   the nodes that a differentiated parameter influences, in order
 //   cotangent the same nodes reversed; below the lowest trainable node nothing is done
 // An elementwise node next to a linear one is fused into it: its derivative becomes the epilogue of the product, in either direction.
+//
+// A plan for second-order products has curved nodes, too: the tangents that they read stay in the workspace until the cotangent sweep has passed
+// them, and they are fused with nothing that would come between a product and its second-order term.
 #pragma once
 
 #include <cstdint>
@@ -41,15 +44,24 @@ struct CotangentStep {
   Place g_input = kNowhere;
   bool accumulate = false;
   int scale_by = -1;
+  int second_order = -1;  // then, in a second-order product, this entry of Schedules::second_order: a curved node's last step
+};
+
+struct SecondOrderStep {
+  int node;
+  std::vector<Place> t_inputs, g_inputs;  // kNowhere: zero, not wanted
 };
 
 struct Schedules {
   std::vector<ForwardStep> forward;
   std::vector<TangentStep> tangent;
   std::vector<CotangentStep> cotangent;
-  int64_t forward_width = 0;  // workspace elements per example
-  int64_t sweep_width = 0;    // of tangent and cotangent sweep together, per example and right-hand side
-  Place output = kNowhere;    // the output's tangent, and its cotangent
+  std::vector<SecondOrderStep> second_order;
+  int64_t forward_width = 0;            // workspace elements per example
+  int64_t sweep_width = 0;              // of tangent and cotangent sweep together, per example and right-hand side
+  Place output = kNowhere;              // the output's tangent, and its cotangent
+  std::vector<int64_t> tangent_packed;  // per node: where its packed parameter tangents begin, in elements per right-hand side
+  int64_t tangent_packed_size = 0;      // of all nodes
 };
 
 template <class T>
@@ -57,9 +69,9 @@ class Plan {
  public:
   // `aliases` maps a value to the value it re-reads (views), -1 for itself. Values 0..input_widths.size()-1 are the network's inputs.
   // `num_parameters`: length of the flat vectors; parameters that no node reads have a place there too.
-  // `own_rules`: per node a rule that is not in the registry, or null.
+  // `own_rules`: per node a rule that is not in the registry, or null. `second_order`: for second-order products, too.
   Plan(std::vector<Node> nodes, std::vector<Slot> slots, std::vector<int64_t> input_widths, std::vector<int> aliases, int output,
-       int64_t num_parameters, std::vector<std::shared_ptr<const Rule<T>>> own_rules);
+       int64_t num_parameters, std::vector<std::shared_ptr<const Rule<T>>> own_rules, bool second_order);
 
   const std::vector<Node>& nodes() const { return nodes_; }
   const std::vector<Slot>& slots() const { return slots_; }
@@ -98,6 +110,8 @@ class Plan {
   std::vector<int64_t> widths_;  // per canonical value
   std::vector<int> producer_;    // per canonical value: node, or -1 for inputs
   std::vector<bool> kept_, needs_tangent_;
+  std::vector<int> first_curved_;     // per canonical value with a tangent: the first curved node that reads it, or -1
+  std::vector<Place> tangent_place_;  // of such values
   Schedules schedules_;
 };
 

@@ -33,7 +33,8 @@ Tape<T>::Tape(const Context& ctx, std::shared_ptr<const Plan<T>> plan, int64_t N
       values_(plan_->num_values()),
       states_(plan_->nodes().size()),
       packed_(plan_->nodes().size()),
-      theta_(plan_->slots().size()) {
+      theta_(plan_->slots().size()),
+      cotangents_(plan_->nodes().size()) {
   for (int id = 0; id < plan_->num_values(); ++id) {
     if (plan_->canonical(id) == id && plan_->is_kept(id)) values_[id].resize(ctx, N_ * plan_->width(id));
   }
@@ -41,6 +42,7 @@ Tape<T>::Tape(const Context& ctx, std::shared_ptr<const Plan<T>> plan, int64_t N
     const Storage& storage = plan_->storage(static_cast<int>(i));
     for (int64_t width : storage.state_widths) states_[i].emplace_back(ctx, N_ * width);
     packed_[i].resize(ctx, storage.packed_size);
+    if (plan_->nodes()[i].curved) cotangents_[i].resize(ctx, N_ * plan_->nodes()[i].width);
   }
   for (size_t s = 0; s < theta_.size(); ++s) theta_[s].resize(ctx, plan_->slots()[s].size);
 }
@@ -124,21 +126,13 @@ void Tape<T>::forward_tile(const Context& ctx, int64_t n0, int64_t n, T* workspa
 }
 
 template <class T>
-int64_t Tape<T>::tangent_packed_size() const {
-  int64_t size = 0;
-  for (const TangentStep& step : plan_->schedules().tangent) size += plan_->storage(step.node).tangent_packed_size;
-  return size;
-}
-
-template <class T>
 void Tape<T>::pack_tangents(const Context& ctx, int64_t V, const std::vector<const T*>& t_theta, T* packed) const {
   for (const TangentStep& step : plan_->schedules().tangent) {
-    const int64_t size = plan_->storage(step.node).tangent_packed_size;
-    if (size == 0) continue;
+    if (plan_->storage(step.node).tangent_packed_size == 0) continue;
     Sweep sweep(*this, ctx, step.node, V, 0, 0);
     const auto tangents = operands(sweep.node, t_theta);
-    plan_->rule(step.node).pack_tangents(sweep.tile, {tangents.data(), plan_->num_parameters(), nullptr}, packed);
-    packed += V * size;
+    T* to = packed + V * plan_->schedules().tangent_packed[step.node];
+    plan_->rule(step.node).pack_tangents(sweep.tile, {tangents.data(), plan_->num_parameters(), nullptr}, to);
   }
 }
 
@@ -152,26 +146,77 @@ void Tape<T>::tangent_tile(const Context& ctx, int64_t V, int64_t n0, int64_t n,
     for (Place place : step.inputs) t_x.push_back(place == kNowhere ? nullptr : workspace + place * V * n);
     const auto tangents = operands(sweep.node, t_theta);
     const T* scale = step.scale_by < 0 ? nullptr : Sweep(*this, ctx, step.scale_by, V, n0, n).state[plan_->storage(step.scale_by).derivative];
-    plan_->rule(step.node).jvp(sweep.tile, t_x.data(), {tangents.data(), plan_->num_parameters(), packed}, scale, workspace + step.output * V * n);
-    packed += V * plan_->storage(step.node).tangent_packed_size;
+    const ParameterTangents<T> t{tangents.data(), plan_->num_parameters(), packed + V * plan_->schedules().tangent_packed[step.node]};
+    plan_->rule(step.node).jvp(sweep.tile, t_x.data(), t, scale, workspace + step.output * V * n);
   }
 }
 
 template <class T>
 void Tape<T>::cotangent_tile(const Context& ctx, int64_t V, int64_t n0, int64_t n, const std::vector<T*>& g_theta, T* workspace) const {
-  for (const CotangentStep& step : plan_->schedules().cotangent) {
-    Sweep sweep(*this, ctx, step.node, V, n0, n);
-    const Rule<T>& rule = plan_->rule(step.node);
-    const T* g_y = workspace + step.g_output * V * n;
-    if (step.params) {
-      const auto targets = operands(sweep.node, g_theta);
-      rule.vjp_params(sweep.tile, g_y, targets.data(), plan_->num_parameters());
-    }
-    if (step.input >= 0) {
-      const T* scale = step.scale_by < 0 ? nullptr : Sweep(*this, ctx, step.scale_by, V, n0, n).state[plan_->storage(step.scale_by).derivative];
-      rule.vjp_input(sweep.tile, step.input, g_y, scale, workspace + step.g_input * V * n, step.accumulate);
-    }
+  for (const CotangentStep& step : plan_->schedules().cotangent) cotangent_step(ctx, step, V, n0, n, g_theta, workspace);
+}
+
+// `g_theta` empty: parameters are not wanted.
+template <class T>
+void Tape<T>::cotangent_step(const Context& ctx, const CotangentStep& step, int64_t V, int64_t n0, int64_t n, const std::vector<T*>& g_theta,
+                             T* workspace) const {
+  Sweep sweep(*this, ctx, step.node, V, n0, n);
+  const Rule<T>& rule = plan_->rule(step.node);
+  const T* g_y = workspace + step.g_output * V * n;
+  if (step.params && !g_theta.empty()) {
+    const auto targets = operands(sweep.node, g_theta);
+    rule.vjp_params(sweep.tile, g_y, targets.data(), plan_->num_parameters());
   }
+  if (step.input >= 0) {
+    const T* scale = step.scale_by < 0 ? nullptr : Sweep(*this, ctx, step.scale_by, V, n0, n).state[plan_->storage(step.scale_by).derivative];
+    rule.vjp_input(sweep.tile, step.input, g_y, scale, workspace + step.g_input * V * n, step.accumulate);
+  }
+}
+
+// The tangent of the cotangent sweep: every curved node adds its second-order term.
+template <class T>
+void Tape<T>::curved_cotangent_tile(const Context& ctx, int64_t V, int64_t n0, int64_t n, const std::vector<const T*>& t_theta, const T* packed,
+                                    const std::vector<T*>& g_theta, T* workspace) const {
+  const Schedules& s = plan_->schedules();
+  std::vector<const T*> t_x;
+  std::vector<T*> g_x;
+  for (const CotangentStep& step : s.cotangent) {
+    cotangent_step(ctx, step, V, n0, n, g_theta, workspace);
+    if (step.second_order < 0) continue;
+    const SecondOrderStep& places = s.second_order[step.second_order];
+    Sweep sweep(*this, ctx, step.node, V, n0, n);
+    t_x.clear();
+    g_x.clear();
+    for (Place place : places.t_inputs) t_x.push_back(place == kNowhere ? nullptr : workspace + place * V * n);
+    for (Place place : places.g_inputs) g_x.push_back(place == kNowhere ? nullptr : workspace + place * V * n);
+    const auto tangents = operands(sweep.node, t_theta);
+    const auto targets = operands(sweep.node, g_theta);
+    SecondOrder<T> order;
+    order.g_y = cotangents_[step.node].data() + n0 * sweep.node.width;
+    order.t_x = t_x.data();
+    order.t_theta = {tangents.data(), plan_->num_parameters(), packed + V * s.tangent_packed[step.node]};
+    order.g_x = g_x.data();
+    order.g_theta = targets.data();
+    order.stride = plan_->num_parameters();
+    plan_->rule(step.node).second_order(sweep.tile, order);
+  }
+}
+
+template <class T>
+void Tape<T>::keep_cotangents(const Context& ctx, const T* g) {
+  const int64_t C = plan_->output_width();
+  run_tiles(ctx, 1, nullptr, [&](const Context& inner, int64_t n0, int64_t n, T* workspace, T*) {
+    copy<T>(inner, n * C, g + n0 * C, workspace + plan_->schedules().output * n);
+    int kept = -1;
+    for (const CotangentStep& step : plan_->schedules().cotangent) {
+      const Node& node = plan_->nodes()[step.node];
+      if (node.curved && step.node != kept) {
+        kept = step.node;  // before its first step, which may overwrite the cotangent
+        copy<T>(inner, n * node.width, workspace + step.g_output * n, cotangents_[kept].data() + n0 * node.width);
+      }
+      cotangent_step(inner, step, 1, n0, n, {}, workspace);
+    }
+  });
 }
 
 template <class T>
@@ -182,6 +227,7 @@ Tiling Tape<T>::tiling(const Context& ctx, int64_t V) const {
   int64_t kept = 0;  // tape elements per example that a sweep reads
   for (size_t i = 0; i < plan_->nodes().size(); ++i) {
     for (int64_t width : plan_->storage(static_cast<int>(i)).state_widths) kept += width;
+    if (plan_->nodes()[i].curved) kept += plan_->nodes()[i].width;
   }
   for (int id = 0; id < plan_->num_values(); ++id) {
     if (plan_->canonical(id) == id && (plan_->is_kept(id) || id < plan_->num_inputs())) kept += plan_->width(id);
@@ -222,6 +268,7 @@ int64_t Tape<T>::cached_bytes() const {
   }
   for (const auto& b : packed_) bytes += b.bytes();
   for (const auto& b : theta_) bytes += b.bytes();
+  for (const auto& b : cotangents_) bytes += b.bytes();
   return bytes;
 }
 
@@ -230,7 +277,7 @@ int64_t Tape<T>::workspace_bytes(const Context& ctx, int64_t V) const {
   const Tiling t = tiling(ctx, V);
   const int64_t sweep = plan_->schedules().sweep_width * V * t.tile;
   const int64_t per_thread = t.by_example ? ctx.num_threads * (sweep + V * plan_->num_parameters()) : sweep;
-  return (per_thread + V * tangent_packed_size()) * static_cast<int64_t>(sizeof(T));
+  return (per_thread + V * plan_->schedules().tangent_packed_size) * static_cast<int64_t>(sizeof(T));
 }
 
 // body(context, first example, number of examples, workspace, accumulator): every tile of the data once. `out` [V, P] receives the sum of what
@@ -280,7 +327,7 @@ template <class T>
 void Tape<T>::jvp(const Context& ctx, int64_t V, const T* v, T* t_out) const {
   const int64_t C = plan_->output_width();
   const auto t_theta = slot_rows(v);
-  Scratch<T> packed(ctx, V * tangent_packed_size());
+  Scratch<T> packed(ctx, V * plan_->schedules().tangent_packed_size);
   const T* packed_data = packed.data();
   pack_tangents(ctx, V, t_theta, packed.data());
   run_tiles(ctx, V, nullptr, [&](const Context& inner, int64_t n0, int64_t n, T* workspace, T*) {
@@ -302,14 +349,28 @@ void Tape<T>::vjp(const Context& ctx, int64_t V, const T* g, T* out) const {
 
 template <class T>
 void Tape<T>::ggn(const Context& ctx, int64_t V, const T* v, const OutputHessian<T>& h, T* out) const {
+  product(ctx, V, v, h, false, out);
+}
+
+template <class T>
+void Tape<T>::hvp(const Context& ctx, int64_t V, const T* v, const OutputHessian<T>& h, T* out) const {
+  product(ctx, V, v, h, true, out);
+}
+
+template <class T>
+void Tape<T>::product(const Context& ctx, int64_t V, const T* v, const OutputHessian<T>& h, bool second_order, T* out) const {
   const auto t_theta = slot_rows(v);
-  Scratch<T> packed(ctx, V * tangent_packed_size());
+  Scratch<T> packed(ctx, V * plan_->schedules().tangent_packed_size);
   const T* packed_data = packed.data();
   pack_tangents(ctx, V, t_theta, packed.data());
   run_tiles(ctx, V, out, [&](const Context& inner, int64_t n0, int64_t n, T* workspace, T* sum) {
     tangent_tile(inner, V, n0, n, t_theta, packed_data, workspace);
     output_hessian_stub<T>(inner, h.from(n0), HessianPart::product, V, n, workspace + plan_->schedules().output * V * n);
-    cotangent_tile(inner, V, n0, n, slot_rows(sum), workspace);
+    if (second_order) {
+      curved_cotangent_tile(inner, V, n0, n, t_theta, packed_data, slot_rows(sum), workspace);
+    } else {
+      cotangent_tile(inner, V, n0, n, slot_rows(sum), workspace);
+    }
   });
 }
 

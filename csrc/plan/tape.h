@@ -50,6 +50,11 @@ class Tape {
   void vjp(const Context& ctx, int64_t V, const T* g, T* out) const;                             // [V, N, C] -> [V, P], summed over N
   void ggn(const Context& ctx, int64_t V, const T* v, const OutputHessian<T>& h, T* out) const;  // [V, P] -> [V, P]
 
+  // Of a plan for second-order products: the cotangent sweep of g [N, C], once; curved nodes keep their output's cotangent for hvp.
+  void keep_cotangents(const Context& ctx, const T* g);
+  // ∂²(Σ_n g_nᵀ f_n)/∂θ² v + Jᵀ H J v: [V, P] -> [V, P]
+  void hvp(const Context& ctx, int64_t V, const T* v, const OutputHessian<T>& h, T* out) const;
+
   // Runs the cotangent sweep over all examples and returns each node's factors; they point into the tape and into `storage`.
   std::vector<Factor<T>> factors(const Context& ctx, int64_t V, const T* g, std::vector<Buffer<T>>& storage) const;
 
@@ -63,7 +68,11 @@ class Tape {
   void forward_tile(const Context& ctx, int64_t n0, int64_t n, T* workspace);
   void tangent_tile(const Context& ctx, int64_t V, int64_t n0, int64_t n, const std::vector<const T*>& t_theta, const T* packed, T* workspace) const;
   void cotangent_tile(const Context& ctx, int64_t V, int64_t n0, int64_t n, const std::vector<T*>& g_theta, T* workspace) const;
-  int64_t tangent_packed_size() const;
+  void cotangent_step(const Context& ctx, const CotangentStep& step, int64_t V, int64_t n0, int64_t n, const std::vector<T*>& g_theta,
+                      T* workspace) const;
+  void curved_cotangent_tile(const Context& ctx, int64_t V, int64_t n0, int64_t n, const std::vector<const T*>& t_theta, const T* packed,
+                             const std::vector<T*>& g_theta, T* workspace) const;
+  void product(const Context& ctx, int64_t V, const T* v, const OutputHessian<T>& h, bool second_order, T* out) const;
   void pack_tangents(const Context& ctx, int64_t V, const std::vector<const T*>& t_theta, T* packed) const;
   template <class Body>
   void run_tiles(const Context& ctx, int64_t V, T* out, const Body& body) const;
@@ -75,6 +84,7 @@ class Tape {
   std::vector<std::vector<Buffer<T>>> states_;  // per node
   std::vector<Buffer<T>> packed_;               // per node
   std::vector<Buffer<T>> theta_;                // per slot
+  std::vector<Buffer<T>> cotangents_;           // per node: of the outputs of curved ones [N, width]
   ScheduleChoice choice_ = ScheduleChoice::automatic;
 };
 

@@ -18,7 +18,7 @@ from influence_ext.capture.probe import mixing_node
 from influence_ext.capture.report import format_table
 from influence_ext.capture.signature import call_signature, structure_key
 from influence_ext.capture.watch import Remembered
-from influence_ext.capture.whole import only_tensor, whole_model
+from influence_ext.capture.whole import whole_model
 from influence_ext.context import exclusive
 from influence_ext.errors import DeviceError, DTypeError, ShapeError, UnsupportedModelError
 from influence_ext.params import HALF_DTYPES, is_half, widened, widened_dtype, widened_model
@@ -39,7 +39,6 @@ __all__ = [
     "format_table",
     "named_inputs",
     "named_tensors",
-    "only_tensor",
     "remembered",
 ]
 

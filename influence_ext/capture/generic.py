@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from influence_ext.capture.layout import Layout
 from influence_ext.context import exclusive
+from influence_ext.errors import UnsupportedModelError
 
 _log = logging.getLogger("influence_ext")
 
@@ -46,6 +47,7 @@ class Operator:
         self._vectorises = True
         self._checked: set[tuple[str, tuple[bool, ...]]] = set()
         self._modes = ["forward mode", "reverse mode applied twice", "a reverse pass for each output"]
+        self._second_modes = ["forward over reverse mode", "reverse over reverse mode"]
 
     def function(self, n: int) -> Function:
         """What is computed for n examples."""
@@ -94,6 +96,64 @@ class Operator:
         results: list[Tensor | None] = [None] * len(primals)
         for i, g in zip(moving, found, strict=True):
             results[i] = g.detach()
+        return results
+
+    def second_order(
+        self,
+        n: int,
+        x: list[Tensor],
+        theta: list[Tensor],
+        g_y: Tensor,
+        t_x: list[Tensor | None],
+        t_theta: list[Tensor | None],
+        wanted: list[bool],
+    ) -> list[Tensor | None]:
+        """What ``vjp`` at the cotangent ``g_y [n, width]`` changes by along tangents ``[V, ...]``: ``∂²(g_yᵀ f) · t`` of what is wanted.
+
+        Raises:
+            UnsupportedModelError: PyTorch has no second derivative of the operator.
+        """
+        f = self.function(n)
+        primals, tangents = [*x, *theta], [*t_x, *t_theta]
+        moving = [i for i, t in enumerate(tangents) if t is not None]
+        asked = [i for i, want in enumerate(wanted) if want]
+        directions = [t for t in tangents if t is not None]
+
+        def gradient(of: list[int], by: list[int]) -> Callable[..., tuple[Tensor, ...]]:
+            """``∇ g_yᵀ f`` in the operands ``of``, as a function of those ``by``."""
+
+            def pulled(*some: Tensor) -> tuple[Tensor, ...]:
+                operands = list(primals)
+                for i, value in zip(by, some, strict=True):
+                    operands[i] = value
+                return tuple(torch.func.vjp(_restrict(f, operands, of), *(operands[i] for i in of))[1](g_y))
+
+            return pulled
+
+        def forward_over_reverse(*t: Tensor) -> tuple[Tensor, ...]:
+            return tuple(torch.func.jvp(gradient(asked, moving), tuple(primals[i] for i in moving), t)[1])
+
+        def reverse_over_reverse(*t: Tensor) -> tuple[Tensor, ...]:
+            # The second derivative is symmetric.
+            return tuple(torch.func.vjp(gradient(moving, asked), *(primals[i] for i in asked))[1](t))
+
+        results: list[Tensor | None] = [None] * len(primals)
+        with differentiable():
+            while True:
+                mode = forward_over_reverse if len(self._second_modes) == 2 else reverse_over_reverse
+                try:
+                    found = self._over(self._second_modes[0], mode, directions)
+                    break
+                except (NotImplementedError, RuntimeError) as reason:
+                    if len(self._second_modes) == 1:
+                        raise UnsupportedModelError(
+                            f"Hessian: expected operators that PyTorch differentiates twice, got {self.name} ({_first_line(reason)}); "
+                            "write it with others, freeze what it depends on, or take the GGN."
+                        ) from reason
+                    missing = self._second_modes.pop(0)
+                    _log.info("%s: no %s (%s); %s takes its place", self.name, missing, _first_line(reason), self._second_modes[0])
+        for i, s in zip(asked, found, strict=True):
+            results[i] = s.detach()
         return results
 
     def per_example(self, n: int, x: list[Tensor], theta: list[Tensor], g_y: Tensor, wanted: list[bool]) -> list[Tensor | None]:

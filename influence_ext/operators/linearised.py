@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,9 @@ class LinearisedOperator(LinearOperator):
         ArgumentError: negative damping, weights that are not ``[N]`` or negative, or a ``memory_budget`` that holds not even one example.
     """
 
+    _second_order: ClassVar[bool] = False
+    """Do products take second derivatives of the network?"""
+
     @standalone
     def __init__(
         self,
@@ -62,7 +65,7 @@ class LinearisedOperator(LinearOperator):
         self.examples: Examples = load(data, who, memory_budget)
         plan = Plan.of(model, self.examples.X, params, who)
         self.damping = check_damping(damping, who)
-        self._tape: Tape = plan.linearize(self.examples, memory_budget=memory_budget)
+        self._tape: Tape = plan.linearize(self.examples, memory_budget=memory_budget, second_order=self._second_order)
         self._tape.set_schedule(schedule)
         self._tape.check_outputs(who)
         self.loss.check(self._tape.outputs, self.examples.targets, who)
@@ -140,7 +143,7 @@ class LinearisedOperator(LinearOperator):
         batch = self._copy()
         batch.examples = self.examples.subset(index)
         batch.weights = None if self.weights is None else self.weights[index]
-        batch._tape = self._tape.plan.linearize(batch.examples.X, self._tape.theta)
+        batch._tape = self._tape.plan.linearize(batch.examples.X, self._tape.theta, second_order=self._second_order)
         # c/|B| instead of c/N for a mean loss, N/|B| instead of 1 for a sum: the same factor N/|B| on c.
         batch._factor = self._factor * N / batch_size
         batch._prepare()
@@ -167,7 +170,7 @@ class LinearisedOperator(LinearOperator):
     def report(self) -> str:
         """What runs how: the nodes and their rules, schedule, and memory."""
         lines = [
-            self._tape.plan.report(),
+            self._tape.plan.report(self._second_order),
             "",
             f"{self.num_examples} examples, {self.num_parameters} parameters, {self.loss.name} ({self.loss.reduction}), {self.dtype}",
             f"cached state: {self.cached_bytes / 2**20:.1f} MiB",

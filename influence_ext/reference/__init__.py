@@ -19,7 +19,13 @@ from influence_ext.reference.influence import (
 )
 from influence_ext.reference.jacobian import jacobian, outputs, parameter_vector, trainable, with_parameters
 from influence_ext.reference.per_example import batch_gradient, per_example_grads
-from influence_ext.reference.products import ggn_products, jacobian_products, jacobian_transpose_products, plain_kernels
+from influence_ext.reference.products import (
+    ggn_products,
+    hessian_products,
+    jacobian_products,
+    jacobian_transpose_products,
+    plain_kernels,
+)
 
 __all__ = [
     "batch_gradient",
@@ -27,6 +33,7 @@ __all__ = [
     "damped_solve",
     "ggn",
     "ggn_products",
+    "hessian_products",
     "influence_scores",
     "jacobian",
     "jacobian_products",

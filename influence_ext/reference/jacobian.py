@@ -81,11 +81,13 @@ def with_parameters(model: nn.Module, theta: Tensor, params: Sequence[str] | Non
     return moved
 
 
-def flat_gradient(value: Tensor, parameters: Sequence[Tensor], retain_graph: bool = False) -> Tensor:
+def flat_gradient(value: Tensor, parameters: Sequence[Tensor], retain_graph: bool = False, create_graph: bool = False) -> Tensor:
     """``[P]``: gradient of the scalar ``value``; a parameter that ``value`` does not depend on gets zeros."""
     if not value.requires_grad:
         return torch.zeros(sum(p.numel() for p in parameters), dtype=value.dtype)
-    grads = torch.autograd.grad(value, list(parameters), retain_graph=retain_graph, allow_unused=True)
+    grads = torch.autograd.grad(
+        value, list(parameters), retain_graph=retain_graph or create_graph, create_graph=create_graph, allow_unused=True
+    )
     return torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1) for p, g in zip(parameters, grads, strict=True)])
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from influence_ext.reference.ggn import LossFunction, reduction_factor
 from influence_ext.reference.jacobian import Inputs, call, double, double_copy, example, flat_gradient, jacobian, num_examples, trainable
@@ -19,6 +21,24 @@ def plain_kernels() -> Iterator[None]:
     """Attention and recurrent layers from differentiable parts: their fused kernels have no forward mode."""
     with sdpa_kernel([SDPBackend.MATH]), torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
         yield
+
+
+class _TwiceDifferentiable(TorchFunctionMode):
+    """Other forms of functions whose second derivative PyTorch lacks (hardsigmoid) or gets wrong: NaN where mish's exponential overflows;
+    at 0, prelu's second backward pass takes the other slope than its first.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.mish:
+            return args[0] * torch.nn.functional.softplus(args[0]).tanh()
+        if func is torch.nn.functional.hardsigmoid:
+            slope = float(torch.tensor(1 / 6, dtype=torch.float32))  # PyTorch's
+            line = torch.nn.functional.relu6(args[0] + 3) * slope
+            return line + (func(args[0]) - line).detach()
+        if func is torch.nn.functional.prelu:
+            x, weight = args
+            return torch.where(x > 0, x, weight.view(-1, *[1] * (x.dim() - 2)) * x if x.dim() > 1 else weight * x)
+        return func(*args, **(kwargs or {}))
 
 
 def jacobian_products(model: nn.Module, X: Inputs, V: Tensor, params: Sequence[str] | None = None) -> Tensor:
@@ -80,6 +100,23 @@ def ggn_products(
             if gradient.requires_grad:
                 cotangents[v, n] = torch.autograd.grad(gradient, leaf, tangents[v, n : n + 1], retain_graph=True)[0][0]
     return reduction_factor(reduction, z.shape[0]) * jacobian_transpose_products(model, X, cotangents, params)
+
+
+def hessian_products(
+    model: nn.Module, loss: LossFunction, X: Inputs, y: Tensor, V: Tensor, reduction: str = "mean", params: Sequence[str] | None = None
+) -> Tensor:
+    r"""``c Σ_n ∇²ℓ_n(θ) v``: ``[V, P]`` to ``[V, P]`` in float64, by reverse mode twice. Arguments: :func:`ggn_products`."""
+    network, data, targets = double_copy(model), double(X), double(y)
+    parameters = list(trainable(network, params).values())
+    total = torch.zeros(V.shape, dtype=torch.float64)
+    with plain_kernels(), _TwiceDifferentiable():
+        z = call(network, data)
+        losses = [loss(z[n : n + 1], targets[n : n + 1]).sum() for n in range(z.shape[0])]
+        gradient = flat_gradient(torch.stack(losses).sum(), parameters, create_graph=True)
+        for row, v in zip(total, V.double(), strict=True):
+            if gradient.requires_grad:
+                row += flat_gradient(gradient @ v, parameters, retain_graph=True)
+    return reduction_factor(reduction, z.shape[0]) * total
 
 
 def double_outputs(model: nn.Module, X: Inputs) -> Tensor:

@@ -106,6 +106,10 @@ class Network:
         t = torch.einsum("ncp,vp->vnc", J, V.double())
         return self.factor * torch.einsum("ncp,ncd,vnd->vp", J, H, t)
 
+    def hessian_matmat(self, V: Tensor) -> Tensor:
+        """Float64 ``∇²J`` onto rows, ``[V, P] -> [V, P]``."""
+        return self.factor * reference.hessian_products(self.model, self.loss_case.oracle(), self.X, self.y, V, "sum")
+
     @cached_property
     def grads(self) -> Tensor:
         """Float64 per-example gradients ``[N, P]``."""

@@ -110,6 +110,21 @@ def ggn_products(network: Network, V: Tensor) -> Tensor:
     return torch.stack([ggn_product(network, v) for v in V])
 
 
+def hessian_products(network: Network, V: Tensor) -> Tensor:
+    """``∇²J V``: reverse mode twice, ``[V, P] -> [V, P]``."""
+    theta = {name: value.clone().requires_grad_() for name, value in trainable(network.model).items()}
+    leaves = list(theta.values())
+    cost = network.loss_case.reduced()(function(network.model, network.X)(theta), network.y)
+
+    def gradient(of: Tensor) -> Tensor:
+        return flatten(
+            dict(zip(theta, torch.autograd.grad(of, leaves, create_graph=True, allow_unused=True, materialize_grads=True), strict=True))
+        )
+
+    first = gradient(cost)
+    return torch.stack([gradient(first @ v).detach() for v in V])
+
+
 @cache
 def ggn(network: Network) -> Tensor:
     """``[P, P]``, product by product."""

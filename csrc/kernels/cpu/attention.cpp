@@ -152,6 +152,16 @@ void softmax_derivative(const T* p, int64_t keys, T factor, T* t) {
   for (int64_t j = 0; j < keys; ++j) t[j] = factor * p[j] * (t[j] - dot);
 }
 
+// t ← t − Σ P ∘ t
+template <class T>
+void centre_row(const T* p, int64_t keys, T* t) {
+  T dot = 0;
+#pragma omp simd reduction(+ : dot)
+  for (int64_t j = 0; j < keys; ++j) dot += p[j] * t[j];
+#pragma omp simd
+  for (int64_t j = 0; j < keys; ++j) t[j] -= dot;
+}
+
 // body(block) for all blocks of the query heads of one item.
 template <class T, class Body>
 void for_blocks(const Attention<T>& a, int64_t n, int64_t key_head, const Body& body) {
@@ -169,14 +179,19 @@ int threads_for(const Context& ctx, const Attention<T>& a) {
   return static_cast<double>(a.V) * a.n * a.heads * a.L * a.S * (a.E + a.F) < 65536 ? 1 : ctx.num_threads;
 }
 
-// body(n, key head, scratch) for all items.
+// body(n, key head, scratch of `size` elements) for all items.
 template <class T, class Body>
-void for_items(const Context& ctx, const Attention<T>& a, const Body& body) {
+void for_items(const Context& ctx, const Attention<T>& a, int64_t size, const Body& body) {
   const int threads = threads_for(ctx, a);
-  const int64_t size = attention_thread_scratch_size(a), items = a.n * a.key_heads;
+  const int64_t items = a.n * a.key_heads;
   // One thread may be any of those of a schedule that is parallel itself: it has this scratch to itself.
   parallel_for(threads, items,
                [&](int64_t i) { body(i / a.key_heads, i % a.key_heads, a.scratch + (threads > 1 ? omp_get_thread_num() : 0) * size); });
+}
+
+template <class T, class Body>
+void for_items(const Context& ctx, const Attention<T>& a, const Body& body) {
+  for_items(ctx, a, attention_thread_scratch_size(a), body);
 }
 
 template <class T>
@@ -321,6 +336,115 @@ void attention_vjp(const Context& ctx, const Attention<T>& a, const T* g_o, cons
   });
 }
 
+// One item, right-hand sides [v0, v1).
+template <class T>
+void attention_second_order_item(const Attention<T>& a, const T* g_o, const AttentionTangents<T>& t, const AttentionCotangents<T>& g, int64_t v0,
+                                 int64_t v1, int64_t n, int64_t key_head, T* memory) {
+  const bool scores_move = t.q || t.k || t.mask, through_scores = g.q || g.k || g.mask;
+  const bool one_block = a.heads == a.key_heads && a.L <= attention_block(a);
+  Scratch<T> scratch(memory);
+  const T *k_data = head_of(a.k, a.k_at, n, key_head), *v_data = head_of(a.v, a.v_at, n, key_head);
+  const Packed<T> k_transposed = scratch.pack(a.E, a.S, k_data, 1, a.k_at.row), k = scratch.pack(a.S, a.E, k_data, a.k_at.row, 1);
+  const Packed<T> v_transposed = scratch.pack(a.F, a.S, v_data, 1, a.v_at.row);
+  const int64_t block = attention_block(a) * a.S;
+  T *own = scratch.take(block), *centred = scratch.take(block), *g_scores = scratch.take(block);  // P, c, scale · g_S: shared by right-hand sides
+  T *u = scratch.take(block), *h = scratch.take(block);
+  T *q_packed = scratch.take(gemm_packed_size<T>(attention_block(a), a.E)), *t_q_packed = scratch.take(gemm_packed_size<T>(attention_block(a), a.E));
+  T* g_packed = scratch.take(gemm_packed_size<T>(attention_block(a), a.F));
+  // The tangents of k and v, for each right-hand side: kept packed if several blocks read them.
+  const int64_t k_size = gemm_packed_size<T>(a.S, a.E), kt_size = gemm_packed_size<T>(a.E, a.S), vt_size = gemm_packed_size<T>(a.F, a.S);
+  const int64_t held = one_block ? 1 : a.V;
+  T *t_k = scratch.take(held * k_size), *t_kt = scratch.take(held * kt_size), *t_vt = scratch.take(held * vt_size);
+  const auto pack = [&](int64_t i, int64_t to) {
+    const int64_t e = i * a.n + n;
+    if (t.k) {
+      const T* from = head_of(t.k, a.k_at, e, key_head);
+      gemm_pack_stub<T>(kAlone, 1, a.S, a.E, from, 0, a.k_at.row, 1, t_k + to * k_size);
+      gemm_pack_stub<T>(kAlone, 1, a.E, a.S, from, 0, 1, a.k_at.row, t_kt + to * kt_size);
+    }
+    if (t.v) gemm_pack_stub<T>(kAlone, 1, a.F, a.S, head_of(t.v, a.v_at, e, key_head), 0, 1, a.v_at.row, t_vt + to * vt_size);
+  };
+  for (int64_t i = v0; i < v1 && !one_block; ++i) pack(i, i);
+
+  for_blocks(a, n, key_head, [&](const Block<T>& b) {
+    T* p = a.p ? kept_probabilities(a, b) : own;
+    if (a.p == nullptr) compute_probabilities(a, b, k_transposed, p);
+    const T* q = head_of(a.q, a.q_at, n, b.head) + b.l0 * a.q_at.row;
+    const Left<T> g_block{head_of(g_o, a.o_at, n, b.head) + b.l0 * a.o_at.row, a.o_at.row, 1};
+    gemm_pack_stub<T>(kAlone, 1, b.rows, a.E, q, 0, a.q_at.row, 1, q_packed);
+    gemm_pack_stub<T>(kAlone, 1, b.rows, a.F, g_block.data, 0, a.o_at.row, 1, g_packed);
+    product<T>(b.rows, a.F, b.keys, centred, a.S, false, g_block, v_transposed);
+    for (int64_t r = 0; r < b.rows; ++r) {
+      centre_row(p + r * a.S, b.keys, centred + r * a.S);
+      for (int64_t j = r * a.S; j < r * a.S + b.keys; ++j) g_scores[j] = a.scale * p[j] * centred[j];
+    }
+    for (int64_t i = v0; i < v1; ++i) {
+      const int64_t e = i * a.n + n, at = one_block ? 0 : i;
+      if (one_block) pack(i, 0);
+      const T* t_q = t.q ? head_of(t.q, a.q_at, e, b.head) + b.l0 * a.q_at.row : nullptr;
+      // h: first what v's tangent gives, g_o t_vᵀ, or nothing
+      if (through_scores && t.v) {
+        product<T>(b.rows, a.F, b.keys, h, a.S, false, g_block, {t_vt + at * vt_size, a.F, a.S});
+      } else {
+        std::memset(h, 0, b.rows * a.S * sizeof(T));
+      }
+      if (scores_move) {
+        product<T>(b.rows, a.E, b.keys, u, a.S, false, {t_q, a.q_at.row, 1}, k_transposed, {t.k ? q : nullptr, a.q_at.row, 1},
+                   {t_kt + at * kt_size, a.E, a.S});
+        if (t.q == nullptr && t.k == nullptr) std::memset(u, 0, b.rows * a.S * sizeof(T));
+        for (int64_t r = 0; r < b.rows; ++r) {
+          T* row = u + r * a.S;
+          for (int64_t j = 0; j < b.keys; ++j) row[j] *= a.scale;
+          if (t.mask) {
+            const T* mask = t.mask + i * t.mask_stride + n * a.mask_at.example + a.mask_at.offsets[b.head] + (b.l0 + r) * a.mask_at.row;
+            for (int64_t j = 0; j < b.keys; ++j) row[j] += mask[j * a.mask_at.col];
+          }
+          centre_row(p + r * a.S, b.keys, row);
+#pragma omp simd
+          for (int64_t j = 0; j < b.keys; ++j) {
+            h[r * a.S + j] += row[j] * centred[r * a.S + j];
+            row[j] *= p[r * a.S + j];
+          }
+        }
+        if (g.v) product<T>(b.keys, b.rows, a.F, head_of(g.v, a.v_at, e, key_head), a.v_at.row, true, {u, 1, a.S}, {g_packed, b.rows, a.F});
+      }
+      if (!through_scores) continue;
+      for (int64_t r = 0; r < b.rows; ++r) softmax_derivative(p + r * a.S, b.keys, T(1), h + r * a.S);
+      if (g.mask) add_to_mask(a, b, h, g.mask + i * g.mask_stride + n * g.mask_example);
+      for (int64_t r = 0; r < b.rows; ++r) {
+        for (int64_t j = 0; j < b.keys; ++j) h[r * a.S + j] *= a.scale;
+      }
+      if (g.q) {
+        product<T>(b.rows, b.keys, a.E, head_of(g.q, a.q_at, e, b.head) + b.l0 * a.q_at.row, a.q_at.row, true, {h, a.S, 1}, k,
+                   {t.k ? g_scores : nullptr, a.S, 1}, {t_k + at * k_size, a.S, a.E});
+      }
+      if (g.k) {
+        if (t_q) gemm_pack_stub<T>(kAlone, 1, b.rows, a.E, t_q, 0, a.q_at.row, 1, t_q_packed);
+        product<T>(b.keys, b.rows, a.E, head_of(g.k, a.k_at, e, key_head), a.k_at.row, true, {h, 1, a.S}, {q_packed, b.rows, a.E},
+                   {t_q ? g_scores : nullptr, 1, a.S}, {t_q_packed, b.rows, a.E});
+      }
+    }
+  });
+}
+
+template <class T>
+void attention_second_order(const Context& ctx, const Attention<T>& a, const T* g_o, const AttentionTangents<T>& t, const AttentionCotangents<T>& g) {
+  const int64_t size = attention_second_order_thread_scratch_size(a);
+  if (g.mask == nullptr) {
+    for_items(ctx, a, size, [&](int64_t n, int64_t key_head, T* memory) { attention_second_order_item(a, g_o, t, g, 0, a.V, n, key_head, memory); });
+    return;
+  }
+  // Items may share elements of the mask: threads take right-hand sides.
+  const int threads = threads_for(ctx, a);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int64_t i = 0; i < a.V; ++i) {
+    for (int64_t item = 0; item < a.n * a.key_heads; ++item) {
+      attention_second_order_item(a, g_o, t, g, i, i + 1, item / a.key_heads, item % a.key_heads, a.scratch + omp_get_thread_num() * size);
+    }
+  }
+}
+
+INFL_REGISTER_CPU(attention_second_order_stub, attention_second_order)
 INFL_REGISTER_CPU(attention_forward_stub, attention_forward)
 INFL_REGISTER_CPU(attention_jvp_stub, attention_jvp)
 INFL_REGISTER_CPU(attention_vjp_stub, attention_vjp)

@@ -50,6 +50,36 @@ void activation(const Context& ctx, Activation kind, T a, T b, int64_t size, con
   throw std::invalid_argument("activation: unknown kind " + std::to_string(static_cast<int>(kind)) + ".");
 }
 
+template <Activation kind, class T>
+void second_derivative_loop(const Context& ctx, T a, T b, int64_t size, const T* x, T* out) {
+  parallel_slices(threads_for(ctx, 8 * size), size, [=](int64_t begin, int64_t end) {
+#pragma omp simd
+    for (int64_t i = begin; i < end; ++i) out[i] = infl::second_derivative<kind>(x[i], a, b);
+  });
+}
+
+template <class T>
+void second_derivative(const Context& ctx, Activation kind, T a, T b, int64_t size, const T* x, T* out) {
+#define INFL_CASE(name)  \
+  case Activation::name: \
+    return second_derivative_loop<Activation::name>(ctx, a, b, size, x, out);
+  switch (kind) { INFL_FOR_EACH_ACTIVATION(INFL_CASE) }
+#undef INFL_CASE
+  throw std::invalid_argument("second_derivative: unknown kind " + std::to_string(static_cast<int>(kind)) + ".");
+}
+
+template <class T>
+void add_scaled(const Context& ctx, int64_t V, int64_t size, const T* d, const T* g, const T* in, T* out) {
+  parallel_slices(threads_for(ctx, V * size), size, [=](int64_t begin, int64_t end) {
+    for (int64_t v = 0; v < V; ++v) {
+      const T* from = in + v * size;
+      T* to = out + v * size;
+#pragma omp simd
+      for (int64_t i = begin; i < end; ++i) to[i] += d[i] * g[i] * from[i];
+    }
+  });
+}
+
 template <class T>
 void scale(const Context& ctx, int64_t V, int64_t size, const T* d, const T* in, T* out, bool accumulate) {
   parallel_slices(threads_for(ctx, V * size), size, [=](int64_t begin, int64_t end) {
@@ -149,6 +179,8 @@ void all_finite(const Context& ctx, int64_t size, const T* x, bool* finite) {
 }
 
 INFL_REGISTER_CPU(activation_stub, activation)
+INFL_REGISTER_CPU(second_derivative_stub, second_derivative)
+INFL_REGISTER_CPU(add_scaled_stub, add_scaled)
 INFL_REGISTER_CPU(scale_stub, scale)
 INFL_REGISTER_CPU(combine_stub, combine)
 INFL_REGISTER_CPU(affine_stub, affine)

@@ -323,6 +323,54 @@ void layer_norm_vjp(const Context& ctx, const ChannelMap& map, int64_t V, int64_
                : layer_norm_vjp_rows<true>(ctx, map, V, rows, centre, x_hat, rstd, w, g_y, scale, g_x, accumulate);
 }
 
+// out = w ∘ in along a row, `w` [channels] of the row's group.
+template <class T>
+void weigh(const ChannelMap& map, const T* w, const T* in, T* out) {
+  if (map.run == 1) {
+#pragma omp simd
+    for (int64_t j = 0; j < map.channels; ++j) out[j] = w[j] * in[j];
+    return;
+  }
+  for (int64_t c = 0; c < map.channels; ++c) {
+#pragma omp simd
+    for (int64_t j = c * map.run; j < (c + 1) * map.run; ++j) out[j] = w[c] * in[j];
+  }
+}
+
+template <class T>
+void layer_norm_second_order(const Context& ctx, const ChannelMap& map, int64_t V, int64_t rows, bool centre, const T* x_hat, const T* rstd,
+                             const T* w, const T* g_y, const T* t_x, const T* t_x_hat, const ChannelTangents<T>& t_theta, T* g_x) {
+  const int64_t size = map.size();
+  const int threads = threads_for(ctx, 4 * V * rows * size);
+  const auto means = [size, centre](const Sums<T>& sums) { return Sums<T>{centre ? sums.plain / T(size) : T(0), sums.weighted / T(size)}; };
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int64_t r = 0; r < rows; ++r) {
+    static thread_local std::vector<T> weighted, moved;  // ĝ, t_ĝ
+    weighted.resize(size);
+    moved.resize(size);
+    const T* hat = x_hat + r * size;
+    const T* g = g_y + r * size;
+    const int64_t first = r % map.groups * map.channels;
+    weigh(map, w ? w + first : constant<1, T>(map.channels), g, weighted.data());
+    const Sums<T> g_mean = means(row_sums<false, T>(size, nullptr, weighted.data(), hat));
+    for (int64_t v = 0; v < V; ++v) {
+      const T* t = t_x + (v * rows + r) * size;
+      const T* t_hat = t_x_hat + (v * rows + r) * size;
+      T* to = g_x + (v * rows + r) * size;
+      weigh(map, t_theta.w ? t_theta.w + v * t_theta.stride + first : constant<0, T>(map.channels), g, moved.data());
+      const Sums<T> moved_mean = means(row_sums<false, T>(size, nullptr, moved.data(), hat));
+      const T stretch = row_sums<false, T>(size, nullptr, t, hat).weighted / T(size), inverse = rstd[r];
+      const T turn = row_sums<false, T>(size, nullptr, t_hat, weighted.data()).weighted / T(size);
+#pragma omp simd
+      for (int64_t j = 0; j < size; ++j) {
+        const T own = weighted[j] - g_mean.plain - hat[j] * g_mean.weighted;  // g_x / rstd
+        const T other = moved[j] - moved_mean.plain - hat[j] * (moved_mean.weighted + turn) - t_hat[j] * g_mean.weighted;
+        to[j] += inverse * (other - inverse * stretch * own);
+      }
+    }
+  }
+}
+
 template <class T>
 void batch_norm_pack(const Context&, int64_t channels, T eps, const T* variance, const T* w, T* packed) {
   for (int64_t c = 0; c < channels; ++c) {
@@ -491,6 +539,7 @@ void channel_gradient(const Context& ctx, const ChannelMap& map, int64_t V, int6
 INFL_REGISTER_CPU(layer_norm_stub, layer_norm)
 INFL_REGISTER_CPU(layer_norm_jvp_stub, layer_norm_jvp)
 INFL_REGISTER_CPU(layer_norm_vjp_stub, layer_norm_vjp)
+INFL_REGISTER_CPU(layer_norm_second_order_stub, layer_norm_second_order)
 INFL_REGISTER_CPU(batch_norm_pack_stub, batch_norm_pack)
 INFL_REGISTER_CPU(batch_norm_stub, batch_norm)
 INFL_REGISTER_CPU(channel_affine_stub, channel_affine)

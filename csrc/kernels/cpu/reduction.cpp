@@ -1,6 +1,8 @@
 // inner = 1: along contiguous rows; else for a strip of columns side by side. Long sums are taken in blocks, which bounds the rounding error.
 #include "kernels/reduction.h"
 
+#include <vector>
+
 #include "kernels/cpu/parallel.h"
 
 namespace infl {
@@ -230,6 +232,68 @@ void nonlinear_reduction(const Context& ctx, Reduction kind, T a, int64_t rows, 
   });
 }
 
+// Elements `step` apart: out += g ∇²y t.
+template <class T>
+void second_order_column(Reduction kind, T a, int64_t size, int64_t step, const T* x, T y, const T* d, T g, const T* t, T* out) {
+  const int64_t end = size * step;
+  T sum = 0, along = 0;  // Σ t, Σ d ∘ t
+  for (int64_t s = 0; s < end; s += step) {
+    sum += t[s];
+    along += d[s] * t[s];
+  }
+  const T mean = sum / T(size), divisor = T(size) - a;
+  switch (kind) {
+    case Reduction::log_sum_exp:
+      for (int64_t s = 0; s < end; s += step) out[s] += g * d[s] * (t[s] - along);
+      return;
+    case Reduction::variance:
+      for (int64_t s = 0; s < end; s += step) out[s] += g * T(2) / divisor * (t[s] - mean);
+      return;
+    case Reduction::deviation:
+      for (int64_t s = 0; s < end && y != T(0); s += step) out[s] += g / y * ((t[s] - mean) / divisor - d[s] * along);
+      return;
+    case Reduction::norm:
+      for (int64_t s = 0; s < end && y != T(0); s += step) out[s] += g / y * (t[s] - d[s] * along);
+      return;
+    case Reduction::product: {
+      // The product of all others and its tangent: of all before times of all after, without division.
+      static thread_local std::vector<T> after;
+      after.resize(2 * size);
+      T value = 1, tangent = 0;
+      for (int64_t s = size - 1; s >= 0; --s) {
+        after[2 * s] = value;
+        after[2 * s + 1] = tangent;
+        tangent = tangent * x[s * step] + value * t[s * step];
+        value *= x[s * step];
+      }
+      value = 1, tangent = 0;
+      for (int64_t s = 0; s < size; ++s) {
+        out[s * step] += g * (tangent * after[2 * s] + value * after[2 * s + 1]);
+        tangent = tangent * x[s * step] + value * t[s * step];
+        value *= x[s * step];
+      }
+      return;
+    }
+    default:
+      return;
+  }
+}
+
+template <class T>
+void reduction_second_order(const Context& ctx, Reduction kind, T a, int64_t V, int64_t rows, int64_t size, int64_t inner, const T* x, const T* y,
+                            const T* d, const T* g, const T* t, T* out) {
+  const int threads = threads_for(ctx, 4 * V * rows * size * inner);
+#pragma omp parallel for collapse(2) schedule(static) num_threads(threads) if (threads > 1)
+  for (int64_t v = 0; v < V; ++v) {
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t i = 0; i < inner; ++i) {
+        const int64_t at = r * size * inner + i, batch = v * rows * size * inner, one = r * inner + i;
+        second_order_column(kind, a, size, inner, x ? x + at : nullptr, y[one], d + at, g[one], t + batch + at, out + batch + at);
+      }
+    }
+  }
+}
+
 template <class T>
 void weighted_sum_axis(const Context& ctx, int64_t V, int64_t rows, int64_t size, int64_t inner, const T* d, const T* t, T* out) {
   for_strips(threads_for(ctx, V * rows * size * inner), rows, inner, [=](int64_t r, int64_t i, int64_t count) {
@@ -272,6 +336,7 @@ INFL_REGISTER_CPU(sum_axis_stub, sum_axis)
 INFL_REGISTER_CPU(broadcast_axis_stub, broadcast_axis)
 INFL_REGISTER_CPU(cumulative_sum_stub, cumulative_sum)
 INFL_REGISTER_CPU(nonlinear_reduction_stub, nonlinear_reduction)
+INFL_REGISTER_CPU(reduction_second_order_stub, reduction_second_order)
 INFL_REGISTER_CPU(weighted_sum_axis_stub, weighted_sum_axis)
 INFL_REGISTER_CPU(weighted_broadcast_axis_stub, weighted_broadcast_axis)
 

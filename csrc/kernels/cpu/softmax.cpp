@@ -144,7 +144,37 @@ void softmax_product(const Context& ctx, SoftmaxProduct part, int64_t V, int64_t
   throw std::invalid_argument("softmax_product: unknown part " + std::to_string(static_cast<int>(part)) + ".");
 }
 
+// One line of elements `step` apart.
+template <class T>
+void second_order_line(bool log, int64_t size, int64_t step, const T* p, const T* g, const T* t, T* out) {
+  T g_sum = 0, t_sum = 0, w_sum = 0;
+  for (int64_t s = 0; s < size * step; s += step) {
+    g_sum += log ? g[s] : p[s] * g[s];
+    t_sum += p[s] * t[s];
+  }
+  if (log) {
+    for (int64_t s = 0; s < size * step; s += step) out[s] -= g_sum * p[s] * (t[s] - t_sum);
+    return;
+  }
+  for (int64_t s = 0; s < size * step; s += step) w_sum += p[s] * (t[s] - t_sum) * (g[s] - g_sum);
+  for (int64_t s = 0; s < size * step; s += step) out[s] += p[s] * ((t[s] - t_sum) * (g[s] - g_sum) - w_sum);
+}
+
+template <class T>
+void softmax_second_order(const Context& ctx, bool log, int64_t V, int64_t rows, int64_t size, int64_t inner, const T* p, const T* g, const T* t,
+                          T* out) {
+  const int threads = threads_for(ctx, V * rows * size * inner);
+#pragma omp parallel for collapse(2) schedule(static) num_threads(threads) if (threads > 1)
+  for (int64_t v = 0; v < V; ++v) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t at = r * size * inner, batch = v * rows * size * inner;
+      for (int64_t i = at; i < at + inner; ++i) second_order_line(log, size, inner, p + i, g + i, t + batch + i, out + batch + i);
+    }
+  }
+}
+
 INFL_REGISTER_CPU(softmax_stub, softmax)
+INFL_REGISTER_CPU(softmax_second_order_stub, softmax_second_order)
 INFL_REGISTER_CPU(softmax_product_stub, softmax_product)
 
 }  // namespace

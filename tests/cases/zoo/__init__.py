@@ -26,12 +26,14 @@ class ModelCase(NetworkCase):
         generic_share: at most this part of the floating-point work runs in the generic rule.
         dtypes: the data types in which the model computes in one precision throughout.
         quick: part of the short test run, in float64.
+        twice: whether PyTorch differentiates all of its operators twice.
     """
 
     params: tuple[str, ...] | None = None
     generic_share: float = 0.1
     dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32)
     quick: bool = False
+    twice: bool = True
     num_examples: int = 3
 
 
@@ -152,7 +154,7 @@ OTHERS = (
     model("routed-experts", other.Routed, images(4), "topk and scatter", loss="ce-mean"),
     model("hypernetwork", other.Hypernetwork, pair(images(4), images(3)), "weights that differ from example to example"),
     model("radiance", other.Radiance, images(3), "sines, slices, two output activations"),
-    model("prototypes", other.Prototypes, images(4), "cdist and cosine similarity to parameters", loss="ce-mean"),
+    model("prototypes", other.Prototypes, images(4), "cdist and cosine similarity to parameters", loss="ce-mean", twice=False),
     model("fourier-operator", other.FourierOperator, images(8, 1), "complex numbers between real ones", generic_share=0.3),
     model("complex-rotary", other.ComplexRotary, tokens(6, 12), "a complex buffer"),
     model("euler", other.Euler, images(3), "the same layer ten times"),
@@ -203,6 +205,11 @@ class WholeModel(Network):
     def products(self) -> Tensor:
         """Float64 Gauss-Newton products, ``[3, P]``."""
         return reference.ggn_products(self.restricted, self.loss_case.oracle(), self.X, self.y, self.V, self.loss_case.reduction)
+
+    @cached_property
+    def hessian_products(self) -> Tensor:
+        """Float64 products with the Hessian, ``[3, P]``."""
+        return reference.hessian_products(self.restricted, self.loss_case.oracle(), self.X, self.y, self.V, self.loss_case.reduction)
 
     @cached_property
     def grads(self) -> Tensor:

@@ -63,7 +63,7 @@ struct TakeBest {
 };
 
 template <int kLanes, class T>
-__global__ void __launch_bounds__(kThreads) max_pool_kernel(Windows w, int64_t planes, const T* x, T* y, T* index) {
+__global__ void __launch_bounds__(kThreads, 4) max_pool_kernel(Windows w, int64_t planes, const T* x, T* y, T* index) {
   const int64_t outputs = w.out_plane(), step = int64_t{gridDim.x} * (kThreads / kLanes);
   const int lane = static_cast<int>(threadIdx.x) % kLanes;
   for (int64_t e = int64_t{blockIdx.x} * (kThreads / kLanes) + threadIdx.x / kLanes; e < planes * outputs; e += step) {

@@ -150,7 +150,7 @@ struct Chunks {
 
 // A block a chunk. Of lines in one chunk it does all; of others it leaves the state in `partial` [lines, chunks].
 template <class Op>
-__global__ void __launch_bounds__(kThreads) chunk_kernel(int64_t size, Chunks chunks, Op op, typename Op::State* partial) {
+__global__ void __launch_bounds__(kThreads, 2) chunk_kernel(int64_t size, Chunks chunks, Op op, typename Op::State* partial) {
   const int64_t row = blockIdx.x / chunks.count, begin = (blockIdx.x - row * chunks.count) * chunks.length;
   const int64_t end = begin + chunks.length < size ? begin + chunks.length : size;
   const auto line = op.at(row, 0);
@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(kThreads) chunk_kernel(int64_t size, Chunks ch
 
 // A block a chunk, or one a line where no elements are written.
 template <class Op>
-__global__ void __launch_bounds__(kThreads) chunk_store_kernel(int64_t size, Chunks chunks, Op op, const typename Op::State* partial) {
+__global__ void __launch_bounds__(kThreads, 2) chunk_store_kernel(int64_t size, Chunks chunks, Op op, const typename Op::State* partial) {
   using Line = decltype(op.at(0, 0));
   using State = typename Op::State;
   const int64_t blocks = Op::kStores ? chunks.count : 1;

@@ -1,4 +1,4 @@
-"""The CUDA kernels, run on the CPU (tests/emulation): every row of the operator tables again, all products and per-example quantities; losses."""
+"""The CUDA kernels, run on the CPU (tests/emulation): every row of the operator tables again, with all that is computed, and losses."""
 
 from __future__ import annotations
 

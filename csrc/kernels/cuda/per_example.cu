@@ -2,6 +2,8 @@
 // N·rows·cols elements once, 16 bytes a thread and step, and reads next to nothing: a thread keeps its columns' numbers and goes down the rows.
 #include "kernels/per_example.h"
 
+#include <climits>
+
 #include "kernels/cuda/row_reduction.h"
 #include "kernels/cuda/vector.h"
 
@@ -15,26 +17,27 @@ constexpr int64_t kVectorsOfBlock = 4096;  // 64 KB written by a block
 
 // Block b writes rows b % row_blocks · rows_of_block, ... of example b / row_blocks.
 template <int W, bool kOnePosition, class T>
-__global__ void __launch_bounds__(kThreads)
-    outer_product_kernel(int64_t positions, int64_t rows, int64_t cols, int64_t row_blocks, int64_t rows_of_block, const T* row, const T* col, T* out,
-                         int64_t out_stride, bool accumulate) {
-  const int64_t n = blockIdx.x / row_blocks, first = (blockIdx.x - n * row_blocks) * rows_of_block;
-  const int64_t end = first + rows_of_block < rows ? first + rows_of_block : rows;
-  const T *a = row + n * positions * rows, *b = col + n * positions * cols;
-  for (int64_t c = int64_t{threadIdx.x} * W; c < cols; c += int64_t{blockDim.x} * W) {
+__global__ void __launch_bounds__(kThreads) outer_product_kernel(int positions, int rows, int cols, int row_blocks, int rows_of_block, const T* row,
+                                                                 const T* col, T* out, int64_t out_stride, bool accumulate) {
+  const int n = blockIdx.x / row_blocks, first = (blockIdx.x - n * row_blocks) * rows_of_block;
+  const int end = first + rows_of_block < rows ? first + rows_of_block : rows;
+  row += int64_t{n} * positions * rows;
+  col += int64_t{n} * positions * cols;
+  out += n * out_stride;
+  for (int c = threadIdx.x * W; c < cols; c += blockDim.x * W) {
     Vector<T, W> kept{};
-    if constexpr (kOnePosition) kept = load<W>(b + c);
-    for (int64_t r = first + threadIdx.y; r < end; r += blockDim.y) {
-      T* to = out + n * out_stride + r * cols + c;
+    if constexpr (kOnePosition) kept = load<W>(col + c);
+    for (int r = first + threadIdx.y; r < end; r += blockDim.y) {
+      T* to = out + int64_t{r} * cols + c;
       Vector<T, W> sum{};
       if (accumulate) sum = load<W>(to);
       if constexpr (kOnePosition) {
-        for (int k = 0; k < W; ++k) sum.v[k] += a[r] * kept.v[k];
+        for (int k = 0; k < W; ++k) sum.v[k] += row[r] * kept.v[k];
       } else {
-        for (int64_t t = 0; t < positions; ++t) {
-          const T value = a[t * rows + r];
-          const auto from = load<W>(b + t * cols + c);
-          for (int k = 0; k < W; ++k) sum.v[k] += value * from.v[k];
+        const T *a = row + r, *b = col + c;
+        for (int t = 0; t < positions; ++t, a += rows, b += cols) {
+          const auto from = load<W>(b);
+          for (int k = 0; k < W; ++k) sum.v[k] += *a * from.v[k];
         }
       }
       store<W>(to, sum);
@@ -89,6 +92,10 @@ void outer_product(const Context& ctx, int64_t N, int64_t positions, int64_t row
     p.c_batch = out_stride;
     p.accumulate = accumulate;
     return ctx.runtime->multiply(p, ctx.precision, ctx.stream);
+  }
+  if (rows > INT_MAX / 2 || cols > INT_MAX / 2) {
+    throw std::invalid_argument("outer_product: expected sides of fewer than 2^30 elements, got " + std::to_string(rows) + " x " +
+                                std::to_string(cols) + ".");
   }
   const int64_t W = kVectorWidth<T>;
   const bool vectorised = cols % W == 0 && out_stride % W == 0 && is_aligned({col, out});

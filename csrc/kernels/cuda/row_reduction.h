@@ -35,7 +35,9 @@ namespace row_reduction {
 constexpr int kThreads = 256;
 // Items a thread loads before it uses them, where they do not stay in registers.
 template <class Item>
-constexpr int kInFlight = sizeof(Item) > 4 ? 4 : 8;
+constexpr int kInFlight = sizeof(Item) > 8   ? 2
+                          : sizeof(Item) > 4 ? 4
+                                             : 8;
 
 constexpr int64_t kMinChunk = 4096;   // elements of a line that are worth a block
 constexpr int64_t kMaxChunks = 1024;  // of one line

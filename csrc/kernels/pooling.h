@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/dispatch.h"
+#include "common/macros.h"
 
 namespace infl {
 
@@ -13,8 +14,8 @@ struct Windows {
   const int64_t *begin[3], *end[3];
   const int64_t* count[3];  // averages divide by the product of these; absent for maxima
 
-  int64_t in_plane() const { return in[0] * in[1] * in[2]; }
-  int64_t out_plane() const { return out[0] * out[1] * out[2]; }
+  INFL_HD int64_t in_plane() const { return in[0] * in[1] * in[2]; }
+  INFL_HD int64_t out_plane() const { return out[0] * out[1] * out[2]; }
 };
 
 // y[p, o] = the window's maximum, at place index[p, o] of the plane: the first of equals; NaN is larger than any number.

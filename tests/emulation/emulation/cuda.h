@@ -122,6 +122,12 @@ T atomicMax(T* p, T value) {
   if (value > before) *p = value;
   return before;
 }
+template <class T>
+T atomicMin(T* p, T value) {
+  const T before = *p;
+  if (value < before) *p = value;
+  return before;
+}
 
 #define INFL_REGISTER_CUDA(stub, fn)                                                                                                          \
   [[maybe_unused]] static const bool INFL_CONCAT(fn, _is_registered) = [] {                                                                   \

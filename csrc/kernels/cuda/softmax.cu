@@ -1,0 +1,134 @@
+// One reduction a line (row_reduction.h): the maximum and the sum of exponentials relative to it are found together, so x is read once where a line
+// fits in registers and twice where it does not; nothing but the results is stored. p is shared by all right-hand sides: lines that differ in v
+// alone are neighbours.
+#include "kernels/softmax.h"
+
+#include <cmath>
+
+#include "kernels/cuda/row_reduction.h"
+
+namespace infl {
+namespace cuda {
+namespace {
+
+template <class T>
+struct Exponentials {
+  T top = -INFINITY, sum = 0;  // max x, Σ exp(x − top)
+};
+
+template <class T>
+struct SoftmaxLine {
+  using State = Exponentials<T>;
+  int64_t step;
+  bool log;
+  const T* x;
+  T *y, *p;
+
+  __device__ T load(int64_t s) const { return x[s * step]; }
+
+  __device__ void add(State& state, T value, int64_t) const {
+    if (value > state.top) {
+      state.sum = state.sum * std::exp(state.top - value) + T(1);
+      state.top = value;
+    } else {
+      state.sum += value == state.top ? T(1) : std::exp(value - state.top);
+    }
+  }
+
+  __device__ void merge(State& state, const State& other) const {
+    const bool other_is_higher = other.top > state.top;
+    State a = other_is_higher ? other : state;
+    const State b = other_is_higher ? state : other;
+    a.sum += a.top == b.top ? b.sum : b.sum * std::exp(b.top - a.top);
+    state = a;
+  }
+
+  __device__ void store(int64_t s, T value, const State& state) const {
+    const T shifted = value - state.top, share = std::exp(shifted) / state.sum;
+    p[s * step] = share;
+    y[s * step] = log ? shifted - std::log(state.sum) : share;
+  }
+
+  __device__ void finish(const State&) const {}
+};
+
+template <class T>
+struct Softmax {
+  using State = Exponentials<T>;
+  using Item = T;
+  static constexpr bool kStores = true;
+  int64_t size, inner;
+  bool log;
+  const T* x;
+  T *y, *p;
+  __device__ SoftmaxLine<T> at(int64_t row, int64_t column) const {
+    const int64_t first = row * size * inner + column;
+    return {inner, log, x + first, y + first, p + first};
+  }
+};
+
+template <class T>
+void softmax(const Context& ctx, int64_t rows, int64_t size, int64_t inner, bool log, const T* x, T* y, T* p) {
+  if (size == 0) return;
+  reduce_rows(ctx, "softmax", rows, size, inner, Softmax<T>{size, inner, log, x, y, p});
+}
+
+template <class T>
+struct ProductLine {
+  using State = Sum<T>;
+  struct Item {
+    T p, in;
+  };
+  SoftmaxProduct part;
+  bool accumulate;
+  int64_t step;
+  const T *p, *in;
+  T* out;
+
+  __device__ Item load(int64_t s) const { return {p[s * step], in[s * step]}; }
+  __device__ void add(State& sum, const Item& item, int64_t) const {
+    sum.value += part == SoftmaxProduct::log_cotangent ? item.in : item.p * item.in;
+  }
+  __device__ void merge(State& sum, const State& other) const { sum.value += other.value; }
+  __device__ void store(int64_t s, const Item& item, const State& sum) const {
+    T value;
+    if (part == SoftmaxProduct::log_cotangent) {
+      value = item.in - item.p * sum.value;
+    } else {
+      value = (part == SoftmaxProduct::softmax ? item.p : T(1)) * (item.in - sum.value);
+    }
+    T& to = out[s * step];
+    to = accumulate ? to + value : value;
+  }
+  __device__ void finish(const State&) const {}
+};
+
+template <class T>
+struct Product {
+  using State = Sum<T>;
+  using Item = typename ProductLine<T>::Item;
+  static constexpr bool kStores = true;
+  SoftmaxProduct part;
+  bool accumulate;
+  int64_t V, rows, size, inner;
+  const T *p, *in;
+  T* out;
+  __device__ ProductLine<T> at(int64_t vr, int64_t column) const {
+    const int64_t r = vr / V, v = vr - r * V;
+    const int64_t first = r * size * inner + column, first_of_v = first + v * rows * size * inner;
+    return {part, accumulate, inner, p + first, in + first_of_v, out + first_of_v};
+  }
+};
+
+template <class T>
+void softmax_product(const Context& ctx, SoftmaxProduct part, int64_t V, int64_t rows, int64_t size, int64_t inner, const T* p, const T* in, T* out,
+                     bool accumulate) {
+  reduce_rows(ctx, "softmax_product", V * rows, size, inner, Product<T>{part, accumulate, V, rows, size, inner, p, in, out});
+}
+
+INFL_REGISTER_CUDA(softmax_stub, softmax)
+INFL_REGISTER_CUDA(softmax_product_stub, softmax_product)
+
+}  // namespace
+}  // namespace cuda
+}  // namespace infl

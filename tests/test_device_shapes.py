@@ -1,0 +1,132 @@
+"""The CUDA kernels, run on the CPU, at sizes that take every path that depends on them: edges of tiles, several tiles, sums in parts, vectors."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jvp, vjp
+
+from influence_ext.plan import Plan
+from influence_ext.testing import assert_close
+from tests.cases import generator
+from tests.cases.eager import flatten, trainable, unflatten
+from tests.emulation import emulated_device
+
+
+@pytest.fixture(autouse=True)
+def _on_the_device() -> Iterator[None]:
+    with emulated_device():
+        yield
+
+
+def check(make: Callable[[], nn.Module], *shape: int, V: int = 3, dtype: torch.dtype, per_example: bool = True) -> None:
+    """Outputs, ``J V``, ``Jᵀ G`` and per-example gradients of a model of inputs ``[N, ...]`` against plain PyTorch in float64."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = make().to(dtype).eval()
+    random = generator("x" + repr((shape, V)))
+    X = torch.randn(*shape, generator=random, dtype=torch.float64).to(dtype)
+    P = sum(p.numel() for p in model.parameters())
+    tape = Plan.of(model, X).linearize(X)
+    T = torch.randn(V, P, generator=random, dtype=torch.float64).to(dtype)
+    G = torch.randn(V, *tape.outputs.shape, generator=random, dtype=torch.float64).to(dtype)
+
+    def evaluate(module: nn.Module, x: Tensor, theta: dict[str, Tensor]) -> Tensor:
+        out: Tensor = functional_call(module, theta, (x,))
+        return out
+
+    def products(module: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        theta, kind = trainable(module), next(module.parameters()).dtype
+        f = partial(evaluate, module, X.to(kind))
+        tangents = torch.stack([jvp(f, (theta,), (unflatten(theta, t.to(kind)),))[1] for t in T])
+        outputs, pull = vjp(f, theta)
+        cotangents = torch.stack([flatten(pull(g.to(kind))[0]) for g in G])
+        alone = [vjp(partial(evaluate, module, x[None].to(kind)), theta)[1](g[None].to(kind))[0] for x, g in zip(X, G[0], strict=True)]
+        return outputs, tangents, cotangents, torch.stack([flatten(g) for g in alone])
+
+    oracle, eager = products(copy.deepcopy(model).double()), products(model)
+    ours = [tape.outputs, tape.jvp(T), tape.vjp(G)]
+    if per_example:
+        ours.append(tape.factors(G[:1]).materialise()[0])
+    for what, actual, expected, peer in zip(("outputs", "jvp", "vjp", "per example"), ours, oracle, eager, strict=False):
+        assert_close(actual, expected, scope="model", eager=peer, what=what)
+
+
+def convolutions(dims: int, *layers: tuple[int, int, dict[str, int]], transposed: bool = False) -> Callable[[], nn.Module]:
+    """Convolutions with an activation in between, which the products take as their scale."""
+    kind = getattr(nn, f"Conv{'Transpose' if transposed else ''}{dims}d")
+
+    def make() -> nn.Module:
+        modules: list[nn.Module] = []
+        for inputs, outputs, options in layers:
+            modules += [kind(inputs, outputs, **options), nn.Tanh()]
+        return nn.Sequential(*modules)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        # tiles of rows: 33 and 65 channels are one more than one and two tiles; stride, dilation and padding that leave odd lines
+        pytest.param(
+            convolutions(2, (3, 33, {"kernel_size": 3, "padding": 1}), (33, 65, {"kernel_size": 3, "stride": 2})), (2, 3, 9, 11), id="edges"
+        ),
+        pytest.param(
+            convolutions(1, (2, 5, {"kernel_size": 4, "dilation": 3, "padding": 5, "stride": 2}), (5, 6, {"kernel_size": 2})),
+            (3, 2, 77),
+            id="1d",
+        ),
+        pytest.param(
+            convolutions(3, (2, 6, {"kernel_size": 3, "stride": 2, "padding": 2}), (6, 5, {"kernel_size": 2})), (2, 2, 5, 6, 7), id="3d"
+        ),
+        # lines of whole vectors, whose results are stored 16 bytes at a time
+        pytest.param(
+            convolutions(2, (4, 36, {"kernel_size": 3, "padding": 1}), (36, 8, {"kernel_size": 3, "padding": 1})),
+            (2, 4, 8, 8),
+            id="vectors",
+        ),
+        # groups: of several channels, of one with multipliers, depthwise
+        pytest.param(
+            convolutions(2, (12, 18, {"kernel_size": 3, "groups": 2}), (18, 36, {"kernel_size": 2, "groups": 18})),
+            (2, 12, 7, 6),
+            id="groups",
+        ),
+        pytest.param(
+            convolutions(
+                2, (7, 7, {"kernel_size": 3, "groups": 7, "stride": 2, "padding": 1}), (7, 7, {"kernel_size": 5, "groups": 7, "padding": 2})
+            ),
+            (3, 7, 21, 9),
+            id="depthwise",
+        ),
+        # phases of a transposed convolution, also more than there are outputs, and taps that reach none
+        pytest.param(
+            convolutions(
+                2, (6, 7, {"kernel_size": 3, "stride": 2, "dilation": 2}), (7, 5, {"kernel_size": 2, "stride": 3}), transposed=True
+            ),
+            (2, 6, 4, 5),
+            id="transposed",
+        ),
+        # matrix products: one tap and many channels
+        pytest.param(convolutions(2, (64, 65, {"kernel_size": 1}), (65, 64, {"kernel_size": 1})), (2, 64, 3, 5), id="pointwise"),
+    ],
+)
+def test_convolutions(make: Callable[[], nn.Module], shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    check(make, *shape, dtype=dtype)
+
+
+@pytest.mark.parametrize("V", [1, 5])
+def test_a_depthwise_convolution_of_many_positions_is_summed_in_parts(V: int, dtype: torch.dtype) -> None:
+    check(convolutions(1, (2, 2, {"kernel_size": 3, "groups": 2}), (2, 2, {"kernel_size": 9, "groups": 2})), 2, 2, 1500, V=V, dtype=dtype)
+
+
+def test_wide_tiles_of_a_convolution() -> None:
+    """Enough blocks for the tile of 128 channels by 128 positions, and for that of 64; the last ones have edges."""
+    check(convolutions(1, (1, 66, {"kernel_size": 3})), 3, 1, 1500, V=4, dtype=torch.float32)
+    check(convolutions(1, (1, 34, {"kernel_size": 3})), 3, 1, 1500, V=4, dtype=torch.float32)
+    check(convolutions(1, (24, 66, {"kernel_size": 3})), 2, 24, 300, V=2, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""The CUDA kernels, run on the CPU, at sizes that take every path that depends on them: edges of tiles, several tiles, sums in parts, vectors."""
+"""The CUDA kernels, run on the CPU, at sizes that take every path that depends on them: edges of tiles, sums in parts, vectors."""
 
 from __future__ import annotations
 
@@ -130,3 +130,38 @@ def test_wide_tiles_of_a_convolution() -> None:
     check(convolutions(1, (1, 66, {"kernel_size": 3})), 3, 1, 1500, V=4, dtype=torch.float32)
     check(convolutions(1, (1, 34, {"kernel_size": 3})), 3, 1, 1500, V=4, dtype=torch.float32)
     check(convolutions(1, (24, 66, {"kernel_size": 3})), 2, 24, 300, V=2, dtype=torch.float32)
+
+
+class Normalised(nn.Module):
+    """A norm whose input and output depend on parameters in front of it."""
+
+    def __init__(self, norm: nn.Module, *shape: int) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.randn(*shape))
+        self.norm = norm
+        with torch.no_grad():
+            for value in (*norm.parameters(), *(b for b in norm.buffers() if b.is_floating_point())):
+                value.uniform_(0.5, 1.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The norm of ``x + shift``, behind an activation that its passes take as their scale."""
+        return torch.tanh(self.norm(x + self.shift))
+
+
+@pytest.mark.parametrize("V", [1, 5])
+@pytest.mark.parametrize(
+    ("norm", "shape"),
+    [
+        pytest.param(lambda: nn.LayerNorm(33), (3, 7, 33), id="a warp a row, odd"),
+        pytest.param(lambda: nn.LayerNorm(64), (3, 5, 64), id="a warp a row, vectors"),
+        pytest.param(lambda: nn.LayerNorm(2051), (3, 2051), id="a block a row, odd"),
+        pytest.param(lambda: nn.LayerNorm(2052), (3, 2052), id="a block a row, vectors"),
+        pytest.param(lambda: nn.RMSNorm(40), (2, 300, 40), id="sums of columns in parts"),
+        pytest.param(lambda: nn.GroupNorm(3, 6), (3, 6, 5, 7), id="groups, odd runs"),
+        pytest.param(lambda: nn.GroupNorm(2, 4), (2, 4, 40, 30), id="groups, a block a row"),
+        pytest.param(lambda: nn.BatchNorm2d(3), (4, 3, 54, 54), id="sums of runs in parts"),
+        pytest.param(lambda: nn.BatchNorm1d(35), (4, 35), id="runs of one"),
+    ],
+)
+def test_norms(norm: Callable[[], nn.Module], shape: tuple[int, ...], V: int, dtype: torch.dtype) -> None:
+    check(lambda: Normalised(norm(), *shape[1:]), *shape, V=V, dtype=dtype)

@@ -337,10 +337,16 @@ __global__ void __launch_bounds__(kSumThreads) channel_sum_kernel(int64_t n, int
   const int64_t end = begin + length < size ? begin + length : size;
   const T* from = y + ((v * n + example * images) * channels + c) * plane;
   T sum = 0;
+  const int64_t image_step = kSumThreads / plane, step = kSumThreads % plane;
   int64_t image = (begin + threadIdx.x) / plane, pixel = (begin + threadIdx.x) % plane;
   for (int64_t i = begin + threadIdx.x; i < end; i += kSumThreads) {
     sum += from[image * channels * plane + pixel];
-    for (pixel += kSumThreads; pixel >= plane; pixel -= plane) ++image;
+    image += image_step;
+    pixel += step;
+    if (pixel >= plane) {
+      pixel -= plane;
+      ++image;
+    }
   }
   sum = warp_sum(sum);
   if (threadIdx.x % kWarp == 0) partial[threadIdx.x / kWarp] = sum;

@@ -165,3 +165,40 @@ class Normalised(nn.Module):
 )
 def test_norms(norm: Callable[[], nn.Module], shape: tuple[int, ...], V: int, dtype: torch.dtype) -> None:
     check(lambda: Normalised(norm(), *shape[1:]), *shape, V=V, dtype=dtype)
+
+
+class Product(nn.Module):
+    """A product of images of x and of a parameter, in the order of an einsum."""
+
+    def __init__(self, equation: str, left: tuple[int, ...], right: tuple[int, ...], constant: bool) -> None:
+        super().__init__()
+        self.equation, self.constant = equation, constant
+        self.left, self.right = nn.Parameter(torch.randn(left)), nn.Parameter(torch.randn(right))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``constant``: the right operand is the parameter itself, the same for all examples."""
+        right = self.right if self.constant else x.flatten(1).mean(1).reshape(-1, *[1] * self.right.ndim) * self.right
+        return torch.einsum(self.equation, x * self.left, right)
+
+
+@pytest.mark.parametrize(
+    ("equation", "left", "right", "constant"),
+    [
+        pytest.param("nik,nkj->nij", (17, 18), (18, 19), False, id="the library's"),
+        pytest.param("nhik,nhjk->nhij", (3, 17, 16), (3, 18, 16), False, id="the library's, heads outside"),
+        pytest.param("nihk,njhk->nhij", (17, 2, 16), (18, 2, 16), False, id="the library's, heads inside"),
+        pytest.param("nik,kj->nij", (17, 18), (18, 19), True, id="rows of all examples together"),
+        pytest.param("nik,kj->nji", (17, 18), (18, 19), True, id="a result that is turned"),
+        pytest.param("nabik,nabjk->nabij", (2, 2, 33, 35), (2, 2, 34, 35), False, id="batch axes that are one"),
+        pytest.param("niabk,njbak->nabij", (33, 3, 7, 5), (65, 7, 3, 5), False, id="tiles of our own"),
+        pytest.param("nikab,nkjab->naibj", (33, 17, 2, 3), (17, 34, 2, 3), False, id="tiles, no unit stride"),
+        pytest.param("nitk,njtk->nij", (33, 3, 5), (34, 3, 5), False, id="a sum over two axes"),
+        pytest.param("nhik,khj->nhij", (2, 17, 18), (18, 2, 19), True, id="the library's, summed over examples apart"),
+        pytest.param("nhik,khj->nhij", (2, 7, 33), (33, 2, 34), True, id="tiles, summed over examples apart"),
+        pytest.param("nhik,khj->nhij", (2, 3, 4), (4, 2, 5), True, id="elements, summed over examples apart"),
+        pytest.param("nabk,nabk->nab", (3, 5, 70), (3, 5, 70), False, id="a warp an element"),
+        pytest.param("nabk,nbk->na", (3, 4, 5), (4, 5), False, id="a thread an element"),
+    ],
+)
+def test_products(equation: str, left: tuple[int, ...], right: tuple[int, ...], constant: bool, dtype: torch.dtype) -> None:
+    check(lambda: Product(equation, left, right, constant), 3, *left, V=2, dtype=dtype)

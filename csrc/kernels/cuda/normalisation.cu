@@ -53,7 +53,7 @@ __device__ inline int64_t first_channel(const ChannelMap& map, int64_t row) { re
 template <class T, int kTeam>
 __global__ void __launch_bounds__(kThreads)
     layer_norm_kernel(ChannelMap map, int64_t rows, bool centre, T eps, const T* x, const T* w, const T* b, T* y, T* x_hat, T* rstd) {
-  const int64_t row = team_index<kTeam>(), size = map.size();
+  const int64_t row = team_index<kTeam>(), size = map.channels * map.run;
   if (row >= rows) return;
   const int thread = static_cast<int>(threadIdx.x) % kTeam;
   x += row * size;
@@ -111,7 +111,7 @@ struct Derivative {
 // kTangent: w ∘ ∂x̂ in, else its transpose ∂x̂ (w ∘ in). B right-hand sides, W elements a thread and step.
 template <class T, bool kTangent, int kTeam, int B, int W>
 __global__ void __launch_bounds__(kThreads) derivative_kernel(const Derivative<T> p) {
-  const int64_t item = team_index<kTeam>(), size = p.map.size();
+  const int64_t item = team_index<kTeam>(), size = p.map.channels * p.map.run;
   if (item >= (p.V + B - 1) / B * p.rows) return;
   const int64_t row = item % p.rows, v0 = item / p.rows * B, first = first_channel(p.map, row), apart = p.rows * size;
   const int thread = static_cast<int>(threadIdx.x) % kTeam, sides = p.V - v0 < B ? static_cast<int>(p.V - v0) : B;

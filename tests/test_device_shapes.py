@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp, vjp
+from torch.func import jvp, vjp
 
 from influence_ext.plan import Plan
 from influence_ext.testing import assert_close
 from tests.cases import generator
-from tests.cases.eager import flatten, trainable, unflatten
+from tests.cases.eager import flatten, function, trainable, unflatten
 from tests.emulation import emulated_device
 
 
@@ -24,36 +24,32 @@ def _on_the_device() -> Iterator[None]:
         yield
 
 
-def check(make: Callable[[], nn.Module], *shape: int, V: int = 3, dtype: torch.dtype, per_example: bool = True) -> None:
-    """Outputs, ``J V``, ``Jᵀ G`` and per-example gradients of a model of inputs ``[N, ...]`` against plain PyTorch in float64."""
+def check(make: Callable[[], nn.Module], rule: str, *shape: int, V: int = 3, dtype: torch.dtype) -> None:
+    """Outputs, ``J V``, ``Jᵀ G`` and per-example gradients of a model of inputs ``[N, ...]``, against plain PyTorch in float64."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = make().to(dtype).eval()
     random = generator("x" + repr((shape, V)))
     X = torch.randn(*shape, generator=random, dtype=torch.float64).to(dtype)
     P = sum(p.numel() for p in model.parameters())
-    tape = Plan.of(model, X).linearize(X)
+    plan = Plan.of(model, X)
+    assert rule in {node.rule for node in plan.graph.nodes}
+    tape = plan.linearize(X)
     T = torch.randn(V, P, generator=random, dtype=torch.float64).to(dtype)
     G = torch.randn(V, *tape.outputs.shape, generator=random, dtype=torch.float64).to(dtype)
 
-    def evaluate(module: nn.Module, x: Tensor, theta: dict[str, Tensor]) -> Tensor:
-        out: Tensor = functional_call(module, theta, (x,))
-        return out
-
     def products(module: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         theta, kind = trainable(module), next(module.parameters()).dtype
-        f = partial(evaluate, module, X.to(kind))
+        f = function(module, X.to(kind))
         tangents = torch.stack([jvp(f, (theta,), (unflatten(theta, t.to(kind)),))[1] for t in T])
         outputs, pull = vjp(f, theta)
         cotangents = torch.stack([flatten(pull(g.to(kind))[0]) for g in G])
-        alone = [vjp(partial(evaluate, module, x[None].to(kind)), theta)[1](g[None].to(kind))[0] for x, g in zip(X, G[0], strict=True)]
+        alone = [vjp(function(module, x[None].to(kind)), theta)[1](g[None].to(kind))[0] for x, g in zip(X, G[0], strict=True)]
         return outputs, tangents, cotangents, torch.stack([flatten(g) for g in alone])
 
     oracle, eager = products(copy.deepcopy(model).double()), products(model)
-    ours = [tape.outputs, tape.jvp(T), tape.vjp(G)]
-    if per_example:
-        ours.append(tape.factors(G[:1]).materialise()[0])
-    for what, actual, expected, peer in zip(("outputs", "jvp", "vjp", "per example"), ours, oracle, eager, strict=False):
+    ours = tape.outputs, tape.jvp(T), tape.vjp(G), tape.factors(G[:1]).materialise()[0]
+    for what, actual, expected, peer in zip(("outputs", "jvp", "vjp", "per example"), ours, oracle, eager, strict=True):
         assert_close(actual, expected, scope="model", eager=peer, what=what)
 
 
@@ -117,19 +113,27 @@ def convolutions(dims: int, *layers: tuple[int, int, dict[str, int]], transposed
     ],
 )
 def test_convolutions(make: Callable[[], nn.Module], shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    check(make, *shape, dtype=dtype)
+    check(make, "convolution", *shape, dtype=dtype)
 
 
 @pytest.mark.parametrize("V", [1, 5])
 def test_a_depthwise_convolution_of_many_positions_is_summed_in_parts(V: int, dtype: torch.dtype) -> None:
-    check(convolutions(1, (2, 2, {"kernel_size": 3, "groups": 2}), (2, 2, {"kernel_size": 9, "groups": 2})), 2, 2, 1500, V=V, dtype=dtype)
+    check(
+        convolutions(1, (2, 2, {"kernel_size": 3, "groups": 2}), (2, 2, {"kernel_size": 9, "groups": 2})),
+        "convolution",
+        2,
+        2,
+        1500,
+        V=V,
+        dtype=dtype,
+    )
 
 
 def test_wide_tiles_of_a_convolution() -> None:
     """Enough blocks for the tile of 128 channels by 128 positions, and for that of 64; the last ones have edges."""
-    check(convolutions(1, (1, 66, {"kernel_size": 3})), 3, 1, 1500, V=4, dtype=torch.float32)
-    check(convolutions(1, (1, 34, {"kernel_size": 3})), 3, 1, 1500, V=4, dtype=torch.float32)
-    check(convolutions(1, (24, 66, {"kernel_size": 3})), 2, 24, 300, V=2, dtype=torch.float32)
+    check(convolutions(1, (1, 66, {"kernel_size": 3})), "convolution", 3, 1, 1500, V=4, dtype=torch.float32)
+    check(convolutions(1, (1, 34, {"kernel_size": 3})), "convolution", 3, 1, 1500, V=4, dtype=torch.float32)
+    check(convolutions(1, (24, 66, {"kernel_size": 3})), "convolution", 2, 24, 300, V=2, dtype=torch.float32)
 
 
 class Normalised(nn.Module):
@@ -164,7 +168,8 @@ class Normalised(nn.Module):
     ],
 )
 def test_norms(norm: Callable[[], nn.Module], shape: tuple[int, ...], V: int, dtype: torch.dtype) -> None:
-    check(lambda: Normalised(norm(), *shape[1:]), *shape, V=V, dtype=dtype)
+    rule = "batch_norm" if isinstance(norm(), nn.BatchNorm1d | nn.BatchNorm2d) else "layer_norm"
+    check(lambda: Normalised(norm(), *shape[1:]), rule, *shape, V=V, dtype=dtype)
 
 
 class Product(nn.Module):
@@ -201,4 +206,48 @@ class Product(nn.Module):
     ],
 )
 def test_products(equation: str, left: tuple[int, ...], right: tuple[int, ...], constant: bool, dtype: torch.dtype) -> None:
-    check(lambda: Product(equation, left, right, constant), 3, *left, V=2, dtype=dtype)
+    check(lambda: Product(equation, left, right, constant), "matmul", 3, *left, V=2, dtype=dtype)
+
+
+class Attention(nn.Module):
+    """Attention between linear images of x, with a trained additive mask that is broadcast as its shape says."""
+
+    def __init__(self, L: int, S: int, H: int, K: int, E: int, F: int, mask: tuple[int, ...] | None = None, causal: bool = False) -> None:
+        super().__init__()
+        self.S, self.H, self.K, self.causal = S, H, K, causal
+        self.q = nn.Parameter(torch.randn(H, L, E))
+        self.k, self.v = nn.Parameter(torch.randn(K, S, E)), nn.Parameter(torch.randn(K, S, F))
+        self.mask = nn.Parameter(torch.randn(mask)) if mask else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x ``[N, 1, max(L, S), max(E, F)]``, its parts times parameters."""
+        q, k, v = (x[:, :, : w.shape[1], : w.shape[2]] * w for w in (self.q, self.k, self.v))
+        return nn.functional.scaled_dot_product_attention(q, k, v, self.mask, is_causal=self.causal, enable_gqa=self.H != self.K)
+
+
+@pytest.mark.parametrize(
+    ("options", "V"),
+    [
+        # E or F much smaller than L and S: P is computed again; else it is kept
+        pytest.param({"L": 65, "S": 66, "H": 1, "K": 1, "E": 3, "F": 2}, 3, id="edges, computed"),
+        pytest.param({"L": 67, "S": 65, "H": 1, "K": 1, "E": 66, "F": 65}, 3, id="edges, kept"),
+        pytest.param({"L": 130, "S": 129, "H": 2, "K": 1, "E": 5, "F": 4, "causal": True}, 2, id="causal, grouped"),
+        pytest.param({"L": 66, "S": 130, "H": 1, "K": 1, "E": 3, "F": 3, "causal": True}, 1, id="causal, more keys"),
+        pytest.param({"L": 66, "S": 70, "H": 2, "K": 2, "E": 3, "F": 2, "mask": (2, 66, 70)}, 2, id="a mask of heads"),
+        pytest.param({"L": 66, "S": 70, "H": 2, "K": 2, "E": 3, "F": 2, "mask": (1, 66, 70)}, 2, id="a mask of all heads"),
+        pytest.param({"L": 66, "S": 70, "H": 2, "K": 2, "E": 3, "F": 2, "mask": (2, 1, 70)}, 2, id="a mask of keys"),
+        pytest.param({"L": 70, "S": 66, "H": 2, "K": 2, "E": 3, "F": 2, "mask": (2, 70, 1)}, 2, id="a mask of queries"),
+    ],
+)
+def test_attention(options: dict[str, Any], V: int, dtype: torch.dtype) -> None:
+    module = Attention(**options)
+    check(
+        lambda: Attention(**options),
+        "attention",
+        2,
+        1,
+        max(module.q.shape[1], module.S),
+        max(module.q.shape[2], module.v.shape[2]),
+        V=V,
+        dtype=dtype,
+    )

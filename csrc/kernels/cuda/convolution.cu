@@ -13,6 +13,7 @@
 
 #include "kernels/cuda/convolution_geometry.h"
 #include "kernels/cuda/tile.h"
+#include "kernels/movement.h"
 
 namespace infl {
 namespace cuda {
@@ -61,7 +62,7 @@ struct Product {
   int64_t V, images;     // images of each right-hand side
   int64_t scale_images;  // scale repeats after so many
   int num_terms = 0;
-  ConvolutionTerm<T> terms[2];
+  ConvolutionTerm<T> terms[2];  // `prepared`: between images, also of those that are not
   const T* bias = nullptr;
   int64_t bias_batch = 0;
   const T* scale = nullptr;
@@ -142,6 +143,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) product_kernel(const Produc
   alignas(16) __shared__ T right[2][kStep * kCols];
   __shared__ Gather gather[2][kStep];
   __shared__ Counter counters[kStep], stride;
+  __shared__ int64_t starts[2][kCols];
   __shared__ PhaseAxis axes[3];
   const ConvolutionShape& shape = p.shape;
   const Work work = work_of(p, p.V);
@@ -155,14 +157,17 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) product_kernel(const Produc
   const int row0 = static_cast<int>(work.row_tile) * kRows;
   const int height = shape.axes[1].in_size, width = shape.axes[2].in_size, depth = shape.axes[0].in_size;
 
-  // The thread's column of the right panel: where the taps of its position start.
+  // The thread's column of the right panel: where the taps of its position start, in each term's input.
   const int64_t position = first + thread % kCols;
   const bool inside = position < positions;
   const int64_t image = inside ? position / count : 0;
   const Place3 q = place_of(inside ? static_cast<int>(position - image * count) : 0, axes[1].outputs, axes[2].outputs);
   const int d0 = inside ? q.d * axes[0].spacing + axes[0].base : -(1 << 30);  // no tap reaches from there
   const int h0 = q.h * axes[1].spacing + axes[1].base, w0 = q.w * axes[2].spacing + axes[2].base;
-  const int64_t at0 = image * shape.in_image + work.group * shape.inner * shape.in_plane + (int64_t{inside ? d0 : 0} * height + h0) * width + w0;
+  for (int t = thread / kCols; t < 2; t += kThreads / kCols) {
+    starts[t][thread % kCols] = work.v * p.terms[t].in_batch + image * p.terms[t].prepared + work.group * shape.inner * shape.in_plane +
+                                (int64_t{inside ? d0 : 0} * height + h0) * width + w0;
+  }
 
   // Threads below kStep count the rows of K, each its own in every step: (channel, tap) as digits, the step between them too.
   if (thread == 0 && taps > 0) stride = counter_at(kStep, taps, axes);
@@ -197,7 +202,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) product_kernel(const Produc
   const auto fetch = [&](int s) {
     const Gather* rows = gather[s & 1];
     const ConvolutionTerm<T>& term = p.terms[s >= steps ? 1 : 0];
-    const T* in = term.in + work.v * term.in_batch + at0;
+    const T* in = term.in + starts[s >= steps ? 1 : 0][thread % kCols];
     const T* weights = term.packed + work.v * term.packed_batch + work.group * shape.inner * shape.taps * shape.rows;
     const int row = row0 + thread % kRows;
     INFL_UNROLL(8)
@@ -299,7 +304,7 @@ __global__ void __launch_bounds__(kDirectThreads) direct_kernel(const Product<T>
   T sum[kSides][kRows] = {};
   for (int t = 0; t < p.num_terms; ++t) {
     const ConvolutionTerm<T>& term = p.terms[t];
-    const T* in = term.in + v0 * term.in_batch + image * shape.in_image + work.group * shape.inner * shape.in_plane;
+    const T* in = term.in + v0 * term.in_batch + image * term.prepared + work.group * shape.inner * shape.in_plane;
     const T* weights = term.packed + v0 * term.packed_batch + work.group * shape.inner * shape.taps * shape.rows;
     for (int c = 0; c < shape.inner; ++c) {
       for (int i = 0; i < axes[0].taps; ++i) {
@@ -412,7 +417,7 @@ void multiply(const Context& ctx, Product<T>& p) {
     MatrixProduct<T> m{.batch = p.images, .M = s.rows, .N = s.out_plane, .K = s.inner, .a_transposed = true, .accumulate = p.accumulate || t > 0};
     m.lda = s.rows;
     m.ldb = m.ldc = s.out_plane;
-    m.b_batch = s.in_image;
+    m.b_batch = p.terms[t].prepared;
     m.c_batch = s.out_image;
     for (int64_t v = 0; v < p.V; ++v) {
       m.a = p.terms[t].packed + v * p.terms[t].packed_batch;
@@ -435,7 +440,9 @@ void convolution_product(const Context& ctx, const Convolution& conv, const Conv
   for (const ConvolutionTerm<T>& term : given.terms) {
     if (term.in == nullptr) continue;
     as_images = as_images && term.packed_batch == 0 && term.in_batch == given.n * p.shape.in_image;
-    p.terms[p.num_terms++] = term;
+    p.terms[p.num_terms] = term;
+    if (term.prepared == 0) p.terms[p.num_terms].prepared = p.shape.in_image;
+    ++p.num_terms;
   }
   if (as_images && given.V > 1) {
     p.images *= given.V;
@@ -455,6 +462,13 @@ void convolution_product(const Context& ctx, const Convolution& conv, const Conv
   run_tiled(ctx, p);
 }
 
+template <class T>
+void convolution_prepare(const Context& ctx, const Convolution& conv, int64_t n, const T* x, int64_t size, T* prepared) {
+  const int64_t image = conv.x_channels * conv.x_plane();
+  copy_rows_stub<T>(ctx, n, image, x, image, prepared, size, false);
+}
+
+INFL_REGISTER_CUDA(convolution_prepare_stub, convolution_prepare)
 INFL_REGISTER_CUDA(convolution_pack_stub, convolution_pack)
 INFL_REGISTER_CUDA(convolution_product_stub, convolution_product)
 

@@ -23,7 +23,7 @@ struct Weights {
   int64_t sides;        // right-hand sides whose rows are one product
   int64_t outer_sides;  // and those that are not
   const T *x, *y;
-  int64_t x_batch, y_batch;
+  int64_t x_batch, y_batch, x_image;
   int64_t images, blocks_of_images;
   T* out;
   int64_t out_batch, out_example, out_part;  // out_part 0: added to what is there
@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) weights_kernel(const Weight
     const Start start = start_of(shape, reads ? from + lane : begin);
     const int64_t image = work.example * p.images + start.image;
     const T* y_at = y + image * shape.out_image + start.pixel;
-    const T* x_at = x + image * shape.in_image + offset_of(shape, start);
+    const T* x_at = x + image * p.x_image + offset_of(shape, start);
     INFL_UNROLL(8)
     for (int i = 0; i < kLeft; ++i) {
       const int64_t offset = row_offset[line + i * kLines];
@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(kDirectThreads) direct_kernel(const Weights<T>
     const Start start = start_of(shape, position);
     const int64_t image = work.example * p.images + start.image;
     const T* y_at = y + image * shape.out_image + start.pixel;
-    const T* x_at = x + image * shape.in_image + offset_of(shape, start);
+    const T* x_at = x + image * p.x_image + offset_of(shape, start);
     T row[kRows];
     INFL_UNROLL(4)
     for (int i = 0; i < kRows; ++i) row[i] = i < shape.rows ? y_at[int64_t{i} * shape.out_plane] : T(0);
@@ -283,10 +283,11 @@ void run_direct(const Context& ctx, const Weights<T>& p, unsigned blocks) {
 }
 
 template <class T>
-void convolution_weights(const Context& ctx, const Convolution& conv, int64_t V, int64_t n, const T* x, int64_t x_batch, const T* y, int64_t y_batch,
-                         int64_t images, T* out, int64_t out_batch, int64_t out_example) {
+void convolution_weights(const Context& ctx, const Convolution& conv, int64_t V, int64_t n, const T* x, int64_t x_batch, int64_t prepared, const T* y,
+                         int64_t y_batch, int64_t images, T* out, int64_t out_batch, int64_t out_example) {
   if (V == 0 || n == 0) return;
-  Weights<T> p{ConvolutionShape(conv, false), 1, V, x, y, x_batch, y_batch, images, n / images, out, out_batch, out_example, 0, 1, 0, 1, 1};
+  Weights<T> p{ConvolutionShape(conv, false), 1, V, x, y, x_batch, y_batch, 0, images, n / images, out, out_batch, out_example, 0, 1, 0, 1, 1};
+  p.x_image = prepared ? prepared : p.shape.in_image;
   const int64_t cols = int64_t{p.shape.inner} * p.shape.taps;
   Choice<T> choice;
   if (p.shape.rows <= kDirectRows) {
@@ -379,6 +380,7 @@ void channel_sum(const Context& ctx, int64_t V, int64_t n, int64_t channels, int
 template <class T>
 struct Columns {
   ConvolutionShape shape;
+  int64_t x_image;
   const T* x;
   T* columns;
   template <int W>
@@ -387,14 +389,15 @@ struct Columns {
     const int cols = shape.inner * shape.taps;
     const Start start = start_of(shape, i / cols);
     const Column c = column_of(shape, static_cast<int>(i % cols));
-    columns[i] = is_inside(shape, start, c) ? x[start.image * shape.in_image + offset_of(shape, start) + c.offset] : T(0);
+    columns[i] = is_inside(shape, start, c) ? x[start.image * x_image + offset_of(shape, start) + c.offset] : T(0);
   }
 };
 
 template <class T>
-void convolution_columns(const Context& ctx, const Convolution& conv, int64_t n, const T* x, T* columns) {
+void convolution_columns(const Context& ctx, const Convolution& conv, int64_t n, const T* x, int64_t prepared, T* columns) {
   const ConvolutionShape shape(conv, false);
-  for_each_element(ctx, "convolution_columns", n * shape.out_plane * shape.inner * shape.taps, Columns<T>{shape, x, columns});
+  for_each_element(ctx, "convolution_columns", n * shape.out_plane * shape.inner * shape.taps,
+                   Columns<T>{shape, prepared ? prepared : shape.in_image, x, columns});
 }
 
 INFL_REGISTER_CUDA(convolution_weights_stub, convolution_weights)

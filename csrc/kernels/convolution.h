@@ -43,19 +43,20 @@ inline int64_t convolution_packed_size(const Convolution& c, bool up) {
   return c.groups * blocks.count * blocks.height * inner * c.taps();
 }
 
-// x as the kernels of `down` and `weights` read it, one example after the other, `size` elements each: on the CPU the zero-padded copy that they make
-// of any other input. What is multiplied again and again, the input that a tape keeps, is prepared once.
+// x as the kernels of `down` and `weights` read it, images `size` elements apart: on the CPU the zero-padded copy that they make of any other input,
+// on a device x itself, for which there is room. What is multiplied again and again, the input that a tape keeps, is prepared once.
 template <class T>
 inline KernelStub<void(const Context&, const Convolution&, int64_t* size)> convolution_prepared_size_stub{"convolution_prepared_size"};
 
 template <class T>
-inline KernelStub<void(const Context&, const Convolution&, int64_t n, const T* x, T* prepared)> convolution_prepare_stub{"convolution_prepare"};
+inline KernelStub<void(const Context&, const Convolution&, int64_t n, const T* x, int64_t size, T* prepared)> convolution_prepare_stub{
+    "convolution_prepare"};
 
 template <class T>
 struct ConvolutionTerm {
   const T* in = nullptr;  // [V or 1, n, channels, plane]; null: the term is absent
   int64_t in_batch = 0;   // 0: shared by all right-hand sides
-  bool prepared = false;  // then shared, and `down`
+  int64_t prepared = 0;   // elements between prepared images, which are shared, and `down`; 0: as they are
   const T* packed = nullptr;
   int64_t packed_batch = 0;
 };
@@ -89,7 +90,7 @@ inline KernelStub<void(const Context&, int64_t V, int64_t n, int64_t channels, i
 
 // columns [n, positions, CX · taps] of x, positions = y_plane; groups must be 1. The factor of per-example gradients with few positions.
 template <class T>
-inline KernelStub<void(const Context&, const Convolution&, int64_t n, const T* x, bool prepared, T* columns)> convolution_columns_stub{
+inline KernelStub<void(const Context&, const Convolution&, int64_t n, const T* x, int64_t prepared, T* columns)> convolution_columns_stub{
     "convolution_columns"};
 
 }  // namespace infl

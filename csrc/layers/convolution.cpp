@@ -53,7 +53,7 @@ class ConvolutionRule final : public Rule<T> {
   void forward(const Tile<T>& tile, T* y) const override {
     const Shape s(tile.node);
     ConvolutionProduct<T> p = product(s, tile, s.transposed, 1, y);
-    if (prepares(tile.node, s)) convolution_prepare_stub<T>(tile.ctx, s.conv, p.n, tile.x[0], tile.state[0]);
+    if (prepares(tile.node, s)) convolution_prepare_stub<T>(tile.ctx, s.conv, p.n, tile.x[0], prepared_size(s), tile.state[0]);
     p.terms[0] = input(s, tile);
     p.terms[0].packed = packed(s, tile, s.transposed);
     p.bias = tile.theta[1];
@@ -63,7 +63,7 @@ class ConvolutionRule final : public Rule<T> {
   void jvp(const Tile<T>& tile, const T* const* t_x, const ParameterTangents<T>& t_theta, const T* scale, T* t_y) const override {
     const Shape s(tile.node);
     ConvolutionProduct<T> p = product(s, tile, s.transposed, tile.V, t_y);
-    if (t_x[0]) p.terms[0] = {t_x[0], tile.n * tile.node.input_widths[0], false, packed(s, tile, s.transposed), 0};
+    if (t_x[0]) p.terms[0] = {t_x[0], tile.n * tile.node.input_widths[0], 0, packed(s, tile, s.transposed), 0};
     if (t_theta.theta[0]) {
       p.terms[1] = input(s, tile);
       p.terms[1].packed = t_theta.packed;
@@ -78,7 +78,7 @@ class ConvolutionRule final : public Rule<T> {
   void vjp_input(const Tile<T>& tile, int /*i*/, const T* g_y, const T* scale, T* g_x, bool accumulate) const override {
     const Shape s(tile.node);
     ConvolutionProduct<T> p = product(s, tile, !s.transposed, tile.V, g_x);
-    p.terms[0] = {g_y, tile.n * tile.node.width, false, packed(s, tile, !s.transposed), 0};
+    p.terms[0] = {g_y, tile.n * tile.node.width, 0, packed(s, tile, !s.transposed), 0};
     p.scale = scale;
     p.accumulate = accumulate;
     convolution_product_stub<T>(tile.ctx, s.conv, p);
@@ -109,11 +109,11 @@ class ConvolutionRule final : public Rule<T> {
       const int64_t size = s.conv.weight_size(), cols = s.conv.x_channels * s.conv.taps(), positions = s.images * s.conv.y_plane();
       if (s.conv.groups == 1 && !s.transposed && positions <= kFewPositions && 2 * positions * (cols + V * s.out_channels) <= V * size) {
         T* col = factors.allocate(n * positions * cols);
-        convolution_columns_stub<T>(tile.ctx, s.conv, n * s.images, tile.state[0], true, col);
+        convolution_columns_stub<T>(tile.ctx, s.conv, n * s.images, tile.state[0], prepared_size(s), col);
         const T* row = g_y;
         if (s.out_plane > 1) {
           T* turned = factors.allocate(V * n * positions * s.out_channels);
-          convolution_columns_stub<T>(tile.ctx, s.pixels(), V * n * s.images, g_y, false, turned);
+          convolution_columns_stub<T>(tile.ctx, s.pixels(), V * n * s.images, g_y, 0, turned);
           row = turned;
         }
         factors.add({.slot = tile.node.slots[0], .positions = positions, .rows = s.out_channels, .cols = cols, .row = row, .col = col});
@@ -211,7 +211,7 @@ class ConvolutionRule final : public Rule<T> {
   }
 
   static ConvolutionTerm<T> input(const Shape& s, const Tile<T>& tile) {
-    if (prepares(tile.node, s)) return {.in = tile.state[0], .prepared = true};
+    if (prepares(tile.node, s)) return {.in = tile.state[0], .prepared = prepared_size(s)};
     return {.in = tile.x[0]};
   }
 
@@ -223,10 +223,10 @@ class ConvolutionRule final : public Rule<T> {
                       int64_t example) {
     const int64_t n = tile.n * s.images, x_batch = t_x ? tile.n * tile.node.input_widths[0] : 0;
     if (s.transposed) {
-      convolution_weights_stub<T>(tile.ctx, s.conv, tile.V, n, g, g_batch, false, t_x ? t_x : tile.x[0], x_batch, images, out, batch, example);
+      convolution_weights_stub<T>(tile.ctx, s.conv, tile.V, n, g, g_batch, 0, t_x ? t_x : tile.x[0], x_batch, images, out, batch, example);
     } else {
-      convolution_weights_stub<T>(tile.ctx, s.conv, tile.V, n, t_x ? t_x : tile.state[0], x_batch, t_x == nullptr, g, g_batch, images, out, batch,
-                                  example);
+      convolution_weights_stub<T>(tile.ctx, s.conv, tile.V, n, t_x ? t_x : tile.state[0], x_batch, t_x ? 0 : prepared_size(s), g, g_batch, images,
+                                  out, batch, example);
     }
   }
 };

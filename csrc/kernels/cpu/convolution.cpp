@@ -357,7 +357,7 @@ void convolution_product(const Context& ctx, const Convolution& conv, const Conv
     T* buffers[2] = {nullptr, nullptr};
     for (int t = 0; t < num_terms; ++t) {
       if (terms[t].prepared) {
-        shared[t] = terms[t].in + i * geometry.prepared();
+        shared[t] = terms[t].in + i * terms[t].prepared;
         continue;
       }
       buffers[t] = scratch<T>(geometry.padded + kLanes<T>, t);
@@ -378,16 +378,17 @@ void convolution_product(const Context& ctx, const Convolution& conv, const Conv
 
 template <class T>
 void convolution_prepared_size(const Context&, const Convolution& conv, int64_t* size) {
-  *size = Geometry<T>(conv, false).prepared();
+  constexpr int64_t kLine = 64 / sizeof(T);
+  *size = std::max(Geometry<T>(conv, false).prepared(), ceil_div(conv.x_channels * conv.x_plane(), kLine) * kLine);
 }
 
 template <class T>
-void convolution_prepare(const Context& ctx, const Convolution& conv, int64_t n, const T* x, T* prepared) {
+void convolution_prepare(const Context& ctx, const Convolution& conv, int64_t n, const T* x, int64_t size, T* prepared) {
   const Geometry<T> geometry(conv, false);
   const int64_t in_width = geometry.in_channels * geometry.in_plane;
   const int threads = threads_for(ctx, n * geometry.padded);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int64_t i = 0; i < n; ++i) geometry.prepare(x + i * in_width, prepared + i * geometry.prepared());
+  for (int64_t i = 0; i < n; ++i) geometry.prepare(x + i * in_width, prepared + i * size);
 }
 
 INFL_REGISTER_CPU(convolution_prepared_size_stub, convolution_prepared_size)

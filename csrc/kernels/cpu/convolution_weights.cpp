@@ -133,7 +133,7 @@ struct Lines {
 };
 
 template <class T>
-void convolution_weights(const Context& ctx, const Convolution& conv, int64_t V, int64_t n, const T* x, int64_t x_batch, bool prepared, const T* y,
+void convolution_weights(const Context& ctx, const Convolution& conv, int64_t V, int64_t n, const T* x, int64_t x_batch, int64_t prepared, const T* y,
                          int64_t y_batch, int64_t images, T* out, int64_t out_batch, int64_t out_example) {
   const Geometry<T> geometry(conv, false);
   const Phase& phase = geometry.phases[0];
@@ -154,7 +154,7 @@ void convolution_weights(const Context& ctx, const Convolution& conv, int64_t V,
   if (threads > 1) chunk = std::max<int64_t>(chunk, threads);
   chunk = std::clamp<int64_t>(chunk, 1, images);
   T* padded = prepared ? nullptr : scratch<T>(chunk * geometry.padded + kLanes<T>, 0);
-  const int64_t x_example = prepared ? geometry.prepared() : geometry.padded;
+  const int64_t x_example = prepared ? prepared : geometry.padded;
   T* copies = lines.in_place ? nullptr : scratch<T>(chunk * conv.y_channels * lines.channel, 1);
   const int64_t y_example = lines.in_place ? y_width : conv.y_channels * lines.channel;
   if (!prepared) geometry.fill_end(padded + chunk * geometry.padded);
@@ -227,13 +227,13 @@ void channel_sum(const Context& ctx, int64_t V, int64_t n, int64_t channels, int
 }
 
 template <class T>
-void convolution_columns(const Context& ctx, const Convolution& conv, int64_t n, const T* x, bool prepared, T* columns) {
+void convolution_columns(const Context& ctx, const Convolution& conv, int64_t n, const T* x, int64_t prepared, T* columns) {
   const Geometry<T> geometry(conv, false);
   const int64_t taps = conv.taps(), cols = conv.x_channels * taps, plane = conv.y_plane();
   const int64_t* count = geometry.phases[0].count;
   const int threads = threads_for(ctx, n * plane * cols);
   parallel_for(threads, n, [&](int64_t i) {
-    const T* padded = x + i * geometry.prepared();
+    const T* padded = x + i * prepared;
     if (!prepared) {
       T* copy = scratch<T>(geometry.padded + kLanes<T>, 0);
       geometry.fill(x + i * conv.x_channels * conv.x_plane(), copy);

@@ -38,16 +38,21 @@ __global__ void each_kernel(int64_t size, Body body) {
   for (int64_t i = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * W; i < size; i += step) body.template run<W>(i);
 }
 
+// body.run<1>(i) for all i < size: for bodies that take an element at a time.
+template <class Body>
+void for_each_element(const Context& ctx, const char* who, int64_t size, const Body& body) {
+  constexpr int kThreads = 256;
+  if (size == 0) return;
+  launch(ctx, who, &each_kernel<1, Body>, blocks_for(size, kThreads), dim3(kThreads), 0, size, body);
+}
+
 // body.run<W>(i) for all i < size in steps of W: W = kVectorWidth<T> if `vectorised` (size a multiple of it, pointers aligned), else 1.
 template <class T, class Body>
 void for_each(const Context& ctx, const char* who, int64_t size, bool vectorised, const Body& body) {
   constexpr int W = kVectorWidth<T>, kThreads = 256;
   if (size == 0) return;
-  if (vectorised && size % W == 0) {
-    launch(ctx, who, &each_kernel<W, Body>, blocks_for(size / W, kThreads), dim3(kThreads), 0, size, body);
-  } else {
-    launch(ctx, who, &each_kernel<1, Body>, blocks_for(size, kThreads), dim3(kThreads), 0, size, body);
-  }
+  if (!vectorised || size % W != 0) return for_each_element(ctx, who, size, body);
+  launch(ctx, who, &each_kernel<W, Body>, blocks_for(size / W, kThreads), dim3(kThreads), 0, size, body);
 }
 
 }  // namespace infl::cuda

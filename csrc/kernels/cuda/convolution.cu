@@ -1,0 +1,477 @@
+// A product is one matrix product for each group and phase (convolution_geometry.h), [channels, inner · taps] by [inner · taps, positions of all
+// images], whose right factor is never formed: the panel of a step in K is gathered from the input into shared memory, zeros where a tap is outside.
+// Both terms run through the same registers, bias and scale are applied to them, so a product reads each term and the scale and writes its output
+// once, and costs 2 · rows · inner · taps operations a position and term. A tile of 128 by 128 does 32 multiplications for every element that it
+// loads, 64 by 64 half as many, and the tiles of one run of positions are neighbours in the grid, so that they find the input in the second-level
+// cache.
+//
+// Groups of at most four channels (depthwise: one) have nothing to gather for: a thread takes a position with all channels of the group and reads
+// what it multiplies from the caches; up to four right-hand sides share what they share. 1 x 1 kernels of many channels are the vendor's products.
+//
+// Packed weights are [group][inner channel][tap][row]: a step in K reads neighbouring rows.
+#include "kernels/convolution.h"
+
+#include "kernels/cuda/convolution_geometry.h"
+#include "kernels/cuda/tile.h"
+#include "kernels/movement.h"
+
+namespace infl {
+namespace cuda {
+namespace {
+
+// ---- Packing ---------------------------------------------------------------------------------------------------------------------------------
+
+constexpr int kPackTile = 32, kPackRows = 8;
+
+// out[b][j][i] = in[b][i][j], i < height, j < width, for `count` matrices in each of the kernels.
+template <class T>
+__global__ void transpose_kernel(int64_t count, int height, int width, const T* w, int64_t w_batch, T* packed, int64_t packed_batch) {
+  __shared__ T tile[kPackTile][kPackTile + 1];
+  const int down = (height + kPackTile - 1) / kPackTile, across = (width + kPackTile - 1) / kPackTile;
+  const int64_t matrix = blockIdx.x / across / down, v = matrix / count, at = matrix % count * height * width;
+  const int i0 = static_cast<int>(blockIdx.x / across % down) * kPackTile, j0 = static_cast<int>(blockIdx.x % across) * kPackTile;
+  w += v * w_batch + at;
+  packed += v * packed_batch + at;
+  for (int k = threadIdx.y; k < kPackTile; k += kPackRows) {
+    const int i = i0 + k, j = j0 + threadIdx.x;
+    if (i < height && j < width) tile[k][threadIdx.x] = w[int64_t{i} * width + j];
+  }
+  __syncthreads();
+  for (int k = threadIdx.y; k < kPackTile; k += kPackRows) {
+    const int i = i0 + threadIdx.x, j = j0 + k;
+    if (i < height && j < width) packed[int64_t{j} * height + i] = tile[threadIdx.x][k];
+  }
+}
+
+// Downwards the rows of a group are transposed with what they are multiplied by; upwards the channels of each y with the taps.
+template <class T>
+void convolution_pack(const Context& ctx, const Convolution& c, bool up, int64_t num, const T* w, int64_t w_batch, T* packed) {
+  const int64_t x_channels = c.x_channels / c.groups, taps = c.taps();
+  const int64_t count = up ? c.y_channels : c.groups, height = up ? x_channels : c.y_channels / c.groups, width = up ? taps : x_channels * taps;
+  if (num == 0) return;
+  const int64_t blocks = num * count * ceil_div(height, kPackTile) * ceil_div(width, kPackTile);
+  launch(ctx, "convolution_pack", &transpose_kernel<T>, dim3(static_cast<unsigned>(blocks)), dim3(kPackTile, kPackRows), 0, count,
+         static_cast<int>(height), static_cast<int>(width), w, w_batch, packed, convolution_packed_size(c, up));
+}
+
+// ---- Products --------------------------------------------------------------------------------------------------------------------------------
+
+template <class T>
+struct Product {
+  ConvolutionShape shape;
+  int64_t V, images;     // images of each right-hand side
+  int64_t scale_images;  // scale repeats after so many
+  int num_terms = 0;
+  ConvolutionTerm<T> terms[2];  // `prepared`: between images, also of those that are not
+  const T* bias = nullptr;
+  int64_t bias_batch = 0;
+  const T* scale = nullptr;
+  T* out = nullptr;
+  bool accumulate = false, vectorised = false;
+  int64_t row_tiles = 1, position_tiles = 1;
+
+  Product(const ConvolutionShape& s, int64_t num_sides, int64_t n) : shape(s), V(num_sides), images(n), scale_images(n) {}
+
+  int64_t blocks() const { return row_tiles * position_tiles * V * shape.groups * shape.phases(); }
+};
+
+// What a block computes; the first is what changes fastest.
+struct Work {
+  int64_t row_tile, v, group, position_tile;
+  int phase;
+};
+
+template <class T>
+__device__ Work work_of(const Product<T>& p, int64_t v_tiles) {
+  int64_t b = blockIdx.x;
+  Work work{};
+  work.row_tile = b % p.row_tiles;
+  b /= p.row_tiles;
+  work.v = b % v_tiles;
+  b /= v_tiles;
+  work.group = b % p.shape.groups;
+  b /= p.shape.groups;
+  work.position_tile = b % p.position_tiles;
+  work.phase = static_cast<int>(b / p.position_tiles);
+  return work;
+}
+
+// Where an image of the output starts, and its scale.
+struct Target {
+  int64_t out, scale;
+};
+
+template <class T>
+__device__ Target target_of(const Product<T>& p, int64_t v, int64_t image) {
+  return {(v * p.images + image) * p.shape.out_image, p.scale ? image % p.scale_images * p.shape.out_image : 0};
+}
+
+template <class T>
+__device__ T finish(const Product<T>& p, const Target& target, int64_t at, const T* bias, T value) {
+  if (p.accumulate) value += p.out[target.out + at];
+  if (bias) value += *bias;
+  if (p.scale) value *= p.scale[target.scale + at];
+  return value;
+}
+
+template <class T>
+__device__ const T* bias_of(const Product<T>& p, int64_t v, int64_t channel) {
+  return p.bias ? p.bias + v * p.bias_batch + channel : nullptr;
+}
+
+// One step of K: for each of its rows where the input lies from a position, and where the weights.
+struct Gather {
+  int d, h, w, in, weights;  // weights < 0: no such row
+};
+
+constexpr int kStep = 8;
+
+// A row of K as digits.
+struct Counter {
+  Place3 tap;
+  int channel;
+};
+
+__device__ inline Counter counter_at(int k, int taps, const PhaseAxis* axes) { return {place_of(k % taps, axes[1].taps, axes[2].taps), k / taps}; }
+
+template <class T, class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, 2) product_kernel(const Product<T> p) {
+  constexpr int kRows = Tile::kRows, kCols = Tile::kCols, kThreads = Tile::kThreads;
+  constexpr int kLeft = kStep * kRows / kThreads, kRight = kStep * kCols / kThreads;
+  static_assert(kThreads % kRows == 0 && kThreads % kCols == 0 && kLeft > 0 && kRight > 0);
+  alignas(16) __shared__ T left[2][kStep * kRows];
+  alignas(16) __shared__ T right[2][kStep * kCols];
+  __shared__ Gather gather[2][kStep];
+  __shared__ Counter counters[kStep], stride;
+  __shared__ int64_t starts[2][kCols];
+  __shared__ PhaseAxis axes[3];
+  const ConvolutionShape& shape = p.shape;
+  const Work work = work_of(p, p.V);
+  const int thread = static_cast<int>(threadIdx.x);
+  if (thread < 3) axes[thread] = shape.axis(thread, work.phase);
+  __syncthreads();
+  const int count = axes[0].outputs * axes[1].outputs * axes[2].outputs;
+  const int taps = axes[0].taps * axes[1].taps * axes[2].taps, K = shape.inner * taps;
+  const int64_t first = work.position_tile * kCols, positions = p.images * count;
+  if (first >= positions) return;
+  const int row0 = static_cast<int>(work.row_tile) * kRows;
+  const int height = shape.axes[1].in_size, width = shape.axes[2].in_size, depth = shape.axes[0].in_size;
+
+  // The thread's column of the right panel: where the taps of its position start, in each term's input.
+  const int64_t position = first + thread % kCols;
+  const bool inside = position < positions;
+  const int64_t image = inside ? position / count : 0;
+  const Place3 q = place_of(inside ? static_cast<int>(position - image * count) : 0, axes[1].outputs, axes[2].outputs);
+  const int d0 = inside ? q.d * axes[0].spacing + axes[0].base : -(1 << 30);  // no tap reaches from there
+  const int h0 = q.h * axes[1].spacing + axes[1].base, w0 = q.w * axes[2].spacing + axes[2].base;
+  for (int t = thread / kCols; t < 2; t += kThreads / kCols) {
+    starts[t][thread % kCols] = work.v * p.terms[t].in_batch + image * p.terms[t].prepared + work.group * shape.inner * shape.in_plane +
+                                (int64_t{inside ? d0 : 0} * height + h0) * width + w0;
+  }
+
+  // Threads below kStep count the rows of K, each its own in every step: (channel, tap) as digits, the step between them too.
+  if (thread == 0 && taps > 0) stride = counter_at(kStep, taps, axes);
+  const auto start_counting = [&] { counters[thread] = counter_at(thread, taps, axes); };
+  const auto count_on = [&](Gather* to) {
+    Counter at = counters[thread];
+    Gather g{};
+    g.d = at.tap.d * axes[0].shift;
+    g.h = at.tap.h * axes[1].shift;
+    g.w = at.tap.w * axes[2].shift;
+    g.in = at.channel * shape.in_plane + (g.d * height + g.h) * width + g.w;
+    const int k_d = axes[0].k_first + at.tap.d * axes[0].k_step, k_h = axes[1].k_first + at.tap.h * axes[1].k_step,
+              k_w = axes[2].k_first + at.tap.w * axes[2].k_step;
+    const int k = (k_d * shape.axes[1].kernel + k_h) * shape.axes[2].kernel + k_w;
+    g.weights = at.channel < shape.inner ? (at.channel * shape.taps + k) * shape.rows : -1;
+    to[thread] = g;
+    at.tap.w += stride.tap.w;
+    const bool carry_w = at.tap.w >= axes[2].taps;
+    at.tap.w -= carry_w ? axes[2].taps : 0;
+    at.tap.h += stride.tap.h + carry_w;
+    const bool carry_h = at.tap.h >= axes[1].taps;
+    at.tap.h -= carry_h ? axes[1].taps : 0;
+    at.tap.d += stride.tap.d + carry_h;
+    const bool carry_d = at.tap.d >= axes[0].taps;
+    at.tap.d -= carry_d ? axes[0].taps : 0;
+    at.channel += stride.channel + carry_d;
+    counters[thread] = at;
+  };
+
+  const int steps = taps == 0 ? 0 : (K + kStep - 1) / kStep, total = steps * p.num_terms;
+  T next_left[kLeft], next_right[kRight];
+  const auto fetch = [&](int s) {
+    const Gather* rows = gather[s & 1];
+    const ConvolutionTerm<T>& term = p.terms[s >= steps ? 1 : 0];
+    const T* in = term.in + starts[s >= steps ? 1 : 0][thread % kCols];
+    const T* weights = term.packed + work.v * term.packed_batch + work.group * shape.inner * shape.taps * shape.rows;
+    const int row = row0 + thread % kRows;
+    INFL_UNROLL(8)
+    for (int i = 0; i < kLeft; ++i) {
+      const int from = rows[thread / kRows + i * (kThreads / kRows)].weights;
+      next_left[i] = from >= 0 && row < shape.rows ? weights[from + row] : T(0);
+    }
+    INFL_UNROLL(8)
+    for (int i = 0; i < kRight; ++i) {
+      const Gather g = rows[thread / kCols + i * (kThreads / kCols)];
+      const bool reads = g.weights >= 0 && static_cast<unsigned>(d0 + g.d) < static_cast<unsigned>(depth) &&
+                         static_cast<unsigned>(h0 + g.h) < static_cast<unsigned>(height) &&
+                         static_cast<unsigned>(w0 + g.w) < static_cast<unsigned>(width);
+      next_right[i] = reads ? in[g.in] : T(0);
+    }
+  };
+  const auto keep = [&](int s) {
+    INFL_UNROLL(8)
+    for (int i = 0; i < kLeft; ++i) left[s & 1][thread + i * kThreads] = next_left[i];
+    INFL_UNROLL(8)
+    for (int i = 0; i < kRight; ++i) right[s & 1][thread + i * kThreads] = next_right[i];
+  };
+  // Rows of K for step s, the terms one after the other.
+  const auto plan = [&](int s) {
+    if (thread >= kStep || s >= total) return;
+    if (s == 0 || s == steps) start_counting();
+    count_on(gather[s & 1]);
+  };
+
+  // While step s is multiplied, s + 1 is on its way from memory and the rows of s + 2 are counted.
+  Tile tile;
+  tile.clear();
+  __syncthreads();
+  plan(0);
+  plan(1);
+  __syncthreads();
+  if (total > 0) {
+    fetch(0);
+    keep(0);
+  }
+  __syncthreads();
+  for (int s = 0; s < total; ++s) {
+    if (s + 1 < total) fetch(s + 1);
+    plan(s + 2);
+    tile.template add<kStep>(left[s & 1], kRows, right[s & 1], kCols);
+    if (s + 1 < total) keep(s + 1);
+    __syncthreads();
+  }
+
+  const int64_t image0 = first / count;
+  const int offset0 = static_cast<int>(first - image0 * count);
+  constexpr int W = Tile::kWidth;
+  INFL_UNROLL(8)
+  for (int j = 0; j < Tile::kTileCols; ++j) {
+    if (p.vectorised && j % W != 0) continue;
+    if (first + Tile::col(j) >= positions) continue;
+    const int offset = offset0 + Tile::col(j);
+    const Target target = target_of(p, work.v, image0 + offset / count);
+    const Place3 to = place_of(offset % count, axes[1].outputs, axes[2].outputs);
+    const int pixel =
+        ((to.d * axes[0].step + axes[0].first) * shape.axes[1].out_size + to.h * axes[1].step + axes[1].first) * shape.axes[2].out_size +
+        to.w * axes[2].step + axes[2].first;
+    INFL_UNROLL(8)
+    for (int i = 0; i < Tile::kTileRows; ++i) {
+      const int row = row0 + Tile::row(i);
+      if (row >= shape.rows) continue;
+      const int64_t channel_out = work.group * shape.rows + row, at = channel_out * shape.out_plane + pixel;
+      const T* bias = bias_of(p, work.v, channel_out);
+      if (p.vectorised) {
+        Vector<T, W> value;
+        INFL_UNROLL(4)
+        for (int k = 0; k < W; ++k) value.v[k] = finish(p, target, at + k, bias, tile.sum[i][j / W * W + k]);
+        store<W>(p.out + target.out + at, value);
+      } else {
+        p.out[target.out + at] = finish(p, target, at, bias, tile.sum[i][j]);
+      }
+    }
+  }
+}
+
+constexpr int kDirectThreads = 256, kDirectRows = 4;
+
+// A thread a position: kRows channels of the group, kSides right-hand sides.
+template <class T, int kRows, int kSides>
+__global__ void __launch_bounds__(kDirectThreads) direct_kernel(const Product<T> p) {
+  __shared__ PhaseAxis axes[3];
+  const ConvolutionShape& shape = p.shape;
+  const Work work = work_of(p, (p.V + kSides - 1) / kSides);
+  if (threadIdx.x < 3) axes[threadIdx.x] = shape.axis(static_cast<int>(threadIdx.x), work.phase);
+  __syncthreads();
+  const int count = axes[0].outputs * axes[1].outputs * axes[2].outputs;
+  const int64_t position = work.position_tile * kDirectThreads + threadIdx.x;
+  if (position >= p.images * count) return;
+  const int64_t image = position / count, v0 = work.v * kSides;
+  const int sides = p.V - v0 < kSides ? static_cast<int>(p.V - v0) : kSides;
+  const Place3 q = place_of(static_cast<int>(position - image * count), axes[1].outputs, axes[2].outputs);
+  const int d0 = q.d * axes[0].spacing + axes[0].base, h0 = q.h * axes[1].spacing + axes[1].base, w0 = q.w * axes[2].spacing + axes[2].base;
+  const int depth = shape.axes[0].in_size, height = shape.axes[1].in_size, width = shape.axes[2].in_size;
+  T sum[kSides][kRows] = {};
+  for (int t = 0; t < p.num_terms; ++t) {
+    const ConvolutionTerm<T>& term = p.terms[t];
+    const T* in = term.in + v0 * term.in_batch + image * term.prepared + work.group * shape.inner * shape.in_plane;
+    const T* weights = term.packed + v0 * term.packed_batch + work.group * shape.inner * shape.taps * shape.rows;
+    for (int c = 0; c < shape.inner; ++c) {
+      for (int i = 0; i < axes[0].taps; ++i) {
+        const int d = d0 + i * axes[0].shift;
+        if (static_cast<unsigned>(d) >= static_cast<unsigned>(depth)) continue;
+        for (int j = 0; j < axes[1].taps; ++j) {
+          const int h = h0 + j * axes[1].shift;
+          if (static_cast<unsigned>(h) >= static_cast<unsigned>(height)) continue;
+          const int line = (c * depth + d) * height * width + h * width;
+          const int k =
+              ((axes[0].k_first + i * axes[0].k_step) * shape.axes[1].kernel + axes[1].k_first + j * axes[1].k_step) * shape.axes[2].kernel +
+              axes[2].k_first;
+          for (int l = 0; l < axes[2].taps; ++l) {
+            const int w = w0 + l * axes[2].shift;
+            if (static_cast<unsigned>(w) >= static_cast<unsigned>(width)) continue;
+            const T* own = weights + (c * shape.taps + k + l * axes[2].k_step) * shape.rows;
+            INFL_UNROLL(4)
+            for (int b = 0; b < kSides; ++b) {
+              if (b >= sides) continue;
+              const T x = in[b * term.in_batch + line + w];
+              INFL_UNROLL(4)
+              for (int r = 0; r < kRows; ++r) {
+                if (r < shape.rows) sum[b][r] += own[b * term.packed_batch + r] * x;
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+  const int pixel = ((q.d * axes[0].step + axes[0].first) * shape.axes[1].out_size + q.h * axes[1].step + axes[1].first) * shape.axes[2].out_size +
+                    q.w * axes[2].step + axes[2].first;
+  INFL_UNROLL(4)
+  for (int b = 0; b < kSides; ++b) {
+    if (b >= sides) continue;
+    const Target target = target_of(p, v0 + b, image);
+    INFL_UNROLL(4)
+    for (int r = 0; r < kRows; ++r) {
+      if (r >= shape.rows) continue;
+      const int64_t channel = work.group * shape.rows + r, at = channel * shape.out_plane + pixel;
+      p.out[target.out + at] = finish(p, target, at, bias_of(p, v0 + b, channel), sum[b][r]);
+    }
+  }
+}
+
+template <class T, class Tile>
+bool fills(Product<T>& p, int64_t least) {
+  p.row_tiles = ceil_div(p.shape.rows, Tile::kRows);
+  p.position_tiles = ceil_div(p.images * p.shape.outputs(), Tile::kCols);
+  return p.blocks() >= least;
+}
+
+template <class T, class Tile>
+void run(const Context& ctx, Product<T>& p) {
+  fills<T, Tile>(p, 0);
+  launch(ctx, "convolution_product", &product_kernel<T, Tile>, dim3(static_cast<unsigned>(p.blocks())), dim3(Tile::kThreads), 0, p);
+}
+
+template <class T, int kRows, int kSides>
+void run_direct(const Context& ctx, Product<T>& p) {
+  p.row_tiles = 1;
+  p.position_tiles = ceil_div(p.images * p.shape.outputs(), kDirectThreads);
+  const int64_t blocks = p.blocks() / p.V * ceil_div(p.V, kSides);
+  launch(ctx, "convolution_product", &direct_kernel<T, kRows, kSides>, dim3(static_cast<unsigned>(blocks)), dim3(kDirectThreads), 0, p);
+}
+
+void run_tiled(const Context& ctx, Product<float>& p) {
+  constexpr int64_t kProcessors = 132;  // at least a block for each
+  if (p.shape.rows <= 32) return run<float, RegisterTile<float, 32, 128, 4, 4>>(ctx, p);
+  if (p.shape.rows > 64 && fills<float, RegisterTile<float, 128, 128, 8, 8>>(p, kProcessors)) {
+    return run<float, RegisterTile<float, 128, 128, 8, 8>>(ctx, p);
+  }
+  if (fills<float, RegisterTile<float, 64, 128, 4, 8>>(p, kProcessors)) return run<float, RegisterTile<float, 64, 128, 4, 8>>(ctx, p);
+  run<float, RegisterTile<float, 64, 64, 4, 4>>(ctx, p);
+}
+
+void run_tiled(const Context& ctx, Product<double>& p) {
+  if (p.shape.rows <= 32) return run<double, RegisterTile<double, 32, 64, 2, 4>>(ctx, p);
+  run<double, RegisterTile<double, 64, 64, 4, 4>>(ctx, p);
+}
+
+// out = (out + bias) ∘ scale
+template <class T>
+struct Finish {
+  Product<T> p;
+  template <int W>
+  __device__ void run(int64_t i) const {
+    const int64_t at = i % p.shape.out_image, image = i / p.shape.out_image % p.images, v = i / p.shape.out_image / p.images;
+    Vector<T, W> value;
+    const Target target = target_of(p, v, image);
+    for (int k = 0; k < W; ++k) value.v[k] = finish(p, target, at + k, bias_of(p, v, (at + k) / p.shape.out_plane), T(0));
+    store<W>(p.out + i, value);
+  }
+};
+
+// A kernel of one tap that moves nothing is a product of matrices [rows, inner] and [inner, plane] for each image. All right-hand sides are one batch
+// where they share the weights.
+template <class T>
+bool multiplies(const ConvolutionShape& s) {
+  constexpr int kChannels = 64;  // fewer do not pay for a second pass over the output
+  bool in_place = s.taps == 1 && s.groups == 1 && s.rows >= kChannels && s.inner >= kChannels;
+  for (const ConvolutionAxis& axis : s.axes) in_place = in_place && axis.stride == 1 && axis.padding == 0 && axis.in_size == axis.out_size;
+  return in_place;
+}
+
+template <class T>
+void multiply(const Context& ctx, Product<T>& p) {
+  const ConvolutionShape& s = p.shape;
+  for (int t = 0; t < p.num_terms; ++t) {
+    MatrixProduct<T> m{.batch = p.images, .M = s.rows, .N = s.out_plane, .K = s.inner, .a_transposed = true, .accumulate = p.accumulate || t > 0};
+    m.lda = s.rows;
+    m.ldb = m.ldc = s.out_plane;
+    m.b_batch = p.terms[t].prepared;
+    m.c_batch = s.out_image;
+    for (int64_t v = 0; v < p.V; ++v) {
+      m.a = p.terms[t].packed + v * p.terms[t].packed_batch;
+      m.b = p.terms[t].in + v * p.terms[t].in_batch;
+      m.c = p.out + v * p.images * s.out_image;
+      ctx.runtime->multiply(m, ctx.precision, ctx.stream);
+    }
+  }
+  if (p.bias == nullptr && p.scale == nullptr) return;
+  p.accumulate = true;
+  const bool vectorised = s.out_image % kVectorWidth<T> == 0 && is_aligned({p.out});
+  for_each<T>(ctx, "convolution_product", p.V * p.images * s.out_image, vectorised, Finish<T>{p});
+}
+
+template <class T>
+void convolution_product(const Context& ctx, const Convolution& conv, const ConvolutionProduct<T>& given) {
+  if (given.V == 0 || given.n == 0) return;
+  Product<T> p(ConvolutionShape(conv, given.up), given.V, given.n);
+  bool as_images = given.bias == nullptr || given.bias_batch == 0;  // right-hand sides that share the weights are images
+  for (const ConvolutionTerm<T>& term : given.terms) {
+    if (term.in == nullptr) continue;
+    as_images = as_images && term.packed_batch == 0 && term.in_batch == given.n * p.shape.in_image;
+    p.terms[p.num_terms] = term;
+    if (term.prepared == 0) p.terms[p.num_terms].prepared = p.shape.in_image;
+    ++p.num_terms;
+  }
+  if (as_images && given.V > 1) {
+    p.images *= given.V;
+    p.V = 1;
+  }
+  p.bias = given.bias;
+  p.bias_batch = given.bias_batch;
+  p.scale = given.scale;
+  p.out = given.out;
+  p.accumulate = given.accumulate;
+  const ConvolutionShape& s = p.shape;
+  p.vectorised = s.phases() == 1 && s.out_plane % kVectorWidth<T> == 0 && is_aligned({p.out});
+  for (const ConvolutionAxis& axis : s.axes) p.vectorised = p.vectorised && (!s.up || axis.stride == 1);
+  if (p.num_terms > 0 && multiplies<T>(s)) return multiply(ctx, p);
+  if (s.rows == 1) return p.V == 1 ? run_direct<T, 1, 1>(ctx, p) : run_direct<T, 1, 4>(ctx, p);
+  if (s.rows <= kDirectRows) return run_direct<T, kDirectRows, 1>(ctx, p);
+  run_tiled(ctx, p);
+}
+
+template <class T>
+void convolution_prepare(const Context& ctx, const Convolution& conv, int64_t n, const T* x, int64_t size, T* prepared) {
+  const int64_t image = conv.x_channels * conv.x_plane();
+  copy_rows_stub<T>(ctx, n, image, x, image, prepared, size, false);
+}
+
+INFL_REGISTER_CUDA(convolution_prepare_stub, convolution_prepare)
+INFL_REGISTER_CUDA(convolution_pack_stub, convolution_pack)
+INFL_REGISTER_CUDA(convolution_product_stub, convolution_product)
+
+}  // namespace
+}  // namespace cuda
+}  // namespace infl

@@ -1,8 +1,7 @@
-// The only file that knows Python and torch: tensors in, pointers on, tensors out. No logic.
+// Python's and torch's side of the core: tensors in, pointers on, tensors out. No logic.
 //
 // Shapes and types are promised by the Python layer (influence_ext/plan.py, losses/), which words the errors for users; the checks here keep
 // a wrong call from reading foreign memory.
-#include <ATen/Parallel.h>
 #include <torch/extension.h>
 
 #include <map>
@@ -10,6 +9,8 @@
 #include <string>
 #include <vector>
 
+#include "bindings_generic.h"
+#include "bindings_tensors.h"
 #include "common/build_info.h"
 #include "common/device_library.h"
 #include "kernels/elementwise.h"
@@ -20,66 +21,11 @@
 #include "per_example/factors.h"
 #include "plan/tape.h"
 
-#ifdef INFL_WITH_CUDA
-#include "bindings_cuda.h"
-#endif
-
 namespace py = pybind11;
 
 namespace {
 
 using namespace infl;
-
-// What stands in for a GPU in the tests (emulation/): takes CPU tensors for a device's. Null unless switched on.
-DeviceRuntime* emulated_runtime = nullptr;
-
-// What a call runs in: a device made current, its stream, and the threads of the CPU.
-struct Run {
-  explicit Run(at::Device device, Precision precision = Precision::full) : guard(device), ctx(context(device)) { ctx.precision = precision; }
-
-  static Context context(at::Device device) {
-    if (device.is_cpu()) {
-      if (emulated_runtime != nullptr) return {.device = Device::cuda, .runtime = emulated_runtime};
-      return {.num_threads = at::get_num_threads()};
-    }
-#ifdef INFL_WITH_CUDA
-    if (device.is_cuda()) return cuda_context(device);
-#endif
-    TORCH_CHECK(false, "influence_ext: expected tensors on a device this build has kernels for, got ", device,
-                "; move model and data to the CPU, or build with INFLUENCE_EXT_CUDA=1 against a CUDA build of torch.");
-  }
-
-  c10::OptionalDeviceGuard guard;
-  Context ctx;
-};
-
-// For what only the CPU has a kernel for, whatever stands in for a device.
-Context cpu_context() { return {.num_threads = at::get_num_threads()}; }
-
-at::Device torch_device(const Context& ctx) {
-#ifdef INFL_WITH_CUDA
-  if (ctx.runtime != nullptr && ctx.runtime != emulated_runtime) return cuda_device(ctx);
-#endif
-  return at::kCPU;
-}
-
-template <class T>
-constexpr at::ScalarType scalar_type() {
-  return std::is_same_v<T, float> ? at::kFloat : at::kDouble;
-}
-
-template <class T>
-const T* data(const at::Tensor& t, int64_t size, at::Device device, const char* what) {
-  TORCH_CHECK(t.device() == device && t.is_contiguous() && t.scalar_type() == scalar_type<T>() && t.numel() == size, what, ": expected a contiguous ",
-              scalar_type<T>(), " tensor of ", size, " elements on ", device, ", got ", t.toString(), " of ", t.numel(), " on ", t.device(),
-              t.is_contiguous() ? "" : ", not contiguous", ".");
-  return t.const_data_ptr<T>();
-}
-
-template <class T>
-at::Tensor empty(at::IntArrayRef shape, at::Device device) {
-  return at::empty(shape, at::TensorOptions().dtype(scalar_type<T>()).device(device));
-}
 
 template <class T>
 OutputHessian<T> make_hessian(int shape, int64_t C, double scale, int64_t N, const std::optional<at::Tensor>& state,
@@ -95,123 +41,6 @@ OutputHessian<T> make_hessian(int shape, int64_t C, double scale, int64_t N, con
   if (weights) h.weights = data<T>(*weights, N * h.positions, device, "OutputHessian weights");
   return h;
 }
-
-// The generic rule: a node that a Python object computes (capture/generic.py). Runs on the calling thread, by operator.
-template <class T>
-class PyRule final : public Rule<T> {
- public:
-  explicit PyRule(py::object object) : object_(std::make_shared<py::object>(std::move(object))) {}
-
-  Storage storage(const Node& node) const override {
-    return {.keeps_input = std::vector<bool>(node.inputs.size(), true), .state_widths = {}, .on_calling_thread = true};
-  }
-
-  // Torch says what second derivatives an operator has; those it has not come out as zeros.
-  bool is_curved(const Node&) const override { return true; }
-
-  void forward(const Tile<T>& tile, T* y) const override {
-    py::gil_scoped_acquire gil;
-    store(tile.ctx, object_->attr("forward")(tile.n, inputs(tile), slots(tile)), y, tile.n * tile.node.width, false);
-  }
-
-  void jvp(const Tile<T>& tile, const T* const* t_x, const ParameterTangents<T>& t_theta, const T* /*scale*/, T* t_y) const override {
-    py::gil_scoped_acquire gil;
-    const auto [of_inputs, of_slots] = tangents(tile, t_x, t_theta);
-    store(tile.ctx, object_->attr("jvp")(tile.n, inputs(tile), slots(tile), of_inputs, of_slots), t_y, tile.V * tile.n * tile.node.width, false);
-  }
-
-  void vjp_input(const Tile<T>& tile, int i, const T* g_y, const T* /*scale*/, T* g_x, bool accumulate) const override {
-    py::gil_scoped_acquire gil;
-    const size_t num_inputs = tile.node.inputs.size();
-    std::vector<bool> wanted(num_inputs + tile.node.slots.size(), false);
-    wanted[i] = true;
-    const py::list found = object_->attr("vjp")(tile.n, inputs(tile), slots(tile), cotangent(tile, g_y), wanted);
-    store(tile.ctx, found[i], g_x, tile.V * tile.n * tile.node.input_widths[i], accumulate);
-  }
-
-  void vjp_params(const Tile<T>& tile, const T* g_y, T* const* g_theta, int64_t stride) const override {
-    py::gil_scoped_acquire gil;
-    const size_t num_inputs = tile.node.inputs.size();
-    std::vector<bool> wanted(num_inputs, false);
-    for (size_t k = 0; k < tile.node.slots.size(); ++k) wanted.push_back(g_theta[k] != nullptr);
-    const py::list found = object_->attr("vjp")(tile.n, inputs(tile), slots(tile), cotangent(tile, g_y), wanted);
-    for (size_t k = 0; k < tile.node.slots.size(); ++k) {
-      if (g_theta[k])
-        view(tile.ctx, g_theta[k], {tile.V, tile.node.slot_sizes[k]}, {stride, 1}).add_(found[num_inputs + k].template cast<at::Tensor>());
-    }
-  }
-
-  void second_order(const Tile<T>& tile, const SecondOrder<T>& s) const override {
-    py::gil_scoped_acquire gil;
-    const Node& node = tile.node;
-    const size_t num_inputs = node.inputs.size();
-    const auto [of_inputs, of_slots] = tangents(tile, s.t_x, s.t_theta);
-    std::vector<bool> wanted;
-    for (size_t k = 0; k < num_inputs; ++k) wanted.push_back(s.g_x[k] != nullptr);
-    for (size_t k = 0; k < node.slots.size(); ++k) wanted.push_back(s.g_theta[k] != nullptr);
-    const py::list found =
-        object_->attr("second_order")(tile.n, inputs(tile), slots(tile), view(tile.ctx, s.g_y, {tile.n, node.width}), of_inputs, of_slots, wanted);
-    for (size_t k = 0; k < num_inputs; ++k) {
-      if (s.g_x[k]) store(tile.ctx, found[k], s.g_x[k], tile.V * tile.n * node.input_widths[k], true);
-    }
-    for (size_t k = 0; k < node.slots.size(); ++k) {
-      if (s.g_theta[k])
-        view(tile.ctx, s.g_theta[k], {tile.V, node.slot_sizes[k]}, {s.stride, 1}).add_(found[num_inputs + k].template cast<at::Tensor>());
-    }
-  }
-
-  void per_example(const Tile<T>& tile, const T* g_y, FactorSink<T>& factors) const override {
-    py::gil_scoped_acquire gil;
-    std::vector<bool> wanted;
-    for (size_t k = 0; k < tile.node.slots.size(); ++k) wanted.push_back(tile.node.is_trainable(k));
-    const py::list found = object_->attr("per_example")(tile.n, inputs(tile), slots(tile), cotangent(tile, g_y), wanted);
-    for (size_t k = 0; k < tile.node.slots.size(); ++k) {
-      if (!tile.node.is_trainable(k)) continue;
-      const int64_t size = tile.node.slot_sizes[k];
-      T* rows = factors.allocate(tile.V * tile.n * size);
-      store(tile.ctx, found[k], rows, tile.V * tile.n * size, false);
-      factors.add({.slot = tile.node.slots[k], .rows = size, .row = rows});
-    }
-  }
-
- private:
-  static at::Tensor view(const Context& ctx, const T* data, at::IntArrayRef sizes, at::IntArrayRef strides = {}) {
-    const auto options = at::TensorOptions().dtype(scalar_type<T>()).device(torch_device(ctx));
-    T* p = const_cast<T*>(data);
-    if (strides.empty()) return at::for_blob(p, sizes).options(options).target_device(options.device()).make_tensor();
-    return at::for_blob(p, sizes).strides(strides).options(options).target_device(options.device()).make_tensor();
-  }
-  static at::Tensor cotangent(const Tile<T>& tile, const T* g_y) { return view(tile.ctx, g_y, {tile.V, tile.n, tile.node.width}); }
-  static std::pair<py::list, py::list> tangents(const Tile<T>& tile, const T* const* t_x, const ParameterTangents<T>& t_theta) {
-    py::list of_inputs, of_slots;
-    for (size_t k = 0; k < tile.node.inputs.size(); ++k) {
-      of_inputs.append(t_x[k] ? py::cast(view(tile.ctx, t_x[k], {tile.V, tile.n, tile.node.input_widths[k]})) : py::none());
-    }
-    for (size_t k = 0; k < tile.node.slots.size(); ++k) {
-      const T* t = t_theta.theta[k];
-      of_slots.append(t ? py::cast(view(tile.ctx, t, {tile.V, tile.node.slot_sizes[k]}, {t_theta.stride, 1}).contiguous()) : py::none());
-    }
-    return {of_inputs, of_slots};
-  }
-  static py::list inputs(const Tile<T>& tile) {
-    py::list list;
-    for (size_t k = 0; k < tile.node.inputs.size(); ++k) list.append(view(tile.ctx, tile.x[k], {tile.n, tile.node.input_widths[k]}));
-    return list;
-  }
-  static py::list slots(const Tile<T>& tile) {
-    py::list list;
-    for (size_t k = 0; k < tile.node.slots.size(); ++k) list.append(view(tile.ctx, tile.theta[k], {tile.node.slot_sizes[k]}));
-    return list;
-  }
-  static void store(const Context& ctx, const py::handle& result, T* to, int64_t size, bool accumulate) {
-    const auto tensor = result.cast<at::Tensor>().contiguous();
-    const T* from = data<T>(tensor, size, torch_device(ctx), "generic rule");
-    at::Tensor target = view(ctx, to, {size});
-    accumulate ? target.add_(view(ctx, from, {size})) : target.copy_(view(ctx, from, {size}));
-  }
-
-  std::shared_ptr<py::object> object_;
-};
 
 // A tape and the tensors it points into.
 template <class T>

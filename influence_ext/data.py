@@ -353,8 +353,6 @@ def _parse_inputs(X: Any, y: Tensor | None, label: str, who: str) -> _Batch:
 def _check_tensor(tensor: Any, name: str, label: str, who: str) -> None:
     if not isinstance(tensor, Tensor):
         raise DTypeError(f"{who}: expected {name} in {label} to be a tensor, got {type(tensor).__name__}; convert it with torch.as_tensor.")
-    if tensor.is_meta:
-        raise DeviceError(f"{who}: expected {name} in {label} with values, got a tensor on the meta device; load it on the model's device.")
     if tensor.is_complex() or tensor.layout != torch.strided:
         raise DTypeError(
             f"{who}: expected {name} in {label} to be a dense real tensor, got {tensor.dtype} {tensor.layout}; convert it with .to_dense() "
@@ -392,6 +390,8 @@ def _concatenate(batches: list[_Batch], who: str) -> Examples:
                     f"{who}: expected all data on {first.targets.device}, got {name} in {batch.label} on {tensor.device}; move it with "
                     f".to('{first.targets.device}')."
                 )
+    if first.targets.is_meta:
+        raise DeviceError(f"{who}: expected data with values, got a tensor on the meta device; load them on the model's device.")
     if len(batches) == 1:
         return Examples(first.inputs, first.targets, first.convention, first.keys)
     inputs = tuple(torch.cat([batch.inputs[i] for batch in batches]) for i in range(len(first.inputs)))

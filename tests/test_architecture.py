@@ -52,11 +52,13 @@ CPP_MAY_USE: dict[str, set[str]] = {
     "losses": {"losses", "kernels", "common"},
     "per_example": {"per_example", "layers/node.h", "kernels", "common"},
     "plan": {"plan", "layers", "losses", "per_example", "kernels", "common"},
-    "bindings.cpp": {"bindings_cuda.h", "plan", "layers", "losses", "per_example", "kernels", "common"},
+    "bindings.cpp": {"bindings_generic.h", "bindings_tensors.h", "plan", "layers", "losses", "per_example", "kernels", "common"},
+    "bindings_generic.h": {"bindings_tensors.h", "layers"},
+    "bindings_tensors.h": {"bindings_cuda.h", "common"},
     "bindings_cuda.h": {"common"},
     "bindings_cuda.cpp": {"bindings_cuda.h", "common"},
 }
-BINDINGS = ("bindings.cpp", "bindings_cuda.h", "bindings_cuda.cpp")
+BINDINGS = ("bindings.cpp", "bindings_generic.h", "bindings_tensors.h", "bindings_cuda.h", "bindings_cuda.cpp")
 TORCH_HEADER = re.compile(r"^(torch|ATen|c10|pybind11|Python\.h)")
 DEVICE = re.compile(r"cuda|cudnn|cublas|__device__|__global__|__host__|Device::|\bgpu\b", re.IGNORECASE)
 

@@ -13,6 +13,7 @@ import influence_ext as ie
 from influence_ext import errors, reference
 from influence_ext.plan import Plan
 from influence_ext.reference.jacobian import call, double, double_copy
+from influence_ext.reference.products import TwiceDifferentiable
 from influence_ext.testing import assert_close
 from tests.cases import Network, NetworkCase, build, in_float64
 from tests.cases.families import FAMILIES
@@ -38,7 +39,7 @@ def dense_hessian(network: Network) -> Tensor:
     model = double_copy(network.model)
     trained = list(reference.trainable(model).values())
     loss = network.loss_case.reduced()
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), TwiceDifferentiable():
         z = call(model, double(network.X))
         gradients = torch.autograd.grad(loss(z, double(network.y)), trained, create_graph=True, allow_unused=True, materialize_grads=True)
         flat = torch.cat([g.reshape(-1) for g in gradients])

@@ -289,7 +289,7 @@ def test_build_info_names_the_torch_of_the_build() -> None:
 def test_extras() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    assert set(extras) == {"demo", "bench", "docs", "dev"}
+    assert set(extras) == {"demo", "adapters", "bench", "docs", "dev"}
     pinned = {
         re.split(r"[=<>~ ]", line)[0].lower()
         for path in (ROOT / "requirements").glob("*.txt")

@@ -114,12 +114,12 @@ class MovedHessian(OutputHessian):
 
 def select(x: Tensor, index: Tensor, lead: int) -> Tensor:
     """Elements of each example: ``[*lead, ...] -> [*lead, *index.shape]``."""
-    flat = x.reshape(*x.shape[:lead], -1)
+    flat = x.reshape(*x.shape[:lead], x.shape[lead:].numel())
     return flat.index_select(-1, index.flatten().to(x.device)).reshape(*x.shape[:lead], *index.shape)
 
 
 def put_back(x: Tensor, index: Tensor, shape: torch.Size, lead: int) -> Tensor:
     """The transpose of :func:`select`: ``[*lead, *index.shape] -> [*lead, *shape]``, zero where nothing was selected."""
     out = x.new_zeros(*x.shape[:lead], shape.numel())
-    out.index_copy_(-1, index.flatten().to(x.device), x.reshape(*x.shape[:lead], -1))
+    out.index_copy_(-1, index.flatten().to(x.device), x.reshape(*x.shape[:lead], index.numel()))
     return out.reshape(*x.shape[:lead], *shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,8 +24,8 @@ def plain_kernels() -> Iterator[None]:
         yield
 
 
-class _TwiceDifferentiable(TorchFunctionMode):
-    """Other forms of functions whose second derivative PyTorch lacks (hardsigmoid) or gets wrong: NaN where mish's exponential overflows;
+class TwiceDifferentiable(TorchFunctionMode):
+    """Other forms of functions whose second derivative PyTorch lacks (hardsigmoid, embedding_bag) or gets wrong: NaN where mish's exponential overflows;
     at 0, prelu's second backward pass takes the other slope than its first.
     """
 
@@ -35,10 +36,34 @@ class _TwiceDifferentiable(TorchFunctionMode):
             slope = float(torch.tensor(1 / 6, dtype=torch.float32))  # PyTorch's
             line = torch.nn.functional.relu6(args[0] + 3) * slope
             return line + (func(args[0]) - line).detach()
+        if func is torch.nn.functional.embedding_bag:
+            return _embedding_bag(inspect.signature(func).bind(*args, **(kwargs or {})).arguments)
         if func is torch.nn.functional.prelu:
             x, weight = args
             return torch.where(x > 0, x, weight.view(-1, *[1] * (x.dim() - 2)) * x if x.dim() > 1 else weight * x)
         return func(*args, **(kwargs or {}))
+
+
+def _embedding_bag(given: dict[str, Any]) -> Tensor:
+    """A bag at a time, from rows of the table."""
+    index, table, weights = given["input"], given["weight"], given.get("per_sample_weights")
+    mode, padding = given.get("mode", "mean"), given.get("padding_idx")
+    if index.dim() == 2:
+        begins, ends = [i * index.shape[1] for i in range(len(index))], [(i + 1) * index.shape[1] for i in range(len(index))]
+    else:
+        offsets = given["offsets"].tolist()
+        begins, ends = offsets, [*offsets[1:], index.numel()]
+        if given.get("include_last_offset"):
+            begins, ends = offsets[:-1], offsets[1:]
+    index, weights = index.flatten(), None if weights is None else weights.flatten()
+    bags = []
+    for begin, end in zip(begins, ends, strict=True):
+        counts = [k for k in range(begin, end) if padding is None or int(index[k]) != padding % table.shape[0]]
+        rows = table[index[counts]]
+        if weights is not None:
+            rows = rows * weights[counts, None]
+        bags.append(rows.sum(0) / max(1, len(counts)) if mode == "mean" else rows.amax(0) if mode == "max" else rows.sum(0))
+    return torch.stack(bags)
 
 
 def jacobian_products(model: nn.Module, X: Inputs, V: Tensor, params: Sequence[str] | None = None) -> Tensor:
@@ -109,7 +134,7 @@ def hessian_products(
     network, data, targets = double_copy(model), double(X), double(y)
     parameters = list(trainable(network, params).values())
     total = torch.zeros(V.shape, dtype=torch.float64)
-    with plain_kernels(), _TwiceDifferentiable():
+    with plain_kernels(), TwiceDifferentiable():
         z = call(network, data)
         losses = [loss(z[n : n + 1], targets[n : n + 1]).sum() for n in range(z.shape[0])]
         gradient = flat_gradient(torch.stack(losses).sum(), parameters, create_graph=True)

@@ -55,7 +55,7 @@ class OutputHessian:
 
     def _apply(self, part: int, U: Tensor) -> Tensor:
         result = U.detach().clone(memory_format=torch.contiguous_format)
-        flat = result.view(result.shape[0], result.shape[1], -1)
+        flat = result.view(*result.shape[:2], result.shape[2:].numel())
         _C.output_hessian(self.shape, self.scale, self.state, self.weights, part, flat)
         return result
 

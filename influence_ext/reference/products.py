@@ -25,8 +25,8 @@ def plain_kernels() -> Iterator[None]:
 
 
 class TwiceDifferentiable(TorchFunctionMode):
-    """Other forms of functions whose second derivative PyTorch lacks (hardsigmoid, embedding_bag) or gets wrong: NaN where mish's exponential overflows;
-    at 0, prelu's second backward pass takes the other slope than its first.
+    """Other forms of functions whose second derivative PyTorch lacks (hardsigmoid, embedding_bag) or gets wrong: NaN where mish's
+    exponential overflows; at 0, prelu's second backward pass takes the other slope than its first.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -23,6 +23,8 @@ from influence_ext.params import ParameterSpace, Selection, is_half, widened
 
 Schedule = Literal["auto", "by_example", "by_operator"]
 _SCHEDULES: dict[str, int] = {"auto": 0, "by_example": 1, "by_operator": 2}
+Precision = Literal["full", "tf32", "bfloat16"]
+_PRECISIONS: dict[str, int] = {"full": 0, "tf32": 1, "bfloat16": 2}
 
 
 class Plan:
@@ -116,7 +118,15 @@ class Plan:
         plan._model = model
         return plan
 
-    def linearize(self, X: Any, theta: Tensor | None = None, *, memory_budget: int | None = None, second_order: bool = False) -> Tape:
+    def linearize(
+        self,
+        X: Any,
+        theta: Tensor | None = None,
+        *,
+        memory_budget: int | None = None,
+        second_order: bool = False,
+        precision: Precision = "full",
+    ) -> Tape:
         """The forward pass at ``theta`` and all that products need.
 
         Args:
@@ -125,22 +135,24 @@ class Plan:
             memory_budget: bytes that the forward state and one product's workspace may take. What does not fit is recomputed
                 in every product, a chunk of examples at a time.
             second_order: also keep what ``Tape.hvp`` needs.
+            precision: how float32 matrices are multiplied on a CUDA device, "tf32" and "bfloat16" rounding the factors and summing in
+                float32. The CPU multiplies in full precision.
 
         Raises:
             ShapeError, DTypeError, DeviceError: inputs or theta do not fit.
             DataError: outputs are not finite.
-            ArgumentError: not even one example fits the budget.
+            ArgumentError: not even one example fits the budget; a precision that the device has not.
 
         Cost: one forward pass; memory ``Tape.cached_bytes``.
         """
         with exclusive:
-            return self._linearize(X, theta, memory_budget, second_order)
+            return self._linearize(X, theta, memory_budget, second_order, self._checked(precision))
 
-    def _linearize(self, X: Any, theta: Tensor | None, memory_budget: int | None, second_order: bool) -> Tape:
+    def _linearize(self, X: Any, theta: Tensor | None, memory_budget: int | None, second_order: bool, precision: int) -> Tape:
         tensors = named_tensors(self._model)
         theta = self.space.gather(tensors, self._who) if theta is None else self._copied(theta)
         native = self._second_order_native if second_order else self._native
-        make = functools.partial(self._make, native)
+        make = functools.partial(self._make, native, precision=precision)
         curved = tuple(native.curved_nodes) if second_order else None
         examples = X if isinstance(X, Examples) else None
         if memory_budget is None and isinstance(examples, StreamedExamples):
@@ -169,10 +181,22 @@ class Plan:
     def _second_order_native(self) -> Any:
         return self._compile(second_order=True)
 
-    def _make(self, native: Any, sources: list[Tensor]) -> Any:
+    def _checked(self, precision: Precision) -> int:
+        if precision not in _PRECISIONS:
+            raise ArgumentError(f"{self._who}: expected a precision among {', '.join(_PRECISIONS)}, got {precision!r}; choose one.")
+        if precision != "full" and (self.space.device.type == "cpu" or self.space.dtype != torch.float32):
+            raise ArgumentError(
+                f'{self._who}: expected precision="full" for {self.space.dtype} on {self.space.device}, got "{precision}", which is for '
+                "float32 on a CUDA device; leave it out, or move model and data to one."
+            )
+        return _PRECISIONS[precision]
+
+    def _make(self, native: Any, sources: list[Tensor], precision: int = 0) -> Any:
         """A tape of the extension."""
         kind = _C.Tape32 if self.space.dtype == torch.float32 else _C.Tape64
-        return kind(native, sources)
+        tape = kind(native, sources)
+        tape.set_precision(precision)
+        return tape
 
     def _chunk(self, native: Any, examples: Examples, budget: int) -> int:
         """Examples whose forward state and workspace, for one vector, take at most ``budget`` bytes."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import influence_ext as ie
+from influence_ext import reference
 from influence_ext.errors import DeviceError
 from influence_ext.losses import resolve
 from influence_ext.plan import Plan
@@ -83,6 +84,20 @@ def test_streams_and_solvers() -> None:
         there = ie.Influence(model, torch.nn.CrossEntropyLoss(), (X, y), damping=1e-2).scores((X[:5], y[:5]))
     stream.synchronize()
     assert_close(there.values.cpu(), here.values.cpu(), scope="model")
+
+
+@pytest.mark.parametrize(("precision", "limit"), [("full", 2e-6), ("tf32", 2e-3), ("bfloat16", 2e-2)])
+def test_precisions_of_the_matrix_product(precision: Any, limit: float) -> None:
+    """Relative error of a GGN product of an MLP 256-256-10 against float64: float32 has 24 bits, TF32 11, bfloat16 8."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.Tanh(), torch.nn.Linear(256, 10))
+    X, y, loss = torch.randn(128, 256), torch.randint(10, (128,)), torch.nn.CrossEntropyLoss()
+    V = torch.randn(2, sum(p.numel() for p in model.parameters()))
+    exact = reference.ggn_products(model, torch.nn.functional.cross_entropy, X, y, V)
+    product = ie.GGN(copy.deepcopy(model).cuda(), loss, (X.cuda(), y.cuda()), precision=precision).matmat(V.cuda()).cpu().double()
+    error = float((product - exact).norm() / exact.norm())
+    assert error < limit
+    assert precision == "full" or error > 1e-5, "full precision where less was asked for"
 
 
 def test_a_tensor_elsewhere_is_refused() -> None:

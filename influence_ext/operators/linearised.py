@@ -14,7 +14,7 @@ from influence_ext.losses import Loss, LossLike, resolve
 from influence_ext.losses.base import check_weights
 from influence_ext.operators.base import LinearOperator
 from influence_ext.params import ParameterSpace, Selection
-from influence_ext.plan import Plan, Schedule, Tape
+from influence_ext.plan import Plan, Precision, Schedule, Tape
 
 
 class LinearisedOperator(LinearOperator):
@@ -33,6 +33,8 @@ class LinearisedOperator(LinearOperator):
         memory_budget: bytes that the cached forward state and one product's workspace may take; what does not fit is recomputed chunk by
             chunk in every product, and batches that do not fit are read again. None: no limit.
         reduction: overrides the loss's own.
+        precision: "full", or on a CUDA device "tf32" or "bfloat16", which round the factors of float32 matrix products (forward pass and
+            products alike) and sum in float32.
         schedule: "auto", or "by_example" / "by_operator" to force how products run (see docs/design.md).
         weights: ``[N]``, w_n >= 0, multiplies the loss of example n: the matrix is that of ``c Σ w_n ℓ_n``. c stays what it is without
             them, ``1/N`` for a mean. None: ones.
@@ -40,7 +42,8 @@ class LinearisedOperator(LinearOperator):
     Raises:
         UnsupportedModelError, UnsupportedLossError: see :meth:`Plan.of`, :func:`resolve`.
         DataError, ShapeError, DTypeError, DeviceError: data or targets do not fit.
-        ArgumentError: negative damping, weights that are not ``[N]`` or negative, or a ``memory_budget`` that holds not even one example.
+        ArgumentError: negative damping, weights that are not ``[N]`` or negative, a ``memory_budget`` that holds not even one example, or a
+            precision that the device has not.
     """
 
     _second_order: ClassVar[bool] = False
@@ -58,6 +61,7 @@ class LinearisedOperator(LinearOperator):
         memory_budget: int | None = None,
         reduction: str | None = None,
         schedule: Schedule = "auto",
+        precision: Precision = "full",
         weights: Tensor | None = None,
     ):
         who = type(self).__name__
@@ -65,7 +69,7 @@ class LinearisedOperator(LinearOperator):
         self.examples: Examples = load(data, who, memory_budget)
         plan = Plan.of(model, self.examples.X, params, who)
         self.damping = check_damping(damping, who)
-        self._tape: Tape = plan.linearize(self.examples, memory_budget=memory_budget, second_order=self._second_order)
+        self._tape: Tape = plan.linearize(self.examples, memory_budget=memory_budget, second_order=self._second_order, precision=precision)
         self._tape.set_schedule(schedule)
         self._tape.check_outputs(who)
         self.loss.check(self._tape.outputs, self.examples.targets, who)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import pytest
 
-from tests.emulation import emulated_device
-from tests.test_families import row, test_every_per_example_quantity, test_every_product
+from tests.emulation import ROOT, emulated_device
+from tests.test_families import row, test_every_per_example_quantity, test_every_product, test_hessian
 from tests.test_losses import (
     test_bregman_divergence_keeps_its_digits_near_the_anchor,
     test_bregman_divergence_matches_its_definition,
@@ -25,11 +26,27 @@ __all__ = [
     "test_every_per_example_quantity",
     "test_every_product",
     "test_gradients",
+    "test_hessian",
     "test_hessians",
     "test_hessians_with_weights_and_factors",
     "test_roots_square_to_the_hessian",
     "test_values",
 ]
+
+
+CPU_ONLY = {"all_finite_stub", "convolution_prepared_size_stub"}
+"""Called for the CPU whatever a plan's device is: they look at arrays of the host and at its own layout of them."""
+
+
+def test_every_kernel_has_a_twin() -> None:
+    def registered(folder: str, macro: str) -> list[str]:
+        files = sorted((ROOT / "csrc/kernels" / folder).iterdir())
+        return [stub for file in files for stub in re.findall(rf"^{macro}\((\w+), ", file.read_text(), re.MULTILINE)]
+
+    cpu, cuda = registered("cpu", "INFL_REGISTER_CPU"), registered("cuda", "INFL_REGISTER_CUDA")
+    assert len(set(cpu)) == len(cpu) > 50
+    assert len(set(cuda)) == len(cuda), "a kernel has two twins"
+    assert set(cuda) == set(cpu) - CPU_ONLY
 
 
 @pytest.fixture(autouse=True)

@@ -26,7 +26,7 @@ inline constexpr int kNumActivations = 0 INFL_FOR_EACH_ACTIVATION(INFL_COUNT);
 #undef INFL_COUNT
 
 // Is the second derivative 0 wherever there is one?
-constexpr bool is_piecewise_linear(Activation kind) {
+INFL_HD constexpr bool is_piecewise_linear(Activation kind) {
   switch (kind) {
     case Activation::relu:
     case Activation::leaky_relu:

@@ -129,6 +129,44 @@ void extremum(const Context& ctx, int64_t size, T sign, const T* x1, const T* x2
   for_each<T>(ctx, "extremum", size, is_aligned({x1, x2, y, weight}), Extremum<T>{sign, x1, x2, y, weight});
 }
 
+// One jump for all threads: the kind is the same.
+template <class T>
+__device__ T related(Activation kind, T x1, T x2) {
+  switch (kind) {
+    case Activation::greater:
+      return infl::activation<Activation::greater>(x1, x2, T(0)).value;
+    case Activation::greater_equal:
+      return infl::activation<Activation::greater_equal>(x1, x2, T(0)).value;
+    case Activation::less:
+      return infl::activation<Activation::less>(x1, x2, T(0)).value;
+    case Activation::less_equal:
+      return infl::activation<Activation::less_equal>(x1, x2, T(0)).value;
+    case Activation::equal:
+      return infl::activation<Activation::equal>(x1, x2, T(0)).value;
+    default:
+      return infl::activation<Activation::not_equal>(x1, x2, T(0)).value;
+  }
+}
+
+template <class T>
+struct Comparison {
+  Activation kind;
+  const T *x1, *x2;
+  T* y;
+  template <int W>
+  __device__ void run(int64_t i) const {
+    auto value = load<W>(x1 + i);
+    const auto with = load<W>(x2 + i);
+    for (int k = 0; k < W; ++k) value.v[k] = related(kind, value.v[k], with.v[k]);
+    store<W>(y + i, value);
+  }
+};
+
+template <class T>
+void comparison(const Context& ctx, Activation kind, int64_t size, const T* x1, const T* x2, T* y) {
+  for_each<T>(ctx, "comparison", size, is_aligned({x1, x2, y}), Comparison<T>{kind, x1, x2, y});
+}
+
 template <class T>
 struct Blend {
   int64_t V, size;
@@ -234,6 +272,7 @@ INFL_REGISTER_CUDA(affine_tangent_stub, affine_tangent)
 INFL_REGISTER_CUDA(column_dot_stub, column_dot)
 INFL_REGISTER_CUDA(product_tangent_stub, product_tangent)
 INFL_REGISTER_CUDA(extremum_stub, extremum)
+INFL_REGISTER_CUDA(comparison_stub, comparison)
 INFL_REGISTER_CUDA(blend_stub, blend)
 INFL_REGISTER_CUDA(where_stub, where)
 INFL_REGISTER_CUDA(prelu_stub, prelu)

@@ -31,6 +31,53 @@ void activation(const Context& ctx, Activation kind, T a, T b, int64_t size, con
   launch(ctx, "activation", &activation_kernel<T>, blocks_for(size, kThreads), dim3(kThreads), 0, kind, a, b, size, x, y, derivative);
 }
 
+template <class T>
+__global__ void second_derivative_kernel(Activation kind, T a, T b, int64_t size, const T* x, T* out) {
+  const int64_t step = int64_t{gridDim.x} * blockDim.x;
+  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < size; i += step) {
+    T value = 0;
+#define INFL_CASE(name)                                            \
+  case Activation::name:                                           \
+    value = infl::second_derivative<Activation::name>(x[i], a, b); \
+    break;
+    switch (kind) { INFL_FOR_EACH_ACTIVATION(INFL_CASE) }
+#undef INFL_CASE
+    out[i] = value;
+  }
+}
+
+template <class T>
+void second_derivative(const Context& ctx, Activation kind, T a, T b, int64_t size, const T* x, T* out) {
+  if (size == 0) return;
+  constexpr int kThreads = 256;
+  launch(ctx, "second_derivative", &second_derivative_kernel<T>, blocks_for(size, kThreads), dim3(kThreads), 0, kind, a, b, size, x, out);
+}
+
+// d and g are read once for all right-hand sides.
+template <class T>
+struct AddScaled {
+  int64_t V, size;
+  const T *d, *g, *in;
+  T* out;
+  template <int W>
+  __device__ void run(int64_t i) const {
+    auto factor = load<W>(d + i);
+    const auto cotangent = load<W>(g + i);
+    for (int k = 0; k < W; ++k) factor.v[k] *= cotangent.v[k];
+    for (int64_t v = 0; v < V; ++v) {
+      const auto x = load<W>(in + v * size + i);
+      auto sum = load<W>(out + v * size + i);
+      for (int k = 0; k < W; ++k) sum.v[k] += factor.v[k] * x.v[k];
+      store<W>(out + v * size + i, sum);
+    }
+  }
+};
+
+template <class T>
+void add_scaled(const Context& ctx, int64_t V, int64_t size, const T* d, const T* g, const T* in, T* out) {
+  for_each<T>(ctx, "add_scaled", size, is_aligned({d, g, in, out}), AddScaled<T>{V, size, d, g, in, out});
+}
+
 // d is read once for all right-hand sides.
 template <class T>
 struct Scale {
@@ -178,6 +225,8 @@ void column_sum(const Context& ctx, int64_t V, int64_t rows, int64_t width, cons
 }
 
 INFL_REGISTER_CUDA(activation_stub, activation)
+INFL_REGISTER_CUDA(second_derivative_stub, second_derivative)
+INFL_REGISTER_CUDA(add_scaled_stub, add_scaled)
 INFL_REGISTER_CUDA(scale_stub, scale)
 INFL_REGISTER_CUDA(combine_stub, combine)
 INFL_REGISTER_CUDA(affine_stub, affine)

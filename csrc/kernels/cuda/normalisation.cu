@@ -202,6 +202,112 @@ void layer_norm_vjp(const Context& ctx, const ChannelMap& map, int64_t V, int64_
   derivative<T, false>(ctx, "layer_norm_vjp", {map, V, rows, centre, x_hat, rstd, w, g_y, {}, scale, g_x, accumulate});
 }
 
+// What a row's cotangent changes by: ĝ = w ∘ g, t_ĝ = t_w ∘ g.
+template <class T>
+struct SecondOrder {
+  ChannelMap map;
+  int64_t V, rows;
+  bool centre;
+  const T *x_hat, *rstd, *w, *g, *t, *t_hat, *t_w;
+  int64_t t_w_stride;
+  T* out;
+};
+
+// B right-hand sides, which share x̂ and ĝ; W elements a thread and step. Bytes: t_x and t_x̂ twice (once from the caches), g_x in and out.
+template <class T, int kTeam, int B, int W>
+__global__ void __launch_bounds__(kThreads) second_order_kernel(const SecondOrder<T> p) {
+  const int64_t item = team_index<kTeam>(), size = p.map.channels * p.map.run;
+  if (item >= (p.V + B - 1) / B * p.rows) return;
+  const int64_t row = item % p.rows, v0 = item / p.rows * B, first = first_channel(p.map, row), apart = p.rows * size;
+  const int thread = static_cast<int>(threadIdx.x) % kTeam, sides = p.V - v0 < B ? static_cast<int>(p.V - v0) : B;
+  const T *x_hat = p.x_hat + row * size, *g = p.g + row * size, *t = p.t + v0 * apart + row * size, *t_hat = p.t_hat + v0 * apart + row * size;
+  const T* t_w = p.t_w ? p.t_w + v0 * p.t_w_stride : nullptr;
+  T* out = p.out + v0 * apart + row * size;
+  T mean = 0, correlation = 0;                                                     // of ĝ, and of it with x̂
+  T moved_mean[B] = {}, moved_correlation[B] = {}, stretch[B] = {}, turn[B] = {};  // of t_ĝ; m(x̂ ∘ t_x), m(t_x̂ ∘ ĝ)
+  for (int64_t j = int64_t{thread} * W; j < size; j += kTeam * W) {
+    const auto hat = load<W>(x_hat + j), from = load<W>(g + j);
+    int64_t channel[W];
+    T weighted[W];
+    INFL_UNROLL(4)
+    for (int k = 0; k < W; ++k) {
+      channel[k] = first + quotient(j + k, p.map.run);
+      weighted[k] = p.w ? p.w[channel[k]] * from.v[k] : from.v[k];
+      mean += weighted[k];
+      correlation += weighted[k] * hat.v[k];
+    }
+    INFL_UNROLL(4)
+    for (int b = 0; b < B; ++b) {
+      if (b >= sides) continue;
+      const auto tangent = load<W>(t + b * apart + j), tangent_hat = load<W>(t_hat + b * apart + j);
+      INFL_UNROLL(4)
+      for (int k = 0; k < W; ++k) {
+        stretch[b] += hat.v[k] * tangent.v[k];
+        turn[b] += tangent_hat.v[k] * weighted[k];
+        const T moved = t_w ? t_w[b * p.t_w_stride + channel[k]] * from.v[k] : T(0);
+        moved_mean[b] += moved;
+        moved_correlation[b] += moved * hat.v[k];
+      }
+    }
+  }
+  const auto row_mean = [size](T sum) { return team_sum<kTeam>(sum) / T(size); };
+  mean = row_mean(mean);
+  correlation = row_mean(correlation);
+  if (!p.centre) mean = T(0);
+  INFL_UNROLL(4)
+  for (int b = 0; b < B; ++b) {
+    moved_mean[b] = row_mean(moved_mean[b]);
+    if (!p.centre) moved_mean[b] = T(0);
+    moved_correlation[b] = row_mean(moved_correlation[b]);
+    stretch[b] = row_mean(stretch[b]);
+    turn[b] = row_mean(turn[b]);
+  }
+  const T rstd = p.rstd[row];
+  for (int64_t j = int64_t{thread} * W; j < size; j += kTeam * W) {
+    const auto hat = load<W>(x_hat + j), from = load<W>(g + j);
+    int64_t channel[W];
+    T own[W];  // what layer_norm_vjp gives, over rstd
+    INFL_UNROLL(4)
+    for (int k = 0; k < W; ++k) {
+      channel[k] = first + quotient(j + k, p.map.run);
+      own[k] = (p.w ? p.w[channel[k]] * from.v[k] : from.v[k]) - mean - hat.v[k] * correlation;
+    }
+    INFL_UNROLL(4)
+    for (int b = 0; b < B; ++b) {
+      if (b >= sides) continue;
+      const auto tangent_hat = load<W>(t_hat + b * apart + j);
+      auto sum = load<W>(out + b * apart + j);
+      INFL_UNROLL(4)
+      for (int k = 0; k < W; ++k) {
+        const T moved = t_w ? t_w[b * p.t_w_stride + channel[k]] * from.v[k] : T(0);
+        const T other = moved - moved_mean[b] - hat.v[k] * (moved_correlation[b] + turn[b]) - tangent_hat.v[k] * correlation;
+        sum.v[k] += rstd * (other - rstd * stretch[b] * own[k]);
+      }
+      store<W>(out + b * apart + j, sum);
+    }
+  }
+}
+
+template <class T, int kTeam, int B>
+void second_order_of_teams(const Context& ctx, const SecondOrder<T>& p) {
+  constexpr int W = kVectorWidth<T>;
+  const bool vectorised = p.map.size() % W == 0 && is_aligned({p.x_hat, p.g, p.t, p.t_hat, p.out});
+  launch(ctx, "layer_norm_second_order", vectorised ? &second_order_kernel<T, kTeam, B, W> : &second_order_kernel<T, kTeam, B, 1>,
+         teams<kTeam>(ceil_div(p.V, B) * p.rows), dim3(kThreads), 0, p);
+}
+
+template <class T>
+void layer_norm_second_order(const Context& ctx, const ChannelMap& map, int64_t V, int64_t rows, bool centre, const T* x_hat, const T* rstd,
+                             const T* w, const T* g_y, const T* t_x, const T* t_x_hat, const ChannelTangents<T>& t_theta, T* g_x) {
+  if (V == 0 || rows == 0 || map.size() == 0) return;
+  const SecondOrder<T> p{map, V, rows, centre, x_hat, rstd, w, g_y, t_x, t_x_hat, t_theta.w, t_theta.stride, g_x};
+  if (map.size() >= kLongRow) {
+    V == 1 ? second_order_of_teams<T, kThreads, 1>(ctx, p) : second_order_of_teams<T, kThreads, kSides>(ctx, p);
+  } else {
+    V == 1 ? second_order_of_teams<T, kWarp, 1>(ctx, p) : second_order_of_teams<T, kWarp, kSides>(ctx, p);
+  }
+}
+
 template <class T>
 struct BatchNormPack {
   int64_t channels;
@@ -451,6 +557,7 @@ void channel_gradient(const Context& ctx, const ChannelMap& map, int64_t V, int6
 INFL_REGISTER_CUDA(layer_norm_stub, layer_norm)
 INFL_REGISTER_CUDA(layer_norm_jvp_stub, layer_norm_jvp)
 INFL_REGISTER_CUDA(layer_norm_vjp_stub, layer_norm_vjp)
+INFL_REGISTER_CUDA(layer_norm_second_order_stub, layer_norm_second_order)
 INFL_REGISTER_CUDA(batch_norm_pack_stub, batch_norm_pack)
 INFL_REGISTER_CUDA(batch_norm_stub, batch_norm)
 INFL_REGISTER_CUDA(channel_affine_stub, channel_affine)

@@ -361,7 +361,133 @@ void nonlinear_reduction(const Context& ctx, Reduction kind, T a, int64_t rows, 
   }
 }
 
+// Σ t and Σ d ∘ t of a line.
+template <class T>
+struct TangentSums {
+  T plain = 0, along = 0;
+};
+
+template <class T>
+struct SecondOrderLine {
+  using State = TangentSums<T>;
+  struct Item {
+    T d, t;
+  };
+  Reduction kind;
+  T correction;
+  int64_t size, step;
+  T y, g;
+  const T *d, *t;
+  T* out;
+
+  __device__ Item load(int64_t s) const { return {d[s * step], t[s * step]}; }
+  __device__ void add(State& sum, const Item& item, int64_t) const {
+    sum.plain += item.t;
+    sum.along += item.d * item.t;
+  }
+  __device__ void merge(State& sum, const State& other) const {
+    sum.plain += other.plain;
+    sum.along += other.along;
+  }
+  __device__ void store(int64_t s, const Item& item, const State& sum) const {
+    const T centred = item.t - sum.plain / T(size), divisor = T(size) - correction;
+    T value = 0;
+    switch (kind) {
+      case Reduction::log_sum_exp:
+        value = g * item.d * (item.t - sum.along);
+        break;
+      case Reduction::variance:
+        value = g * T(2) / divisor * centred;
+        break;
+      case Reduction::deviation:
+        value = y == T(0) ? T(0) : g / y * (centred / divisor - item.d * sum.along);
+        break;
+      case Reduction::norm:
+        value = y == T(0) ? T(0) : g / y * (item.t - item.d * sum.along);
+        break;
+      default:
+        break;
+    }
+    out[s * step] += value;
+  }
+  __device__ void finish(const State&) const {}
+};
+
+template <class T>
+struct SecondOrderReduction {
+  using State = TangentSums<T>;
+  using Item = typename SecondOrderLine<T>::Item;
+  static constexpr bool kStores = true;
+  Reduction kind;
+  T correction;
+  int64_t V, rows, size, inner;
+  const T *y, *d, *g, *t;
+  T* out;
+  __device__ SecondOrderLine<T> at(int64_t vr, int64_t i) const {
+    const int64_t r = vr / V, v = vr - r * V, one = r * inner + i, first = r * size * inner + i, first_of_v = first + v * rows * size * inner;
+    return {kind, correction, size, inner, y[one], g[one], d + first, t + first_of_v, out + first_of_v};
+  }
+};
+
+// The products of all elements before and of all after each one, which all right-hand sides share. A thread a line.
+template <class T>
+__global__ void products_kernel(int64_t rows, int64_t size, int64_t inner, const T* x, T* before, T* after) {
+  const int64_t stride = int64_t{gridDim.x} * blockDim.x;
+  for (int64_t e = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; e < rows * inner; e += stride) {
+    const int64_t r = e / inner, first = r * size * inner + (e - r * inner);
+    T product = 1;
+    for (int64_t s = 0; s < size; ++s) {
+      before[first + s * inner] = product;
+      product *= x[first + s * inner];
+    }
+    product = 1;
+    for (int64_t s = size - 1; s >= 0; --s) {
+      after[first + s * inner] = product;
+      product *= x[first + s * inner];
+    }
+  }
+}
+
+// The tangent of before · after: what is before an element moves on the way there, what is after it on the way back. A thread a line.
+template <class T>
+__global__ void product_second_order_kernel(int64_t V, int64_t rows, int64_t size, int64_t inner, const T* x, const T* before, const T* after,
+                                            const T* g, const T* t, T* out) {
+  const int64_t lines = rows * inner, stride = int64_t{gridDim.x} * blockDim.x;
+  for (int64_t e = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; e < V * lines; e += stride) {
+    const int64_t v = e / lines, line = e - v * lines, r = line / inner, first = r * size * inner + (line - r * inner);
+    const T* t_x = t + v * rows * size * inner + first;
+    T* to = out + v * rows * size * inner + first;
+    T tangent = 0;
+    for (int64_t s = 0; s < size; ++s) {
+      const int64_t at = first + s * inner;
+      to[s * inner] += g[line] * tangent * after[at];
+      tangent = tangent * x[at] + before[at] * t_x[s * inner];
+    }
+    tangent = 0;
+    for (int64_t s = size - 1; s >= 0; --s) {
+      const int64_t at = first + s * inner;
+      to[s * inner] += g[line] * tangent * before[at];
+      tangent = tangent * x[at] + after[at] * t_x[s * inner];
+    }
+  }
+}
+
+template <class T>
+void reduction_second_order(const Context& ctx, Reduction kind, T a, int64_t V, int64_t rows, int64_t size, int64_t inner, const T* x, const T* y,
+                            const T* d, const T* g, const T* t, T* out) {
+  constexpr const char* kWho = "reduction_second_order";
+  if (V * rows * size * inner == 0 || is_piecewise_linear(kind)) return;
+  if (kind != Reduction::product) {
+    return reduce_rows(ctx, kWho, V * rows, size, inner, SecondOrderReduction<T>{kind, a, V, rows, size, inner, y, d, g, t, out});
+  }
+  Buffer<T> before(ctx, rows * size * inner), after(ctx, rows * size * inner);
+  launch(ctx, kWho, &products_kernel<T>, blocks_for(rows * inner, kThreads), dim3(kThreads), 0, rows, size, inner, x, before.data(), after.data());
+  launch(ctx, kWho, &product_second_order_kernel<T>, blocks_for(V * rows * inner, kThreads), dim3(kThreads), 0, V, rows, size, inner, x,
+         before.data(), after.data(), g, t, out);
+}
+
 INFL_REGISTER_CUDA(sum_axis_stub, sum_axis)
+INFL_REGISTER_CUDA(reduction_second_order_stub, reduction_second_order)
 INFL_REGISTER_CUDA(broadcast_axis_stub, broadcast_axis)
 INFL_REGISTER_CUDA(cumulative_sum_stub, cumulative_sum)
 INFL_REGISTER_CUDA(nonlinear_reduction_stub, nonlinear_reduction)

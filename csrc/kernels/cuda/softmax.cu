@@ -126,7 +126,76 @@ void softmax_product(const Context& ctx, SoftmaxProduct part, int64_t V, int64_t
   reduce_rows(ctx, "softmax_product", V * rows, size, inner, Product<T>{part, accumulate, V, rows, size, inner, p, in, out});
 }
 
+// Means of t and g with weights p, and Σ p (t − mean) (g − mean): in one pass, and without what would cancel in Σ p t g − (Σ p t)(Σ p g).
+// With `log`, g is Σ g instead and the last is not used.
+template <class T>
+struct Covariance {
+  T weight = 0, t = 0, g = 0, product = 0;
+};
+
+template <class T>
+struct SecondOrderLine {
+  using State = Covariance<T>;
+  struct Item {
+    T p, g, t;
+  };
+  bool log;
+  int64_t step;
+  const T *p, *g, *t;
+  T* out;
+
+  __device__ Item load(int64_t s) const { return {p[s * step], g[s * step], t[s * step]}; }
+  __device__ void add(State& state, const Item& item, int64_t) const { merge(state, {item.p, item.t, item.g, T(0)}); }
+  __device__ void merge(State& state, const State& other) const {
+    const bool other_is_heavier = other.weight > state.weight;
+    const T heavy = other_is_heavier ? other.weight : state.weight, light = other_is_heavier ? state.weight : other.weight;
+    const T weight = heavy + light, share = weight == T(0) ? T(0) : light / weight;
+    const T t_change = other.t - state.t, g_change = other.g - state.g;
+    state.weight = weight;
+    // Halves by their sum: both must find the same number.
+    const auto mean = [&](T own, T others) {
+      if (share == T(0.5)) return T(0.5) * (own + others);
+      return other_is_heavier ? others + share * (own - others) : own + share * (others - own);
+    };
+    state.t = mean(state.t, other.t);
+    if (log) {
+      state.g += other.g;
+      return;
+    }
+    state.g = mean(state.g, other.g);
+    state.product = (state.product + other.product) + t_change * g_change * (heavy * share);
+  }
+  __device__ void store(int64_t s, const Item& item, const State& state) const {
+    const T moved = item.p * (item.t - state.t);
+    out[s * step] += log ? -state.g * moved : moved * (item.g - state.g) - item.p * state.product;
+  }
+  __device__ void finish(const State&) const {}
+};
+
+template <class T>
+struct SecondOrder {
+  using State = Covariance<T>;
+  using Item = typename SecondOrderLine<T>::Item;
+  static constexpr bool kStores = true;
+  bool log;
+  int64_t V, rows, size, inner;
+  const T *p, *g, *t;
+  T* out;
+  __device__ SecondOrderLine<T> at(int64_t vr, int64_t column) const {
+    const int64_t r = vr / V, v = vr - r * V;
+    const int64_t first = r * size * inner + column, first_of_v = first + v * rows * size * inner;
+    return {log, inner, p + first, g + first, t + first_of_v, out + first_of_v};
+  }
+};
+
+template <class T>
+void softmax_second_order(const Context& ctx, bool log, int64_t V, int64_t rows, int64_t size, int64_t inner, const T* p, const T* g, const T* t,
+                          T* out) {
+  reduce_rows(ctx, "softmax_second_order", V * rows, size, inner, SecondOrder<T>{log, V, rows, size, inner, p, g, t, out});
+}
+
 INFL_REGISTER_CUDA(softmax_stub, softmax)
+INFL_REGISTER_CUDA(softmax_second_order_stub, softmax_second_order)
 INFL_REGISTER_CUDA(softmax_product_stub, softmax_product)
 
 }  // namespace

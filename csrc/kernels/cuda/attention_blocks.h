@@ -1,5 +1,5 @@
 // What the attention kernels are made of: products of 64 rows by 64 rows and of 64 by 64 scores by 64 columns, scores that are masked, and blocks of
-// P.
+// P, of its tangents and of its cotangents.
 #pragma once
 
 #include <limits>
@@ -209,6 +209,76 @@ struct Grid {
     return at;
   }
 };
+
+template <class T>
+__host__ __device__ bool scores_move(const AttentionTangents<T>& t) {
+  return t.q || t.k || t.mask;
+}
+
+// t_S of a block for right-hand side v; anything where a query does not see a key.
+template <bool kKeysFirst, class T>
+__device__ void score_tangents(const Attention<T>& a, const AttentionTangents<T>& t, const Scores& b, int64_t v, Tile<T>& s, T* shared) {
+  const int64_t e = v * a.n + b.n;
+  s.clear();
+  if (t.q) {
+    const Rows<T> q = queries(a, t.q, e, b), k = keys(a, a.k, b.n, b);
+    multiply_rows(s, kKeysFirst ? k : q, kKeysFirst ? q : k, a.E, shared);
+  }
+  if (t.k) {
+    const Rows<T> q = queries(a, a.q, b.n, b), k = keys(a, t.k, e, b);
+    multiply_rows(s, kKeysFirst ? k : q, kKeysFirst ? q : k, a.E, shared);
+  }
+  const T* mask = t.mask ? t.mask + v * t.mask_stride + b.n * a.mask_at.example + a.mask_at.offsets[b.head] : nullptr;
+  INFL_UNROLL(4)
+  for (int i = 0; i < Tile<T>::kTileRows; ++i) {
+    INFL_UNROLL(4)
+    for (int j = 0; j < Tile<T>::kTileCols; ++j) {
+      const int64_t query = b.l0 + (kKeysFirst ? Tile<T>::col(j) : Tile<T>::row(i)), key = b.s0 + (kKeysFirst ? Tile<T>::row(i) : Tile<T>::col(j));
+      s.sum[i][j] *= a.scale;
+      if (mask && sees(a, query, key)) s.sum[i][j] += mask[query * a.mask_at.row + key * a.mask_at.col];
+    }
+  }
+}
+
+// c = g_P − rowsum(P ∘ g_P) = g_o vᵀ − dots, for one right-hand side; g_S without the scale is P ∘ c.
+template <bool kKeysFirst, class T>
+__device__ void centred_cotangents(const Attention<T>& a, const Scores& b, int64_t v, const T* g_o, const T* dots, Tile<T>& g, T* shared) {
+  const Rows<T> from = outputs(a, g_o, v * a.n + b.n, b), to = values(a, a.v, b.n, b);
+  g.clear();
+  multiply_rows(g, kKeysFirst ? to : from, kKeysFirst ? from : to, a.F, shared);
+  const T* line = dots + ((v * a.n + b.n) * a.heads + b.head) * a.L;
+  INFL_UNROLL(4)
+  for (int i = 0; i < Tile<T>::kTileRows; ++i) {
+    INFL_UNROLL(4)
+    for (int j = 0; j < Tile<T>::kTileCols; ++j) {
+      const int64_t query = b.l0 + (kKeysFirst ? Tile<T>::col(j) : Tile<T>::row(i));
+      g.sum[i][j] = query < a.L ? g.sum[i][j] - line[query] : T(0);
+    }
+  }
+}
+
+// tile ← tile ∘ p
+template <class T>
+__device__ void weigh(Tile<T>& tile, const Tile<T>& p) {
+  INFL_UNROLL(4)
+  for (int i = 0; i < Tile<T>::kTileRows; ++i) {
+    INFL_UNROLL(4)
+    for (int j = 0; j < Tile<T>::kTileCols; ++j) tile.sum[i][j] *= p.sum[i][j];
+  }
+}
+
+// ---- Launching -------------------------------------------------------------------------------------------------------------------------------
+
+template <class T>
+int64_t blocks_of(const Attention<T>& a, int64_t heads, int64_t rows, int64_t width) {
+  return a.n * heads * ceil_div(rows, kBlock) * ceil_div(width, kBlock);
+}
+
+template <class T, class... Parameters, class... Arguments>
+void start(const Context& ctx, const char* who, void (*kernel)(Parameters...), int64_t blocks, int tiles, const Attention<T>& a,
+           Arguments... arguments) {
+  launch(ctx, who, kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), shared_bytes<T>(tiles), a, arguments...);
+}
 
 }  // namespace
 }  // namespace infl::cuda

@@ -7,10 +7,13 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 
 from influence_ext.bregman.progress import Progress
 from influence_ext.bregman.training import Proximity, Trainer, TrainingPoint, descend, isolated_random_state, no_moments, rows
@@ -143,6 +146,7 @@ class _Stack:
         self.moments = {
             name: tuple(m[name] for m in moments) or no_moments(trainer.recipe, value.detach()) for name, value in self.theta.items()
         }
+        self.scale = trainer.loss.factor(trainer.examples.targets) * trainer.examples.num_examples
         self.damping = 0.0 if proximity is None else proximity.damping
         self.anchor = {} if proximity is None else trainer.space.unflatten(proximity.anchor)
         self.kept = torch.ones(self.num_sets, trainer.examples.num_examples, dtype=torch.bool)
@@ -182,7 +186,8 @@ class _Stack:
                     total += self._step(batch, lr)
         except Exception as error:
             return _first_line(error)
-        finite = torch.isfinite(total).all() and all(torch.isfinite(value).all() for value in self.theta.values())
+        # A finite sum says as much as finite elements, in one pass; a sum that is not may have overflowed.
+        finite = torch.isfinite(total).all() and all(v.detach().sum().isfinite() or v.isfinite().all() for v in self.theta.values())
         return None if finite else "a parameter or a training loss left the finite numbers"
 
     def _step(self, batch: Tensor, lr: float) -> Tensor:
@@ -196,9 +201,7 @@ class _Stack:
         flat = z.detach().reshape(k * len(batch), *z.shape[2:])
         t = t.expand(k, *t.shape).reshape(k * len(batch), *t.shape[1:])
         losses = trainer.loss.value(flat, t).view(k, len(batch))
-        g = (trainer.loss.gradient(flat, t) * (trainer.loss.factor(trainer.examples.targets) * len(self.kept[0]) / len(batch))).view(
-            z.shape
-        )
+        g = (trainer.loss.gradient(flat, t) * (self.scale / len(batch))).view(z.shape)
         if dropped is not None:
             losses.masked_fill_(dropped, 0)
             g.masked_fill_(dropped.view(*dropped.shape, *[1] * (g.dim() - 2)), 0)
@@ -222,11 +225,62 @@ def outputs(trainer: Trainer, theta: dict[str, Tensor], X: ModelInput) -> Tensor
     args, kwargs = call_arguments(X)
 
     def network(parameters: dict[str, Tensor]) -> Tensor:
-        z: Tensor = functional_call(trainer.model, parameters, args, kwargs)
+        with _StackedProducts():
+            z: Tensor = functional_call(trainer.model, parameters, args, kwargs)
         return z
 
     z: Tensor = torch.vmap(network)(theta)
     return z
+
+
+class _StackedProducts(TorchFunctionMode):
+    """Sends ``torch.nn.functional.linear`` to :class:`_Linear`."""
+
+    def __torch_function__(self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func is F.linear:
+            return _linear(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    z: Tensor = _Linear.apply(input, weight)
+    return z if bias is None else z + bias
+
+
+class _Linear(torch.autograd.Function):
+    """``x Wᵀ``, whose rule for stacked weights makes one product of all where they share ``x``.
+
+    PyTorch's own rule forms ``x Wᵀ`` set by set and ``(xᵀ g)ᵀ`` as the gradient of W, strided across each weight, which the update then pays for.
+    ``W xᵀ`` gives that gradient as ``g x``, in the order in which W lies.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
+        return F.linear(x, weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # type: ignore[override]
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        g_weight = g.reshape(-1, g.shape[-1]).mT @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None
+        return g @ weight if ctx.needs_input_grad[0] else None, g_weight
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, int | None], x: Tensor, weight: Tensor) -> tuple[Tensor, int]:
+        """Differentiated as it stands, outside of the map."""
+        if in_dims[1] is None:  # weights that are not trained
+            return F.linear(x.movedim(in_dims[0] or 0, 0), weight), 0
+        k, (outputs, features) = info.batch_size, weight.movedim(in_dims[1], 0).shape[1:]
+        weight = weight.movedim(in_dims[1], 0)
+        if in_dims[0] is None:
+            z = (weight.reshape(k * outputs, features) @ x.reshape(-1, features).mT).view(k, outputs, -1)
+            return z.mT.unflatten(1, x.shape[:-1]) if x.dim() > 1 else z[:, :, 0], 0
+        x = x.movedim(in_dims[0], 0)
+        z = weight @ x.reshape(k, -1, features).mT
+        return z.mT.unflatten(1, x.shape[1:-1]) if x.dim() > 2 else z[:, :, 0], 0
 
 
 @dataclass(frozen=True)

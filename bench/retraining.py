@@ -3,8 +3,8 @@
     python -m bench.retraining                      an MLP 784-128-10 on 1,280 images, batches of 128
     python -m bench.retraining --float64 --sets 8   other sizes; --help lists them
 
-Every contender's parameters are compared with the plain loop's before anything is timed. The contenders take turns in one run; the table has
-medians, ratios, and the floor: the products of forward and backward pass over the fastest matrix product measured in the same run.
+Every contender's parameters are compared with the plain loop's before anything is timed. The contenders take turns in one run; the table
+has medians, ratios, and the floor: the products of forward and backward pass over the fastest matrix product measured in the same run.
 Exit status: 0 the answers agree, 1 they do not.
 """
 
@@ -38,7 +38,7 @@ class Task:
 
     @property
     def flops(self) -> float:
-        """Of the products that cannot be left out, in all trainings: two of the first layer (no cotangent of the input), three of the second."""
+        """Of the products that cannot be left out: two of the first layer (its input needs no cotangent), three of the second."""
         per_example = 2 * (2 * 784 * self.hidden + 3 * self.hidden * 10)
         return float(per_example * self.num_examples * self.epochs * self.num_sets)
 

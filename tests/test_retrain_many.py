@@ -73,12 +73,32 @@ class Sum(nn.Module):
         return x @ (self.a + self.b)
 
 
+def frozen_first() -> nn.Module:
+    network = mlp()
+    network[0].requires_grad_(False)  # type: ignore[index]
+    return network
+
+
 def convolutional() -> nn.Module:
     return nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8, 3)).double()
 
 
 def normalised() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.GELU(), nn.Linear(4, 1)).double()
+
+
+class Sequence(nn.Module):
+    """Several positions an example, a linear layer without bias and a frozen one between trained ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.frozen, self.last = nn.Linear(1, 4, bias=False), nn.Linear(4, 4), nn.Linear(4, 1)
+        self.frozen.requires_grad_(False)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        z: Tensor = self.last(torch.tanh(self.frozen(torch.tanh(self.first(x[:, :, None]))))).mean(dim=1)
+        return z
 
 
 SGD = ie.Recipe(mlp, nn.MSELoss(), lr=0.05, epochs=5, batch_size=6, seed=1)
@@ -101,6 +121,8 @@ ROWS: dict[str, tuple[ie.Recipe, Callable[[], tuple[Tensor, Tensor]]]] = {
     ),
     "callable": (replace(SGD, loss=lambda z, t: ((z - t) ** 4).mean(), reduction="mean"), data),
     "tied": (replace(SGD, build_model=Tied, weight_decay=0.02), data),
+    "sequence": (replace(SGD, build_model=Sequence), data),
+    "frozen-first": (replace(SGD, build_model=frozen_first), data),
     "shared-gradient": (replace(SGD, build_model=Sum, weight_decay=0.02), data),
     "convolution": (replace(SGD, build_model=convolutional, loss=nn.CrossEntropyLoss()), images),
     "layer-norm": (replace(SGD, build_model=normalised), data),

@@ -292,9 +292,12 @@ class Branches:
         self, kind: str, groups: Sequence[tuple[int, ...]], found: Sequence[Trained], proximity: Proximity | None, num_epochs: int
     ) -> list[Response]:
         responses = []
-        for removed, trained in zip(groups, found, strict=True):
+        if len(groups) > 1 and all(trained.one_by_one is None for trained in found):  # then examples do not depend on each other
+            norms_s = [_norm(g) for g in self._trainer.gradients_without(self.run.final, groups)]  # the proximity term has none at θs
+        else:
+            norms_s = [_norm(self._trainer.gradient(self.run.final, removed=removed, proximity=proximity)) for removed in groups]
+        for removed, trained, norm_s in zip(groups, found, norms_s, strict=True):
             norm = _norm(self._trainer.gradient(trained.point, removed=removed, proximity=proximity))
-            norm_s = _norm(self._trainer.gradient(self.run.final, removed=removed, proximity=proximity))
             responses.append(
                 Response(
                     kind,

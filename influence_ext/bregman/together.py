@@ -250,20 +250,20 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 class _Linear(torch.autograd.Function):
     """``x Wᵀ``, whose rule for stacked weights makes one product of all where they share ``x``.
 
-    PyTorch's own rule forms ``x Wᵀ`` set by set and ``(xᵀ g)ᵀ`` as the gradient of W, strided across each weight, which the update then pays for.
-    ``W xᵀ`` gives that gradient as ``g x``, in the order in which W lies.
+    PyTorch's own rule forms ``x Wᵀ`` set by set and ``(xᵀ g)ᵀ`` as the gradient of W, strided across each weight, for which the update
+    pays. ``W xᵀ`` gives that gradient as ``g x``, in the order in which W lies.
     """
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # type: ignore[override]
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         g_weight = g.reshape(-1, g.shape[-1]).mT @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None
         return g @ weight if ctx.needs_input_grad[0] else None, g_weight

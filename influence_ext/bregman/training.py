@@ -214,21 +214,33 @@ class Trainer:
     ) -> Tensor:
         """``[P]``: the full-batch gradient of ``c Σ_{i ∉ removed} ℓ_i + (w/2)‖θ‖² + (λ/2)‖θ − anchor‖²`` in evaluation mode."""
         N = self.examples.num_examples
+        weight = torch.full((N,), self.loss.factor(self.examples.targets), dtype=self._theta.dtype, device=self._theta.device)
+        weight[list(removed)] = 0
+        gradient = self._loss_gradient(point, self.examples, weight).add_(point.theta, alpha=self.recipe.weight_decay)
+        return gradient if proximity is None else gradient.add_(point.theta - proximity.anchor, alpha=proximity.damping)
+
+    def gradients_without(self, point: TrainingPoint, groups: Sequence[Sequence[int]]) -> Iterator[Tensor]:
+        """``[P]`` each: :meth:`gradient` without each of ``groups``, from one pass over all examples and one over the removed ones.
+
+        For networks that treat each example by itself.
+        """
+        full, factor = self.gradient(point), self.loss.factor(self.examples.targets)
+        for removed in groups:
+            weight = full.new_full((len(removed),), factor)
+            yield full - self._loss_gradient(point, self.examples.subset(removed), weight) if removed else full
+
+    def _loss_gradient(self, point: TrainingPoint, examples: Examples, weight: Tensor) -> Tensor:
+        """``[P]``: ``Σ_i weight_i ∇ℓ_i`` in evaluation mode."""
         self._theta.copy_(point.theta)
         self.load_buffers(point.buffers)
         self._grad.zero_()
-        weight = torch.full((N,), self.loss.factor(self.examples.targets), dtype=self._theta.dtype, device=self._theta.device)
-        weight[list(removed)] = 0
         self.model.eval()
         with torch.enable_grad():
-            for start in range(0, N, CHUNK):
+            for start in range(0, examples.num_examples, CHUNK):
                 part = slice(start, start + CHUNK)
-                z = call_model(self.model, rows(self.examples.X, part))
-                g_z = self.loss.gradient(z.detach(), self.examples.targets[part])
+                z = call_model(self.model, rows(examples.X, part))
+                g_z = self.loss.gradient(z.detach(), examples.targets[part])
                 z.backward(g_z * weight[part].view(-1, *[1] * (g_z.dim() - 1)))
-        self._grad.add_(self._theta, alpha=self.recipe.weight_decay)
-        if proximity is not None:
-            self._grad.add_(self._theta - proximity.anchor, alpha=proximity.damping)
         return self._grad.clone()
 
     def buffers(self) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from influence_ext.bregman.pbrf import linearized_pbrf, pbrf
     from influence_ext.bregman.recipe import Recipe, Run, train
     from influence_ext.bregman.response import Response
-    from influence_ext.bregman.retrain import proximal_response, retrain
+    from influence_ext.bregman.retrain import proximal_response, proximal_response_many, retrain, retrain_many
     from influence_ext.influence import Influence, Scores, load_scores
     from influence_ext.operators import (
         GGN,
@@ -75,7 +75,9 @@ __all__ = [
     "per_example_grads",
     "per_example_norms",
     "proximal_response",
+    "proximal_response_many",
     "retrain",
+    "retrain_many",
     "solvers",
     "train",
     "vjp",

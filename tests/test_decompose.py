@@ -69,9 +69,9 @@ def test_distances_are_those_of_plain_forward_passes(run: ie.Run, found: Decompo
 def test_branches_are_those_of_the_single_functions(run: ie.Run, found: Decomposition) -> None:
     assert found.responses is not None
     for group, responses in zip(GROUPS, found.responses, strict=True):
-        assert torch.equal(responses["cold_start"].params, ie.retrain(run, group, start="cold").params)
-        assert torch.equal(responses["warm_start"].params, ie.retrain(run, group, start="warm").params)
-        assert torch.equal(responses["proximal"].params, ie.proximal_response(run, group, DAMPING).params)
+        assert_close(responses["cold_start"].params, ie.retrain(run, group, start="cold").params)
+        assert_close(responses["warm_start"].params, ie.retrain(run, group, start="warm").params)
+        assert_close(responses["proximal"].params, ie.proximal_response(run, group, DAMPING).params)
         length = float(responses["pbrf"].displacement.norm())
         by_itself = ie.pbrf(run, remove=group, damping=DAMPING)
         assert float((by_itself.params - responses["pbrf"].params).norm()) < 1e-5 * length
@@ -79,6 +79,15 @@ def test_branches_are_those_of_the_single_functions(run: ie.Run, found: Decompos
         exact = responses["linearized_pbrf"].displacement
         assert float((exact - oracle).norm()) < 1e-8 * float(oracle.norm())
         assert {kind: response.kind for kind, response in responses.items()} == {kind: kind for kind in KINDS}
+
+
+def test_sets_trained_one_by_one_are_reported() -> None:
+    recipe = replace(RECIPE, build_model=lambda: nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.2), nn.Linear(4, 2)).double(), epochs=2)
+    found = ie.decompose(ie.train(recipe, data()), [[1], [2]], DAMPING)
+    for quality in found.quality:
+        for kind in ("cold_start", "warm_start", "proximal"):
+            assert "dropout" in quality[kind]["one_by_one"]
+        assert all(quality[kind]["one_by_one"] is None for kind in ("pbrf", "linearized_pbrf", "influence"))
 
 
 def test_mean_and_spread_over_the_removed_sets(found: Decomposition) -> None:

@@ -4,7 +4,7 @@ from influence_ext.bregman.decompose import Correlation, Decomposition, Distance
 from influence_ext.bregman.pbrf import linearized_pbrf, pbrf
 from influence_ext.bregman.recipe import Recipe, Run, train
 from influence_ext.bregman.response import Response, ResponseStatus
-from influence_ext.bregman.retrain import proximal_response, retrain
+from influence_ext.bregman.retrain import proximal_response, proximal_response_many, retrain, retrain_many
 
 __all__ = [
     "Correlation",
@@ -18,6 +18,8 @@ __all__ = [
     "linearized_pbrf",
     "pbrf",
     "proximal_response",
+    "proximal_response_many",
     "retrain",
+    "retrain_many",
     "train",
 ]

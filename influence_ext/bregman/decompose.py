@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,8 +18,8 @@ from influence_ext.bregman.objective import Reference
 from influence_ext.bregman.pbrf import check_damping, linear_responses, solve_pbrf
 from influence_ext.bregman.progress import Progress, reporter
 from influence_ext.bregman.recipe import Run
-from influence_ext.bregman.response import Response, TrainedNetwork, in_double, removed_indices
-from influence_ext.bregman.retrain import Branches
+from influence_ext.bregman.response import Response, TrainedNetwork, in_double
+from influence_ext.bregman.retrain import Branches, removed_sets
 from influence_ext.context import standalone
 from influence_ext.data import load
 from influence_ext.errors import ArgumentError, DataError
@@ -55,7 +55,7 @@ class Decomposition:
         removed: The removed sets.
         terms: One dict a removed set: term name -> :class:`Distance`, in the paper's order.
         quality: One dict a removed set: kind of response -> ``status``, ``relative_gradient_norm``, ``relative_residual``,
-            ``num_steps``, ``num_products``.
+            ``num_steps``, ``num_products`` and ``one_by_one``, why a set was trained by itself.
         protocol: Recipe, λ, ``N``, ``P``, solver and whether the branches were solved to convergence.
         responses: One dict a removed set: kind -> :class:`Response`; ``None`` after :meth:`load`.
     """
@@ -234,6 +234,7 @@ def decompose(
     converge: bool = False,
     rtol: float | None = None,
     max_steps: int = 200,
+    memory_budget: int | None = None,
     progress: bool | Progress = False,
 ) -> Decomposition:
     r"""Split the gap between the influence estimate and cold-start retraining into the paper's five terms.
@@ -250,6 +251,7 @@ def decompose(
         converge: Solve the retraining branches to convergence instead.
         rtol: Goal of the PBRF (and of ``converge``) for the relative gradient norm; ``None`` is 1e-6 in float64, 1e-4 in float32.
         max_steps: Bound on Newton steps.
+        memory_budget: Bytes that sets in training may take together; see :func:`retrain_many`.
         progress: ``True`` for a line on stderr, or a function ``(label, done, total)``; ``total`` counts the responses found.
 
     Returns:
@@ -260,41 +262,49 @@ def decompose(
         DivergenceError: a retraining branch left the finite numbers.
 
     Cost:
-        Per removed set ``2.5 K`` epochs of training and one PBRF; two linear solves for all sets together; one tape more than a PBRF.
+        Per removed set ``2.5 K`` epochs of training, the sets together as in :func:`retrain_many`, and one PBRF; two linear solves for all
+        sets; one tape more than a PBRF.
 
     Reference:
         Bae et al. 2022, section 3 and figure 1.
     """
-    groups = _groups(run, remove)
+    groups = removed_sets(run, remove, who="decompose", allow_empty=False)
     check_damping(damping, run.recipe.weight_decay, who="decompose")
     network = TrainedNetwork.of(run, None, None, who="decompose")
     reference = Reference(network)
-    branches = Branches(run, who="decompose", epochs=epochs, converge=converge, rtol=rtol, max_steps=max_steps, reference=reference)
+    branches = Branches(
+        run,
+        who="decompose",
+        epochs=epochs,
+        converge=converge,
+        rtol=rtol,
+        max_steps=max_steps,
+        memory_budget=memory_budget,
+        reference=reference,
+    )
     solver = solvers.LiSSA() if solver is None else solver
     report, done, total = reporter(progress), 0, len(groups) * len(KINDS)
 
-    def ignore(label: str, step: int, steps: int) -> None:
-        pass
+    def part(name: str) -> Progress:
+        """Epochs of all sets as responses found, counted from ``done`` on."""
+        return lambda label, step, steps: report(name, done + len(groups) * step // steps, total)
 
     report("linearized PBRF", 0, total)
     exact = linear_responses(reference, groups, damping + network.weight_decay, None, "linearized_pbrf")
     report("influence estimate", len(groups), total)
     estimates = linear_responses(reference, groups, damping + network.weight_decay, solver, "influence")
     done = 2 * len(groups)
-    found: list[dict[str, Response]] = []
-    for group, linear, estimate in zip(groups, exact, estimates, strict=True):
-        responses: dict[str, Response] = {}
-        report("cold-start retraining", done, total)
-        responses["cold_start"] = branches.cold(group, ignore)
-        report("warm-start retraining", done + 1, total)
-        responses["warm_start"] = branches.warm(group, ignore)
-        report("proximal response", done + 2, total)
-        responses["proximal"] = branches.proximal(group, damping, ignore)
-        report("PBRF", done + 3, total)
-        responses["pbrf"] = solve_pbrf(reference, group, damping, rtol=rtol, max_steps=max_steps, first_step=linear.displacement)
-        responses |= {"linearized_pbrf": linear, "influence": estimate}
-        found.append(responses)
-        done += 4
+    cold = branches.cold(groups, part("cold-start retraining"))
+    done += len(groups)
+    warm = branches.warm(groups, part("warm-start retraining"))
+    done += len(groups)
+    proximal = branches.proximal(groups, damping, part("proximal response"))
+    done += len(groups)
+    minima: list[Response] = []
+    for group, linear in zip(groups, exact, strict=True):
+        report("PBRF", done + len(minima), total)
+        minima.append(solve_pbrf(reference, group, damping, rtol=rtol, max_steps=max_steps, first_step=linear.displacement))
+    found = [dict(zip(KINDS, row, strict=True)) for row in zip(cold, warm, proximal, minima, exact, estimates, strict=True)]
     report("decompose", total, total)
     protocol = {
         "network": type(run.model).__name__,
@@ -315,18 +325,6 @@ def decompose(
     )
 
 
-def _groups(run: Run, remove: Iterable[Iterable[int]]) -> list[tuple[int, ...]]:
-    if not isinstance(run, Run):
-        raise ArgumentError(f"decompose: expected a Run, got {type(run).__name__}; train the network with train(recipe, data).")
-    sets: Sequence[Any] = list(remove)
-    if not sets or not all(isinstance(group, Iterable) for group in sets):
-        raise ArgumentError(
-            "decompose: expected remove to be a list of removed sets, each a list of indices, got "
-            f"{'none' if not sets else repr(sets[0])}; write remove=[[3], [17]] for two single examples."
-        )
-    return [removed_indices(group, run.data.num_examples, who="decompose", allow_empty=False) for group in sets]
-
-
 def _terms(responses: dict[str, Response]) -> dict[str, Distance]:
     found = {}
     for term, first, second in zip(TERMS, KINDS[:-1], KINDS[1:], strict=True):
@@ -342,6 +340,7 @@ def _quality(response: Response) -> dict[str, Any]:
         "relative_residual": _number(response.relative_residual),
         "num_steps": response.num_steps,
         "num_products": response.num_products,
+        "one_by_one": response.one_by_one,
     }
 
 

@@ -179,6 +179,7 @@ class Response:
         num_steps: Steps of the minimiser, or epochs.
         num_products: Curvature products spent.
         buffers: The network's buffers where retraining changed them.
+        one_by_one: Why the set was trained by itself where several were to be trained together; ``None`` if nothing stood in the way.
     """
 
     kind: str
@@ -192,6 +193,7 @@ class Response:
     num_steps: int = 0
     num_products: int = 0
     buffers: dict[str, Tensor] | None = field(default=None, repr=False)
+    one_by_one: str | None = None
 
     @property
     def params(self) -> Tensor:

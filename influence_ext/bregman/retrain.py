@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +16,8 @@ from influence_ext.bregman.pbrf import check_damping, checked, default_rtol, res
 from influence_ext.bregman.progress import Progress, reporter
 from influence_ext.bregman.recipe import Run
 from influence_ext.bregman.response import Response, ResponseStatus, TrainedNetwork, removed_indices
-from influence_ext.bregman.training import Proximity, Trainer, TrainingPoint
+from influence_ext.bregman.together import TogetherTrainer, Trained
+from influence_ext.bregman.training import Proximity, Trainer
 from influence_ext.context import standalone
 from influence_ext.errors import ArgumentError
 
@@ -70,8 +72,63 @@ def retrain(
     branches = Branches(run, who="retrain", epochs=epochs, converge=converge, rtol=rtol, max_steps=max_steps)
     removed = removed_indices(remove, run.data.num_examples, who="retrain")
     report = reporter(progress)
-    response = branches.cold(removed, report) if start == "cold" else branches.warm(removed, report)
+    response = (branches.cold([removed], report) if start == "cold" else branches.warm([removed], report))[0]
     return checked(response, "raise", who="retrain")
+
+
+@standalone
+def retrain_many(
+    run: Run,
+    remove: Iterable[Iterable[int]],
+    start: Start = "cold",
+    *,
+    epochs: int | None = None,
+    converge: bool = False,
+    rtol: float | None = None,
+    max_steps: int = 200,
+    memory_budget: int | None = None,
+    progress: bool | Progress = False,
+) -> list[Response]:
+    r"""Train again without each of several removed sets, all sets together: :func:`retrain` for every set of ``remove``.
+
+    The trainings step in time through products that serve them all, each set with its own mask on the batch. Every trajectory is that of
+    :func:`retrain` on the set by itself (batches, their order, the divisor of a batch, the optimiser's arithmetic) up to the order of
+    summation. A network whose trainings cannot share a step (batch norm in training mode, dropout, operators that ``torch.vmap``
+    refuses) is found by a probe before training and trained one by one: ``one_by_one`` of the response and a line at INFO level of the
+    logger ``influence_ext`` say so and why.
+
+    Args:
+        run: The base run.
+        remove: The removed sets, each a list of indices.
+        start: ``"cold"`` or ``"warm"``.
+        epochs: Epochs after the first ``K``; ``None`` is ``K/2``, rounded up.
+        converge: Solve to convergence instead of those epochs, one set after the other; only the first ``K`` epochs of a cold start are
+            trained together.
+        rtol: Goal of ``converge`` for the relative gradient norm; ``None`` is 1e-6 in float64 and 1e-4 in float32.
+        max_steps: Bound on the Newton steps of ``converge``.
+        memory_budget: Bytes that sets in training may take together; ``None`` is 1 GiB. It decides how many are trained at a time.
+        progress: ``True`` for a line on stderr, or a function ``(label, done, total)``.
+
+    Returns:
+        One response for each set, in order.
+
+    Raises:
+        ArgumentError: no set, or an option makes no sense.
+        DivergenceError: training left the finite numbers.
+
+    Cost:
+        The arithmetic of the trainings one by one; what PyTorch spends on a step beside that is spent once for all sets. Memory: for each
+        set trained at a time, its parameters with gradient and moments, and the activations of a batch.
+    """
+    if start not in ("cold", "warm"):
+        raise ArgumentError(f"retrain_many: expected start to be 'cold' or 'warm', got {start!r}; choose one.")
+    groups = removed_sets(run, remove, who="retrain_many")
+    branches = Branches(
+        run, who="retrain_many", epochs=epochs, converge=converge, rtol=rtol, max_steps=max_steps, memory_budget=memory_budget
+    )
+    report = reporter(progress)
+    responses = branches.cold(groups, report) if start == "cold" else branches.warm(groups, report)
+    return [checked(response, "raise", who="retrain_many") for response in responses]
 
 
 @standalone
@@ -111,7 +168,52 @@ def proximal_response(
     branches = Branches(run, who="proximal_response", epochs=epochs, converge=converge, rtol=rtol, max_steps=max_steps)
     check_damping(damping, run.recipe.weight_decay, who="proximal_response")
     removed = removed_indices(remove, run.data.num_examples, who="proximal_response")
-    return checked(branches.proximal(removed, damping, reporter(progress)), "raise", who="proximal_response")
+    return checked(branches.proximal([removed], damping, reporter(progress))[0], "raise", who="proximal_response")
+
+
+@standalone
+def proximal_response_many(
+    run: Run,
+    remove: Iterable[Iterable[int]],
+    damping: float = 1e-3,
+    *,
+    epochs: int | None = None,
+    converge: bool = False,
+    rtol: float | None = None,
+    max_steps: int = 200,
+    memory_budget: int | None = None,
+    progress: bool | Progress = False,
+) -> list[Response]:
+    r""":func:`proximal_response` for every set of ``remove``, trained together as by :func:`retrain_many`.
+
+    Args:
+        run: The base run.
+        remove: The removed sets, each a list of indices.
+        damping: λ.
+        epochs: Epochs from θs; ``None`` is ``K/2``, rounded up.
+        converge: Solve to convergence instead of those epochs, one set after the other.
+        rtol: Goal of ``converge`` for the relative gradient norm; ``None`` is 1e-6 in float64 and 1e-4 in float32.
+        max_steps: Bound on the Newton steps of ``converge``.
+        memory_budget: See :func:`retrain_many`.
+        progress: ``True`` for a line on stderr, or a function ``(label, done, total)``.
+
+    Returns:
+        One response for each set, in order.
+
+    Raises:
+        ArgumentError: no set, or an option makes no sense.
+        DivergenceError: training left the finite numbers.
+
+    Cost:
+        See :func:`retrain_many`.
+    """
+    groups = removed_sets(run, remove, who="proximal_response_many")
+    branches = Branches(
+        run, who="proximal_response_many", epochs=epochs, converge=converge, rtol=rtol, max_steps=max_steps, memory_budget=memory_budget
+    )
+    check_damping(damping, run.recipe.weight_decay, who="proximal_response_many")
+    responses = branches.proximal(groups, damping, reporter(progress))
+    return [checked(response, "raise", who="proximal_response_many") for response in responses]
 
 
 class Branches:
@@ -124,6 +226,7 @@ class Branches:
         converge: Solve to convergence instead.
         rtol: Goal of that.
         max_steps: Its bound.
+        memory_budget: Bytes that sets trained together may take.
         reference: Shared with other responses of the same run where there is one.
     """
 
@@ -136,6 +239,7 @@ class Branches:
         converge: bool = False,
         rtol: float | None = None,
         max_steps: int = 200,
+        memory_budget: int | None = None,
         reference: Reference | None = None,
     ):
         if not isinstance(run, Run):
@@ -144,6 +248,8 @@ class Branches:
             raise ArgumentError(f"{who}: expected epochs to be a whole number of at least 1, got {epochs!r}; correct epochs.")
         if epochs is not None and converge:
             raise ArgumentError(f"{who}: expected either epochs or converge=True, got both; leave out one.")
+        if memory_budget is not None and (isinstance(memory_budget, bool) or not isinstance(memory_budget, int) or memory_budget < 1):
+            raise ArgumentError(f"{who}: expected memory_budget to be a number of bytes of at least 1, got {memory_budget!r}; correct it.")
         self.run = run
         self.network = TrainedNetwork.of(run, None, None, who=who) if reference is None else reference.network
         if converge and self.network.buffers_move(run.initial.buffers):
@@ -155,59 +261,93 @@ class Branches:
         self._converge, self._rtol, self._max_steps = converge, rtol, max_steps
         self._reference = reference
         self._trainer = Trainer(run.recipe, copy.deepcopy(run.model), run.loss, run.data)
+        self._trainers = TogetherTrainer(self._trainer, memory_budget)
 
-    def cold(self, removed: tuple[int, ...], report: Progress) -> Response:
-        """From θ₀ through the base run's epochs, then on."""
+    def cold(self, groups: Sequence[tuple[int, ...]], report: Progress) -> list[Response]:
+        """From θ₀ through the base run's epochs, then on; once without each of ``groups``."""
         epochs = self._first if self._converge else range(self._later.stop)
-        point, _ = self._trainer.advance(self.run.initial, epochs, removed=removed, report=report, label="cold start")
-        if self._converge:
-            return self._converged("cold_start", removed, 0.0, point.theta.double() - self.network.exact_theta, report)
-        return self._trained("cold_start", removed, point, None, len(epochs))
+        found = self._trainers.advance(self.run.initial, epochs, groups, report=report, label="cold start")
+        if not self._converge:
+            return self._trained("cold_start", groups, found, None, len(epochs))
+        starts = [trained.point.theta.double() - self.network.exact_theta for trained in found]
+        responses = self._converged("cold_start", groups, 0.0, starts, report)
+        return [replace(response, one_by_one=trained.one_by_one) for response, trained in zip(responses, found, strict=True)]
 
-    def warm(self, removed: tuple[int, ...], report: Progress) -> Response:
-        """From θs on."""
+    def warm(self, groups: Sequence[tuple[int, ...]], report: Progress) -> list[Response]:
+        """From θs on, once without each of ``groups``."""
         if self._converge:
-            return self._converged("warm_start", removed, 0.0, torch.zeros_like(self.network.exact_theta), report)
-        point, _ = self._trainer.advance(self.run.final, self._later, removed=removed, report=report, label="warm start")
-        return self._trained("warm_start", removed, point, None, len(self._later))
+            return self._converged("warm_start", groups, 0.0, [torch.zeros_like(self.network.exact_theta)] * len(groups), report)
+        found = self._trainers.advance(self.run.final, self._later, groups, report=report, label="warm start")
+        return self._trained("warm_start", groups, found, None, len(self._later))
 
-    def proximal(self, removed: tuple[int, ...], damping: float, report: Progress) -> Response:
-        """From θs on, held back by ``(λ/2)‖θ − θs‖²``."""
+    def proximal(self, groups: Sequence[tuple[int, ...]], damping: float, report: Progress) -> list[Response]:
+        """From θs on, held back by ``(λ/2)‖θ − θs‖²``, once without each of ``groups``."""
         if self._converge:
-            return self._converged("proximal", removed, damping, torch.zeros_like(self.network.exact_theta), report)
+            return self._converged("proximal", groups, damping, [torch.zeros_like(self.network.exact_theta)] * len(groups), report)
         proximity = Proximity(damping, self.network.theta)
-        point, _ = self._trainer.advance(
-            self.run.final, self._later, removed=removed, proximity=proximity, report=report, label="proximal response"
-        )
-        return self._trained("proximal", removed, point, proximity, len(self._later))
+        found = self._trainers.advance(self.run.final, self._later, groups, proximity=proximity, report=report, label="proximal response")
+        return self._trained("proximal", groups, found, proximity, len(self._later))
 
-    def _trained(self, kind: str, removed: tuple[int, ...], point: TrainingPoint, proximity: Proximity | None, num_epochs: int) -> Response:
-        norm = _norm(self._trainer.gradient(point, removed=removed, proximity=proximity))
-        norm_s = _norm(self._trainer.gradient(self.run.final, removed=removed, proximity=proximity))
-        return Response(
-            kind,
-            removed,
-            point.theta.double(),
-            self.network,
-            ResponseStatus.TRAINED,
-            gradient_norm=norm,
-            relative_gradient_norm=norm / norm_s if norm_s else 0.0,
-            num_steps=num_epochs,
-            buffers=point.buffers,
-        )
+    def _trained(
+        self, kind: str, groups: Sequence[tuple[int, ...]], found: Sequence[Trained], proximity: Proximity | None, num_epochs: int
+    ) -> list[Response]:
+        responses = []
+        if len(groups) > 1 and all(trained.one_by_one is None for trained in found):  # then examples do not depend on each other
+            norms_s = [_norm(g) for g in self._trainer.gradients_without(self.run.final, groups)]  # the proximity term has none at θs
+        else:
+            norms_s = [_norm(self._trainer.gradient(self.run.final, removed=removed, proximity=proximity)) for removed in groups]
+        for removed, trained, norm_s in zip(groups, found, norms_s, strict=True):
+            norm = _norm(self._trainer.gradient(trained.point, removed=removed, proximity=proximity))
+            responses.append(
+                Response(
+                    kind,
+                    removed,
+                    trained.point.theta.double(),
+                    self.network,
+                    ResponseStatus.TRAINED,
+                    gradient_norm=norm,
+                    relative_gradient_norm=norm / norm_s if norm_s else 0.0,
+                    num_steps=num_epochs,
+                    buffers=trained.point.buffers,
+                    one_by_one=trained.one_by_one,
+                )
+            )
+        return responses
 
-    def _converged(self, kind: str, removed: tuple[int, ...], damping: float, start: Tensor, report: Progress) -> Response:
+    def _converged(
+        self, kind: str, groups: Sequence[tuple[int, ...]], damping: float, starts: Sequence[Tensor], report: Progress
+    ) -> list[Response]:
         if self._reference is None:
             self._reference = Reference(self.network)
-        minimum = minimise(
-            BregmanObjective.retraining(self._reference, removed, damping),
-            start,
-            rtol=default_rtol(self.network.theta.dtype) if self._rtol is None else self._rtol,
-            max_steps=self._max_steps,
-            on_step=lambda step: report(kind.replace("_", " "), step, self._max_steps),
+        label, total, responses = kind.replace("_", " "), len(groups) * self._max_steps, []
+        for done, (removed, start) in enumerate(zip(groups, starts, strict=True)):
+            minimum = minimise(
+                BregmanObjective.retraining(self._reference, removed, damping),
+                start,
+                rtol=default_rtol(self.network.theta.dtype) if self._rtol is None else self._rtol,
+                max_steps=self._max_steps,
+                on_step=lambda step, done=done: report(label, done * self._max_steps + step, total),  # type: ignore[misc]
+            )
+            responses.append(response_at(minimum, kind, removed, self.network))
+        report(label, total, total)
+        return responses
+
+
+def removed_sets(run: Run, remove: Iterable[Iterable[int]], *, who: str, allow_empty: bool = True) -> list[tuple[int, ...]]:
+    """``remove`` as a list of tuples of indices.
+
+    Raises:
+        ArgumentError: not a list of lists, no set, or a set that :func:`removed_indices` refuses.
+    """
+    if not isinstance(run, Run):
+        raise ArgumentError(f"{who}: expected a Run, got {type(run).__name__}; train the network with train(recipe, data).")
+    sets: Sequence[Any] = list(remove)
+    if not sets or not all(isinstance(group, Iterable) for group in sets):
+        raise ArgumentError(
+            f"{who}: expected remove to be a list of removed sets, each a list of indices, got "
+            f"{'none' if not sets else repr(sets[0])}; write remove=[[3], [17]] for two single examples."
         )
-        report(kind.replace("_", " "), self._max_steps, self._max_steps)
-        return response_at(minimum, kind, removed, self.network)
+    return [removed_indices(group, run.data.num_examples, who=who, allow_empty=allow_empty) for group in sets]
 
 
 def _norm(gradient: Tensor) -> float:

@@ -81,6 +81,34 @@ def rows(X: ModelInput, index: Tensor | slice) -> ModelInput:
     return {name: x[index] for name, x in X.items()} if isinstance(X, dict) else tuple(x[index] for x in X)
 
 
+def no_moments(recipe: Recipe, theta: Tensor) -> tuple[Tensor, ...]:
+    """The optimiser's state before the first step, shaped like ``theta``."""
+    return tuple(torch.zeros_like(theta) for _ in range(1 if recipe.optimizer == "sgd" else 2))
+
+
+def descend(recipe: Recipe, theta: Tensor, grad: Tensor, moments: tuple[Tensor, ...], num_steps: int, lr: float) -> None:
+    """The recipe's update, by elements and in place: ``theta`` and ``moments`` of any one shape.
+
+    Args:
+        recipe: Names the optimiser.
+        theta: Parameters.
+        grad: The gradient there, only read.
+        moments: See :class:`TrainingPoint`.
+        num_steps: Counts this step too.
+        lr: Learning rate of this step.
+    """
+    if recipe.optimizer == "sgd":
+        momentum = moments[0].mul_(recipe.momentum).add_(grad)
+        theta.add_(momentum, alpha=-lr)
+        return
+    first, second = moments
+    beta1, beta2 = recipe.betas
+    first.lerp_(grad, 1 - beta1)
+    second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    denominator = second.sqrt().div_((1 - beta2**num_steps) ** 0.5).add_(recipe.eps)
+    theta.addcdiv_(first, denominator, value=-lr / (1 - beta1**num_steps))
+
+
 class Trainer:
     """Trains one network under a recipe.
 
@@ -104,7 +132,7 @@ class Trainer:
 
     def starting_point(self) -> TrainingPoint:
         """The network as it was handed over, before any step."""
-        return TrainingPoint(self._start.clone(), self._buffers())
+        return TrainingPoint(self._start.clone(), self.buffers())
 
     def write(self, point: TrainingPoint, model: nn.Module) -> None:
         """Copy a point's parameters and buffers into ``model``."""
@@ -136,8 +164,8 @@ class Trainer:
         recipe = self.recipe
         theta, grad = self._theta, self._grad
         theta.copy_(point.theta)
-        self._load_buffers(point.buffers)
-        moments = tuple(m.clone() for m in point.moments) or self._no_moments()
+        self.load_buffers(point.buffers)
+        moments = tuple(m.clone() for m in point.moments) or no_moments(recipe, theta)
         num_steps = point.num_steps
         N = self.examples.num_examples
         scale = self.loss.factor(self.examples.targets) * N
@@ -165,7 +193,7 @@ class Trainer:
                     if proximity is not None:
                         grad.add_(theta - proximity.anchor, alpha=proximity.damping)
                     num_steps += 1
-                    self._step(moments, num_steps, lr)
+                    descend(recipe, theta, grad, moments, num_steps, lr)
                 loss = total.item() * scale / N
                 history["loss"].append(loss)
                 history["lr"].append(lr)
@@ -175,7 +203,7 @@ class Trainer:
                         f"{epoch + 1}; lower lr (now {lr:g}) or standardise the inputs."
                     )
         report(label, len(epochs), len(epochs))
-        return TrainingPoint(theta.clone(), self._buffers(), moments, num_steps), history
+        return TrainingPoint(theta.clone(), self.buffers(), moments, num_steps), history
 
     def gradient(
         self,
@@ -186,43 +214,41 @@ class Trainer:
     ) -> Tensor:
         """``[P]``: the full-batch gradient of ``c Σ_{i ∉ removed} ℓ_i + (w/2)‖θ‖² + (λ/2)‖θ − anchor‖²`` in evaluation mode."""
         N = self.examples.num_examples
-        self._theta.copy_(point.theta)
-        self._load_buffers(point.buffers)
-        self._grad.zero_()
         weight = torch.full((N,), self.loss.factor(self.examples.targets), dtype=self._theta.dtype, device=self._theta.device)
         weight[list(removed)] = 0
+        gradient = self._loss_gradient(point, self.examples, weight).add_(point.theta, alpha=self.recipe.weight_decay)
+        return gradient if proximity is None else gradient.add_(point.theta - proximity.anchor, alpha=proximity.damping)
+
+    def gradients_without(self, point: TrainingPoint, groups: Sequence[Sequence[int]]) -> Iterator[Tensor]:
+        """``[P]`` each: :meth:`gradient` without each of ``groups``, from one pass over all examples and one over the removed ones.
+
+        For networks that treat each example by itself.
+        """
+        full, factor = self.gradient(point), self.loss.factor(self.examples.targets)
+        for removed in groups:
+            weight = full.new_full((len(removed),), factor)
+            yield full - self._loss_gradient(point, self.examples.subset(removed), weight) if removed else full
+
+    def _loss_gradient(self, point: TrainingPoint, examples: Examples, weight: Tensor) -> Tensor:
+        """``[P]``: ``Σ_i weight_i ∇ℓ_i`` in evaluation mode."""
+        self._theta.copy_(point.theta)
+        self.load_buffers(point.buffers)
+        self._grad.zero_()
         self.model.eval()
         with torch.enable_grad():
-            for start in range(0, N, CHUNK):
+            for start in range(0, examples.num_examples, CHUNK):
                 part = slice(start, start + CHUNK)
-                z = call_model(self.model, rows(self.examples.X, part))
-                g_z = self.loss.gradient(z.detach(), self.examples.targets[part])
+                z = call_model(self.model, rows(examples.X, part))
+                g_z = self.loss.gradient(z.detach(), examples.targets[part])
                 z.backward(g_z * weight[part].view(-1, *[1] * (g_z.dim() - 1)))
-        self._grad.add_(self._theta, alpha=self.recipe.weight_decay)
-        if proximity is not None:
-            self._grad.add_(self._theta - proximity.anchor, alpha=proximity.damping)
         return self._grad.clone()
 
-    def _step(self, moments: tuple[Tensor, ...], num_steps: int, lr: float) -> None:
-        theta, grad = self._theta, self._grad
-        if self.recipe.optimizer == "sgd":
-            momentum = moments[0].mul_(self.recipe.momentum).add_(grad)
-            theta.add_(momentum, alpha=-lr)
-            return
-        first, second = moments
-        beta1, beta2 = self.recipe.betas
-        first.lerp_(grad, 1 - beta1)
-        second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        denominator = second.sqrt().div_((1 - beta2**num_steps) ** 0.5).add_(self.recipe.eps)
-        theta.addcdiv_(first, denominator, value=-lr / (1 - beta1**num_steps))
-
-    def _no_moments(self) -> tuple[Tensor, ...]:
-        return tuple(torch.zeros_like(self._theta) for _ in range(1 if self.recipe.optimizer == "sgd" else 2))
-
-    def _buffers(self) -> dict[str, Tensor]:
+    def buffers(self) -> dict[str, Tensor]:
+        """Copies of the network's buffers as they are now."""
         return {name: buffer.detach().clone() for name, buffer in self.model.named_buffers()}
 
-    def _load_buffers(self, buffers: dict[str, Tensor]) -> None:
+    def load_buffers(self, buffers: dict[str, Tensor]) -> None:
+        """Give the network these buffers."""
         with torch.no_grad():
             for name, buffer in self.model.named_buffers():
                 buffer.copy_(buffers[name])

@@ -150,7 +150,8 @@ class _BlockDescent:
             finite = finite & M.isfinite().all()
             definite = definite & (info == 0) & (quotient > eps * top).all()
             usable = finite & definite
-            T = torch.where(usable, torch.cholesky_inverse(factor), 0.0).to(Q.dtype)
+            unit = torch.eye(self.rank, dtype=factor.dtype, device=factor.device)
+            T = torch.cholesky_inverse(torch.where(usable, factor, unit)).to(Q.dtype)  # which raises on a factor that is none
             # a block that fails keeps the X it had, also between two checks
             self.change += torch.where(usable, (D @ (T @ C)).T, 0.0)
             Q, S = torch.linalg.qr(torch.where(usable, Q - AD @ T, Q))

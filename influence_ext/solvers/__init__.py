@@ -2,6 +2,7 @@
 
 from influence_ext.solvers.auto import AutoChoice, auto
 from influence_ext.solvers.base import Solution, Solver, Status
+from influence_ext.solvers.block_cg import BlockCG
 from influence_ext.solvers.cg import CG
 from influence_ext.solvers.direct import Direct, DirectFactorisation
 from influence_ext.solvers.dual import Dual, DualFactorisation
@@ -11,6 +12,7 @@ from influence_ext.solvers.power import top_eigenvalue
 __all__ = [
     "CG",
     "AutoChoice",
+    "BlockCG",
     "Direct",
     "DirectFactorisation",
     "Dual",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from influence_ext.reference.products import TwiceDifferentiable
 from tests.cases import Network, subset
 
 Theta = dict[str, Tensor]
@@ -111,10 +112,11 @@ def ggn_products(network: Network, V: Tensor) -> Tensor:
 
 
 def hessian_products(network: Network, V: Tensor) -> Tensor:
-    """``∇²J V``: reverse mode twice, ``[V, P] -> [V, P]``."""
+    """``∇²J V``: reverse mode twice (where PyTorch cannot, through the forms the oracle takes), ``[V, P] -> [V, P]``."""
     theta = {name: value.clone().requires_grad_() for name, value in trainable(network.model).items()}
     leaves = list(theta.values())
-    cost = network.loss_case.reduced()(function(network.model, network.X)(theta), network.y)
+    with TwiceDifferentiable():
+        cost = network.loss_case.reduced()(function(network.model, network.X)(theta), network.y)
 
     def gradient(of: Tensor) -> Tensor:
         return flatten(

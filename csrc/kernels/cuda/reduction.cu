@@ -188,7 +188,7 @@ void cumulative_sum(const Context& ctx, int64_t rows, int64_t size, int64_t inne
 // What each kind carries along a line:
 //   extrema           a = the extremum, b = how many are equal to it, first = the first of these
 //   log_sum_exp       a = the maximum, b = Σ exp(x − a)
-//   variance, deviation  a = mean, b = Σ (x − a)², count
+//   variance, deviation  of x − x[0], from which a common offset has gone: a = mean, b = Σ (x − x[0] − a)², count
 //   norm              a = max |x|, b = Σ (x/a)²: neither overflows nor underflows
 //   absolute_norm     b = Σ |x|
 template <class T>
@@ -210,7 +210,7 @@ struct ReductionLine {
 
   __device__ void add(State& state, T value, int64_t s) const {
     State one{value, T(1), 1, s};
-    if (kind == Reduction::variance || kind == Reduction::deviation) one.b = 0;
+    if (kind == Reduction::variance || kind == Reduction::deviation) one = {value - x[0], T(0), 1, s};
     if (kind == Reduction::norm || kind == Reduction::absolute_norm) {
       one.a = one.b = std::abs(value);
       if (kind == Reduction::norm) one.b = value == T(0) ? T(0) : T(1);
@@ -278,10 +278,10 @@ struct ReductionLine {
         derivative = std::exp(value - state.a) / state.b;
         break;
       case Reduction::variance:
-        derivative = (value - state.a) * (T(2) / (T(state.count) - correction));
+        derivative = (value - x[0] - state.a) * (T(2) / (T(state.count) - correction));
         break;
       case Reduction::deviation:
-        derivative = state.b == T(0) ? T(0) : (value - state.a) / ((T(state.count) - correction) * result(state));
+        derivative = state.b == T(0) ? T(0) : (value - x[0] - state.a) / ((T(state.count) - correction) * result(state));
         break;
       case Reduction::norm:
         derivative = state.a == T(0) ? T(0) : value / state.a / std::sqrt(state.b);

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
@@ -25,22 +25,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped with a counted reason where there is none")
 
 
-def _long_on_the_emulated_device(item: pytest.Item, params: Mapping[str, object]) -> bool:
-    """The short run visits every row's GGN and Jacobian products there, in float64; all else about the rows is for the long one."""
-    if item.path.name != "test_device.py" or not params:
-        return False
-    row = params.get("row")
-    return not item.name.startswith("test_every_product") or (isinstance(row, tuple) and row[1] is torch.float32)
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leave float32 runs of rows without arithmetic of their own to the long set; skip GPU rows where there is no GPU."""
     for item in items:
         params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
         if params.get("dtype") is torch.float32 and LONG_IN_FLOAT32.intersection(map(id, params.values())):
-            item.add_marker(pytest.mark.slow)
-        if _long_on_the_emulated_device(item, params):
             item.add_marker(pytest.mark.slow)
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 
 import pytest
+import torch
+from _pytest.mark import ParameterSet
 
+from tests.cases import Network, NetworkCase, build
+from tests.cases.families import FAMILIES, RULE_ROWS
 from tests.emulation import ROOT, emulated_device
-from tests.test_families import row, test_every_per_example_quantity, test_every_product, test_hessian
+from tests.test_families import rows, test_every_per_example_quantity, test_every_product, test_hessian
 from tests.test_losses import (
     test_bregman_divergence_keeps_its_digits_near_the_anchor,
     test_bregman_divergence_matches_its_definition,
@@ -20,7 +25,6 @@ from tests.test_losses import (
 )
 
 __all__ = [
-    "row",
     "test_bregman_divergence_keeps_its_digits_near_the_anchor",
     "test_bregman_divergence_matches_its_definition",
     "test_every_per_example_quantity",
@@ -47,6 +51,28 @@ def test_every_kernel_has_a_twin() -> None:
     assert len(set(cpu)) == len(cpu) > 50
     assert len(set(cuda)) == len(cuda), "a kernel has two twins"
     assert set(cuda) == set(cpu) - CPU_ONLY
+
+
+def in_turn(cases: Iterable[NetworkCase]) -> list[ParameterSet]:
+    """Of the rows through the same rules, the first of every twelve is quick in float64 and the next one in float32."""
+    seen: Counter[frozenset[str]] = Counter()
+    turn = {}
+    for case in cases:
+        turn[id(case)] = {0: torch.float64, 1: torch.float32}.get(seen[case.rules] % 12)
+        seen[case.rules] += 1
+    return rows(cases, lambda case, dtype: turn[id(case)] == dtype)
+
+
+@pytest.fixture(params=in_turn(FAMILIES))
+def row(request: pytest.FixtureRequest) -> Network:
+    """A network of one row in one data type."""
+    return build(*request.param)
+
+
+@pytest.fixture(params=in_turn(RULE_ROWS))
+def rule_row(request: pytest.FixtureRequest) -> Network:
+    """The same for all rows of all rules."""
+    return build(*request.param)
 
 
 @pytest.fixture(autouse=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from functools import cache, partial
 
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 from torch import Tensor
 
 import influence_ext as ie
@@ -22,16 +23,24 @@ F64 = torch.float64
 LONG_IN_FLOAT32 = {id(row) for row in MOVEMENT + POINTWISE}  # no sums of their own worth a second data type every time
 
 
-def _rows() -> Iterator[object]:
-    for case in FAMILIES:
-        yield pytest.param((case, F64), id=f"{case.id}-f64")
-        marks = pytest.mark.slow if id(case) in LONG_IN_FLOAT32 else ()
-        yield pytest.param((case, torch.float32), id=f"{case.id}-f32", marks=marks)
+def rows(cases: Iterable[NetworkCase], quick: Callable[[NetworkCase, torch.dtype], bool]) -> list[ParameterSet]:
+    """The cases in both data types; those that are not quick are marked slow."""
+    return [
+        pytest.param((case, dtype), id=f"{case.id}-{name}", marks=() if quick(case, dtype) else pytest.mark.slow)
+        for case in cases
+        for dtype, name in ((F64, "f64"), (torch.float32, "f32"))
+    ]
 
 
-@pytest.fixture(params=_rows())
+@pytest.fixture(params=rows(FAMILIES, lambda case, dtype: dtype == F64 or id(case) not in LONG_IN_FLOAT32))
 def row(request: pytest.FixtureRequest) -> Network:
     """A network of one row in one data type."""
+    return build(*request.param)
+
+
+@pytest.fixture(params=rows(RULE_ROWS, lambda case, dtype: dtype == F64))
+def rule_row(request: pytest.FixtureRequest) -> Network:
+    """The same for all rows of all rules."""
     return build(*request.param)
 
 
@@ -64,10 +73,8 @@ def test_every_product(row: Network, threads: Callable[[int], None]) -> None:
     assert_close(tape.jvp(V[:1]), tangents[:1], scope=scope, eager=lambda: peers[0]()[:1])
 
 
-@pytest.mark.parametrize("dtype", [F64, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=["f64", "f32"])
-@pytest.mark.parametrize("case", RULE_ROWS, ids=lambda case: case.id)
-def test_hessian(case: NetworkCase, dtype: torch.dtype, threads: Callable[[int], None]) -> None:
-    row = build(case, dtype)
+def test_hessian(rule_row: Network, threads: Callable[[int], None]) -> None:
+    row, scope = rule_row, rule_row.case.scope
     V = row.random("V", 3, row.P)
     expected = row.hessian_matmat(V)
     peer = cache(partial(eager.hessian_products, row, V))
@@ -75,9 +82,9 @@ def test_hessian(case: NetworkCase, dtype: torch.dtype, threads: Callable[[int],
     for schedule, num_threads in (("by_example", 1), ("by_operator", 2)):
         threads(num_threads)
         H.tape.set_schedule(schedule)  # type: ignore[arg-type]
-        assert_close(H.matmat(V), expected, scope=case.scope, eager=peer)
+        assert_close(H.matmat(V), expected, scope=scope, eager=peer)
     threads(1)
-    assert_close(H.matmat(V[:1]), expected[:1], scope=case.scope, eager=lambda: peer()[:1])
+    assert_close(H.matmat(V[:1]), expected[:1], scope=scope, eager=lambda: peer()[:1])
 
 
 def test_every_per_example_quantity(row: Network) -> None:

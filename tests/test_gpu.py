@@ -16,7 +16,8 @@ from influence_ext.errors import DeviceError
 from influence_ext.losses import resolve
 from influence_ext.plan import Plan
 from influence_ext.testing import assert_close
-from tests.cases import Network, cast, generator
+from tests.cases import Network, NetworkCase, build, cast, generator
+from tests.cases.families import RULE_ROWS
 from tests.cases.losses import LOSSES, LossCase
 from tests.test_families import row
 
@@ -47,6 +48,14 @@ def test_every_product(row: Network) -> None:
     assert first.device == tape.outputs.device
     assert_close(first.cpu(), row.ggn_matmat(V), scope=scope)
     assert torch.equal(first, tape.ggn(V.cuda(), hessian)), "products do not repeat"
+
+
+@pytest.mark.parametrize("case", RULE_ROWS, ids=lambda case: case.id)
+def test_hessian(case: NetworkCase) -> None:
+    network = build(case, torch.float64)
+    V = network.random("V", 3, network.P)
+    H = ie.Hessian(copy.deepcopy(network.model).cuda(), network.loss, (on_gpu(network.X), on_gpu(network.y)))
+    assert_close(H.matmat(V.cuda()).cpu(), network.hessian_matmat(V), scope=case.scope)
 
 
 def test_every_per_example_quantity(row: Network) -> None:

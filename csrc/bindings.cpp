@@ -18,7 +18,7 @@
 #include "layers/rule.h"
 #include "losses/class_indices.h"
 #include "losses/loss.h"
-#include "per_example/factors.h"
+#include "plan/example_gradients.h"
 #include "plan/tape.h"
 
 namespace py = pybind11;
@@ -88,11 +88,18 @@ struct BoundTape {
   std::unique_ptr<Tape<T>> tape;
 };
 
-// Factors and the tape they point into.
+// The gradients of a tape's examples for cotangents of its outputs.
 template <class T>
 struct BoundFactors {
+  BoundFactors(std::shared_ptr<BoundTape<T>> tape_, const at::Tensor& g)
+      : tape(std::move(tape_)),
+        cotangents(g),
+        gradients(*tape->tape, g.size(0), data<T>(g, g.size(0) * tape->N() * tape->C(), tape->device, "factors")) {}
+  at::Tensor empty_norms() const { return empty<T>({gradients.num_vectors(), gradients.num_examples()}, tape->device); }
+
   std::shared_ptr<BoundTape<T>> tape;
-  std::unique_ptr<FactorSet<T>> set;
+  at::Tensor cotangents;
+  ExampleGradients<T> gradients;
 };
 
 // [V, P] -> [V, P] by ggn or hvp.
@@ -223,55 +230,44 @@ void bind(py::module_& m, const std::string& suffix) {
       .def("ggn", &product<T, &Tape<T>::ggn>, py::arg("v"), py::arg("shape"), py::arg("scale"), py::arg("state"), py::arg("weights"))
       .def("hvp", &product<T, &Tape<T>::hvp>, py::arg("v"), py::arg("shape"), py::arg("scale"), py::arg("state"), py::arg("weights"))
       .def(
-          "factors",
-          [](std::shared_ptr<BoundTape<T>> b, const at::Tensor& g) {
-            const int64_t V = g.size(0);
-            const T* from = data<T>(g, V * b->N() * b->C(), b->device, "factors");
-            const Run run(b->device, b->precision);
-            py::gil_scoped_release release;
-            std::vector<Buffer<T>> storage;
-            auto factors = b->tape->factors(run.ctx, V, from, storage);
-            auto set = std::make_unique<FactorSet<T>>(V, b->N(), b->P(), b->tape->plan().slots(), std::move(factors), std::move(storage));
-            return std::make_shared<BoundFactors<T>>(BoundFactors<T>{b, std::move(set)});
-          },
+          "factors", [](std::shared_ptr<BoundTape<T>> b, const at::Tensor& g) { return std::make_shared<BoundFactors<T>>(std::move(b), g); },
           py::arg("g"));
 
   py::class_<BoundFactors<T>, std::shared_ptr<BoundFactors<T>>>(m, ("Factors" + suffix).c_str())
       .def(
           "materialise",
           [](const BoundFactors<T>& f, const std::optional<at::Tensor>& out) {
-            const int64_t V = f.set->num_vectors(), N = f.set->num_examples(), P = f.tape->P();
+            const int64_t V = f.gradients.num_vectors(), N = f.gradients.num_examples(), P = f.tape->P();
             at::Tensor result = out ? *out : empty<T>({V, N, P}, f.tape->device);
             data<T>(result, V * N * P, f.tape->device, "materialise");
             T* to = result.mutable_data_ptr<T>();
             const Run run(f.tape->device, f.tape->precision);
             py::gil_scoped_release release;
-            f.set->materialise(run.ctx, to, P);
+            f.gradients.materialise(run.ctx, to);
             return result;
           },
           py::arg("out") = py::none())
       .def("square_norms",
            [](const BoundFactors<T>& f) {
-             at::Tensor out = empty<T>({f.set->num_vectors(), f.set->num_examples()}, f.tape->device);
+             at::Tensor out = f.empty_norms();
              T* to = out.mutable_data_ptr<T>();
              const Run run(f.tape->device, f.tape->precision);
              py::gil_scoped_release release;
-             f.set->square_norms(run.ctx, to);
+             f.gradients.square_norms(run.ctx, to);
              return out;
            })
       .def("square_norms_by_parameter",  // offset of the parameter -> [V, N]
            [](const BoundFactors<T>& f) {
              std::map<int64_t, at::Tensor> found;
-             const Run run(f.tape->device, f.tape->precision);
-             for (const int slot : f.set->slots()) {
-               at::Tensor out = empty<T>({f.set->num_vectors(), f.set->num_examples()}, f.tape->device);
-               T* to = out.mutable_data_ptr<T>();
-               {
-                 py::gil_scoped_release release;
-                 f.set->square_norms(run.ctx, slot, to);
-               }
+             std::vector<T*> by_slot;
+             for (const int slot : f.gradients.slots()) {
+               at::Tensor out = f.empty_norms();
+               by_slot.push_back(out.mutable_data_ptr<T>());
                found.emplace(f.tape->tape->plan().slots()[slot].offset, std::move(out));
              }
+             const Run run(f.tape->device, f.tape->precision);
+             py::gil_scoped_release release;
+             f.gradients.square_norms(run.ctx, by_slot);
              return found;
            })
       .def("square_sum",
@@ -280,18 +276,18 @@ void bind(py::module_& m, const std::string& suffix) {
              T* to = out.mutable_data_ptr<T>();
              const Run run(f.tape->device, f.tape->precision);
              py::gil_scoped_release release;
-             f.set->square_sum(run.ctx, to);
+             f.gradients.square_sum(run.ctx, to);
              return out;
            })
       .def(
           "gram",
           [](const BoundFactors<T>& f, const BoundFactors<T>& other) {
-            at::Tensor out =
-                empty<T>({f.set->num_vectors() * f.set->num_examples(), other.set->num_vectors() * other.set->num_examples()}, f.tape->device);
+            const auto rows = [](const BoundFactors<T>& b) { return b.gradients.num_vectors() * b.gradients.num_examples(); };
+            at::Tensor out = empty<T>({rows(f), rows(other)}, f.tape->device);
             T* to = out.mutable_data_ptr<T>();
             const Run run(f.tape->device, f.tape->precision);
             py::gil_scoped_release release;
-            f.set->gram(run.ctx, *other.set, to);
+            f.gradients.gram(run.ctx, other.gradients, to);
             return out;
           },
           py::arg("other"));

@@ -5,6 +5,7 @@
 #include <torch/extension.h>
 
 #include "common/context.h"
+#include "common/pages.h"
 
 #ifdef INFL_WITH_CUDA
 #include "bindings_cuda.h"
@@ -60,7 +61,9 @@ const T* data(const at::Tensor& t, int64_t size, at::Device device, const char* 
 
 template <class T>
 at::Tensor empty(at::IntArrayRef shape, at::Device device) {
-  return at::empty(shape, at::TensorOptions().dtype(scalar_type<T>()).device(device));
+  at::Tensor fresh = at::empty(shape, at::TensorOptions().dtype(scalar_type<T>()).device(device));
+  if (device.is_cpu()) prefer_large_pages(fresh.mutable_data_ptr(), fresh.nbytes());
+  return fresh;
 }
 
 }  // namespace infl

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "common/context.h"
+#include "common/pages.h"
 
 namespace infl {
 
@@ -37,6 +38,7 @@ class Buffer {
     } else {
       data_ = static_cast<T*>(std::aligned_alloc(64, bytes));
       if (data_ == nullptr) throw std::bad_alloc();
+      prefer_large_pages(data_, bytes);
     }
     runtime_ = ctx.runtime;
     size_ = size;

@@ -8,10 +8,11 @@
 namespace infl {
 
 // out[n, r, c] = Σ_t row[n, t, r] col[n, t, c], or += with accumulate. Shapes: row [N, positions, rows], col [N, positions, cols] (null: ones,
-// cols = 1); out [N, rows·cols] with examples out_stride apart. Sums over t in order. Writes `out` once: past the caches when it exceeds them.
+// cols = 1); out [N, rows·cols] with examples out_stride apart. Sums over t in order. `stream`: `out` will not be read soon, so it need not pass
+// through the caches.
 template <class T>
 inline KernelStub<void(const Context&, int64_t N, int64_t positions, int64_t rows, int64_t cols, const T* row, const T* col, T* out,
-                       int64_t out_stride, bool accumulate)>
+                       int64_t out_stride, bool accumulate, bool stream)>
     outer_product_stub{"outer_product"};
 
 // out[n] (+)= Σ_j x[n, j]², rows of `width`, x rows x_stride apart.

@@ -12,7 +12,7 @@
 #include <utility>
 #include <vector>
 
-#include "common/buffer.h"
+#include "common/arena.h"
 #include "kernels/movement.h"
 
 namespace infl {
@@ -37,7 +37,7 @@ struct Factor {
 template <class T>
 class FactorSink {
  public:
-  FactorSink(const Context& ctx, std::vector<Buffer<T>>& storage) : ctx_(ctx), storage_(storage) {}
+  FactorSink(const Context& ctx, Arena<T>& storage) : ctx_(ctx), storage_(storage) {}
 
   // What lies in [begin, begin + size) will be overwritten: factors that point there get a copy, one for all of them.
   void passing(const T* begin, int64_t size) {
@@ -50,10 +50,7 @@ class FactorSink {
     factor.col = lasting(factor.col);
     factors_.push_back(factor);
   }
-  T* allocate(int64_t size) {
-    storage_.emplace_back(ctx_, size);
-    return storage_.back().data();
-  }
+  T* allocate(int64_t size) { return storage_.allocate(size); }
   std::vector<Factor<T>> take() { return std::move(factors_); }
 
  private:
@@ -72,7 +69,7 @@ class FactorSink {
   const T* begin_ = nullptr;
   int64_t size_ = 0;
   const T* copy_ = nullptr;
-  std::vector<Buffer<T>>& storage_;
+  Arena<T>& storage_;
   std::vector<Factor<T>> factors_;
 };
 

@@ -36,14 +36,13 @@ void multiply_transposed(const Context& ctx, int64_t M, int64_t N, int64_t K, co
 }  // namespace
 
 template <class T>
-FactorSet<T>::FactorSet(int64_t V, int64_t N, int64_t num_parameters, std::vector<Slot> slots, std::vector<Factor<T>> factors,
-                        std::vector<Buffer<T>> storage)
-    : V_(V), N_(N), num_parameters_(num_parameters), slots_(std::move(slots)), storage_(std::move(storage)) {
-  for (Factor<T>& factor : factors) groups_[factor.slot].push_back(factor);
+FactorSet<T>::FactorSet(int64_t V, int64_t N, int64_t num_parameters, const std::vector<Slot>& slots, const std::vector<Factor<T>>& factors)
+    : V_(V), N_(N), num_parameters_(num_parameters), slots_(slots) {
+  for (const Factor<T>& factor : factors) groups_[factor.slot].push_back(factor);
 }
 
 template <class T>
-void FactorSet<T>::form(const Context& ctx, const Group& group, int64_t v, int64_t n0, int64_t n, T* out, int64_t stride) const {
+void FactorSet<T>::form(const Context& ctx, const Group& group, int64_t v, int64_t n0, int64_t n, T* out, int64_t stride, bool stream) const {
   bool accumulate = false;
   for (const Factor<T>& f : group) {
     if (f.is_scatter()) {
@@ -55,24 +54,24 @@ void FactorSet<T>::form(const Context& ctx, const Group& group, int64_t v, int64
     }
     const T* row = f.row + ((f.row_has_v ? v * N_ : 0) + n0) * f.positions * f.rows;
     const T* col = f.is_dense() ? nullptr : f.col + ((f.col_has_v ? v * N_ : 0) + n0) * f.positions * f.cols;
-    outer_product_stub<T>(ctx, n, f.positions, f.rows, f.cols, row, col, out, stride, accumulate);
+    outer_product_stub<T>(ctx, n, f.positions, f.rows, f.cols, row, col, out, stride, accumulate, stream);
     accumulate = true;
   }
 }
 
 template <class T>
-void FactorSet<T>::materialise(const Context& ctx, T* out, int64_t stride) const {
+void FactorSet<T>::materialise(const Context& ctx, T* out, int64_t stride, int64_t v_stride, bool stream) const {
   // Parameters that do not influence the output have zero gradients: clear the gaps between those that do.
   std::map<int64_t, int64_t> covered;  // offset -> size
   for (const auto& [slot, group] : groups_) covered[slots_[slot].offset] = slots_[slot].size;
   covered[num_parameters_] = 0;
   int64_t at = 0;
   for (const auto& [offset, size] : covered) {
-    if (offset > at) copy_rows_stub<T>(ctx, V_ * N_, offset - at, nullptr, 0, out + at, stride, false);
+    for (int64_t v = 0; v < V_ && offset > at; ++v) copy_rows_stub<T>(ctx, N_, offset - at, nullptr, 0, out + v * v_stride + at, stride, false);
     at = offset + size;
   }
   for (const auto& [slot, group] : groups_) {
-    for (int64_t v = 0; v < V_; ++v) form(ctx, group, v, 0, N_, out + v * N_ * stride + slots_[slot].offset, stride);
+    for (int64_t v = 0; v < V_; ++v) form(ctx, group, v, 0, N_, out + v * v_stride + slots_[slot].offset, stride, stream);
   }
 }
 
@@ -85,14 +84,8 @@ void FactorSet<T>::square_norms(const Context& ctx, T* out) const {
 template <class T>
 void FactorSet<T>::square_norms(const Context& ctx, int slot, T* out) const {
   fill_zero<T>(ctx, V_ * N_, out);
-  add_square_norms(ctx, slot, groups_.at(slot), out);
-}
-
-template <class T>
-std::vector<int> FactorSet<T>::slots() const {
-  std::vector<int> found;
-  for (const auto& [slot, group] : groups_) found.push_back(slot);
-  return found;
+  const auto found = groups_.find(slot);
+  if (found != groups_.end()) add_square_norms(ctx, slot, found->second, out);
 }
 
 template <class T>
@@ -131,8 +124,7 @@ void FactorSet<T>::add_square_norms(const Context& ctx, int slot, const Group& g
 }
 
 template <class T>
-void FactorSet<T>::square_sum(const Context& ctx, T* out) const {
-  fill_zero<T>(ctx, num_parameters_, out);
+void FactorSet<T>::add_square_sum(const Context& ctx, T* out) const {
   for (const auto& [slot, group] : groups_) {
     const int64_t size = slots_[slot].size;
     T* to = out + slots_[slot].offset;

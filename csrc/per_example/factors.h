@@ -7,10 +7,8 @@
 
 #include <cstdint>
 #include <map>
-#include <memory>
 #include <vector>
 
-#include "common/buffer.h"
 #include "common/context.h"
 #include "common/slot.h"
 #include "per_example/factor.h"
@@ -20,17 +18,16 @@ namespace infl {
 template <class T>
 class FactorSet {
  public:
-  // The factors point into `storage` and into arrays that must outlive the set.
-  FactorSet(int64_t V, int64_t N, int64_t num_parameters, std::vector<Slot> slots, std::vector<Factor<T>> factors, std::vector<Buffer<T>> storage);
+  // What the factors point into, and the slots, must outlive the set.
+  FactorSet(int64_t V, int64_t N, int64_t num_parameters, const std::vector<Slot>& slots, const std::vector<Factor<T>>& factors);
 
   int64_t num_vectors() const { return V_; }
   int64_t num_examples() const { return N_; }
-  std::vector<int> slots() const;  // the parameters that influence the output
-
-  void materialise(const Context& ctx, T* out, int64_t stride) const;   // [V, N, P], examples `stride` apart
+  // [V, N, P], examples and right-hand sides so far apart; `stream`: written past the caches.
+  void materialise(const Context& ctx, T* out, int64_t stride, int64_t v_stride, bool stream) const;
   void square_norms(const Context& ctx, T* out) const;                  // [V, N]
   void square_norms(const Context& ctx, int slot, T* out) const;        // [V, N], of one parameter
-  void square_sum(const Context& ctx, T* out) const;                    // [P]: Σ over v and n of the squared entries
+  void add_square_sum(const Context& ctx, T* out) const;                // [P] += Σ over v and n of the squared entries
   void gram(const Context& ctx, const FactorSet& other, T* out) const;  // [V N, V' N'] inner products
 
  private:
@@ -38,14 +35,13 @@ class FactorSet {
   static bool is_simple(const Group& group) { return group.size() == 1 && group[0].positions == 1 && !group[0].is_scatter(); }
   static bool is_scatter(const Group& group) { return group.size() == 1 && group[0].is_scatter(); }
   // Gradients of examples [n0, n0 + n) for right-hand side v, with respect to one parameter: out [n, size], examples `stride` apart.
-  void form(const Context& ctx, const Group& group, int64_t v, int64_t n0, int64_t n, T* out, int64_t stride) const;
+  void form(const Context& ctx, const Group& group, int64_t v, int64_t n0, int64_t n, T* out, int64_t stride, bool stream = false) const;
   void add_square_norms(const Context& ctx, int slot, const Group& group, T* out) const;
   void add_gram(const Context& ctx, const Group& mine, const FactorSet& other, const Group& theirs, int64_t size, T* out) const;
 
   int64_t V_, N_, num_parameters_;
-  std::vector<Slot> slots_;
+  const std::vector<Slot>& slots_;
   std::map<int, Group> groups_;  // by slot
-  std::vector<Buffer<T>> storage_;
 };
 
 extern template class FactorSet<float>;

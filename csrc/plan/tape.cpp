@@ -108,7 +108,7 @@ void Tape<T>::linearize(const Context& ctx, const std::vector<const T*>& theta) 
     Sweep sweep(*this, ctx, static_cast<int>(i), 1, 0, 0);
     plan_->rule(static_cast<int>(i)).pack(sweep.tile);
   }
-  run_tiles(ctx, 1, nullptr, [&](const Context& inner, int64_t n0, int64_t n, T* workspace, T*) { forward_tile(inner, n0, n, workspace); });
+  run_tiles(ctx, 1, 1, nullptr, [&](const Context& inner, int64_t n0, int64_t n, T* workspace, T*) { forward_tile(inner, n0, n, workspace); });
 }
 
 template <class T>
@@ -205,7 +205,7 @@ void Tape<T>::curved_cotangent_tile(const Context& ctx, int64_t V, int64_t n0, i
 template <class T>
 void Tape<T>::keep_cotangents(const Context& ctx, const T* g) {
   const int64_t C = plan_->output_width();
-  run_tiles(ctx, 1, nullptr, [&](const Context& inner, int64_t n0, int64_t n, T* workspace, T*) {
+  run_tiles(ctx, 1, 1, nullptr, [&](const Context& inner, int64_t n0, int64_t n, T* workspace, T*) {
     copy<T>(inner, n * C, g + n0 * C, workspace + plan_->schedules().output * n);
     int kept = -1;
     for (const CotangentStep& step : plan_->schedules().cotangent) {
@@ -221,6 +221,12 @@ void Tape<T>::keep_cotangents(const Context& ctx, const T* g) {
 
 template <class T>
 Tiling Tape<T>::tiling(const Context& ctx, int64_t V) const {
+  return tiling(ctx, V, V);
+}
+
+// Of a sweep for V right-hand sides that adds to `sums` vectors [P].
+template <class T>
+Tiling Tape<T>::tiling(const Context& ctx, int64_t V, int64_t sums) const {
   const int num_threads = ctx.num_threads;
   const bool on_device = ctx.on_device();
   const Schedules& s = plan_->schedules();
@@ -233,7 +239,7 @@ Tiling Tape<T>::tiling(const Context& ctx, int64_t V) const {
     if (plan_->canonical(id) == id && (plan_->is_kept(id) || id < plan_->num_inputs())) kept += plan_->width(id);
   }
   const int64_t sweep_bytes = std::max<int64_t>(1, std::max(s.sweep_width * V, s.forward_width)) * sizeof(T);
-  const int64_t accumulator = V * plan_->num_parameters() * static_cast<int64_t>(sizeof(T));
+  const int64_t accumulator = sums * plan_->num_parameters() * static_cast<int64_t>(sizeof(T));
   const int64_t example_bytes = sweep_bytes + kept * static_cast<int64_t>(sizeof(T));
   const int64_t cached_tile = std::clamp(kTileBytes / example_bytes, kSmallestTile, kLargestTile);
   // By example pays where accumulators stay in the cache, or where moving them for every tile costs less than writing and reading the activations.
@@ -280,14 +286,14 @@ int64_t Tape<T>::workspace_bytes(const Context& ctx, int64_t V) const {
   return (per_thread + V * plan_->schedules().tangent_packed_size) * static_cast<int64_t>(sizeof(T));
 }
 
-// body(context, first example, number of examples, workspace, accumulator): every tile of the data once. `out` [V, P] receives the sum of what
+// body(context, first example, number of examples, workspace, accumulator): every tile of the data once. `out` [sums, P] receives the sum of what
 // the tiles add to their accumulators (null: none wanted). Exceptions do not cross the parallel region.
 template <class T>
 template <class Body>
-void Tape<T>::run_tiles(const Context& ctx, int64_t V, T* out, const Body& body) const {
+void Tape<T>::run_tiles(const Context& ctx, int64_t V, int64_t sums_wanted, T* out, const Body& body) const {
   const Schedules& s = plan_->schedules();
-  const Tiling t = tiling(ctx, V);
-  const int64_t size = V * plan_->num_parameters();
+  const Tiling t = tiling(ctx, V, sums_wanted);
+  const int64_t size = sums_wanted * plan_->num_parameters();
   const int64_t workspace_size = std::max(s.sweep_width * V, s.forward_width) * t.tile;
   const int64_t num_tiles = ceil_div(N_, t.tile);
   if (out) fill_zero<T>(ctx, size, out);
@@ -330,7 +336,7 @@ void Tape<T>::jvp(const Context& ctx, int64_t V, const T* v, T* t_out) const {
   Scratch<T> packed(ctx, V * plan_->schedules().tangent_packed_size);
   const T* packed_data = packed.data();
   pack_tangents(ctx, V, t_theta, packed.data());
-  run_tiles(ctx, V, nullptr, [&](const Context& inner, int64_t n0, int64_t n, T* workspace, T*) {
+  run_tiles(ctx, V, V, nullptr, [&](const Context& inner, int64_t n0, int64_t n, T* workspace, T*) {
     tangent_tile(inner, V, n0, n, t_theta, packed_data, workspace);
     const T* t_z = workspace + plan_->schedules().output * V * n;
     copy_rows_stub<T>(inner, V, n * C, t_z, n * C, t_out + n0 * C, N_ * C, false);
@@ -340,7 +346,7 @@ void Tape<T>::jvp(const Context& ctx, int64_t V, const T* v, T* t_out) const {
 template <class T>
 void Tape<T>::vjp(const Context& ctx, int64_t V, const T* g, T* out) const {
   const int64_t C = plan_->output_width();
-  run_tiles(ctx, V, out, [&](const Context& inner, int64_t n0, int64_t n, T* workspace, T* sum) {
+  run_tiles(ctx, V, V, out, [&](const Context& inner, int64_t n0, int64_t n, T* workspace, T* sum) {
     T* g_z = workspace + plan_->schedules().output * V * n;
     copy_rows_stub<T>(inner, V, n * C, g + n0 * C, N_ * C, g_z, n * C, false);
     cotangent_tile(inner, V, n0, n, slot_rows(sum), workspace);
@@ -363,7 +369,7 @@ void Tape<T>::product(const Context& ctx, int64_t V, const T* v, const OutputHes
   Scratch<T> packed(ctx, V * plan_->schedules().tangent_packed_size);
   const T* packed_data = packed.data();
   pack_tangents(ctx, V, t_theta, packed.data());
-  run_tiles(ctx, V, out, [&](const Context& inner, int64_t n0, int64_t n, T* workspace, T* sum) {
+  run_tiles(ctx, V, V, out, [&](const Context& inner, int64_t n0, int64_t n, T* workspace, T* sum) {
     tangent_tile(inner, V, n0, n, t_theta, packed_data, workspace);
     output_hessian_stub<T>(inner, h.from(n0), HessianPart::product, V, n, workspace + plan_->schedules().output * V * n);
     if (second_order) {
@@ -375,27 +381,29 @@ void Tape<T>::product(const Context& ctx, int64_t V, const T* v, const OutputHes
 }
 
 template <class T>
-std::vector<Factor<T>> Tape<T>::factors(const Context& ctx, int64_t V, const T* g, std::vector<Buffer<T>>& storage) const {
+std::vector<Factor<T>> Tape<T>::factors(const Context& ctx, int64_t V, const T* g, int64_t n0, int64_t n, T* workspace, Arena<T>& storage) const {
   const Schedules& s = plan_->schedules();
   const int64_t C = plan_->output_width();
-  const int64_t workspace_size = s.sweep_width * V * N_;
-  Scratch<T> workspace(ctx, workspace_size);
-  copy<T>(ctx, V * N_ * C, g, workspace.data() + s.output * V * N_);
+  copy_rows_stub<T>(ctx, V, n * C, g + n0 * C, N_ * C, workspace + s.output * V * n, n * C, false);
   FactorSink<T> sink(ctx, storage);
   for (const CotangentStep& step : s.cotangent) {
-    Sweep sweep(*this, ctx, step.node, V, 0, N_);
-    const Rule<T>& rule = plan_->rule(step.node);
-    const T* g_y = workspace.data() + step.g_output * V * N_;
     if (step.params) {
-      sink.passing(g_y, V * N_ * sweep.node.width);
-      rule.per_example(sweep.tile, g_y, sink);
+      Sweep sweep(*this, ctx, step.node, V, n0, n);
+      const T* g_y = workspace + step.g_output * V * n;
+      sink.passing(g_y, V * n * sweep.node.width);
+      plan_->rule(step.node).per_example(sweep.tile, g_y, sink);
     }
-    if (step.input >= 0) {
-      const T* scale = step.scale_by < 0 ? nullptr : Sweep(*this, ctx, step.scale_by, V, 0, N_).state[plan_->storage(step.scale_by).derivative];
-      rule.vjp_input(sweep.tile, step.input, g_y, scale, workspace.data() + step.g_input * V * N_, step.accumulate);
-    }
+    cotangent_step(ctx, step, V, n0, n, {}, workspace);
   }
   return sink.take();
+}
+
+template <class T>
+void Tape<T>::each_tile_of_factors(const Context& ctx, int64_t V, const T* g, T* out, const FactorBody& body) const {
+  run_tiles(ctx, V, 1, out, [&](const Context& inner, int64_t n0, int64_t n, T* workspace, T* sum) {
+    Arena<T> storage(inner);
+    body(inner, n0, n, factors(inner, V, g, n0, n, workspace, storage), sum);
+  });
 }
 
 template class Tape<float>;

@@ -7,10 +7,12 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <vector>
 
+#include "common/arena.h"
 #include "common/buffer.h"
 #include "kernels/output_hessian.h"
 #include "plan/plan.h"
@@ -42,7 +44,7 @@ class Tape {
   const T* outputs() const { return value(plan_->output(), 0); }  // [N, C]
 
   void set_schedule(ScheduleChoice choice) { choice_ = choice; }
-  Tiling tiling(const Context& ctx, int64_t V) const;
+  Tiling tiling(const Context& ctx, int64_t V) const;  // of products onto V vectors
   int64_t cached_bytes() const;
   int64_t workspace_bytes(const Context& ctx, int64_t V) const;  // of one product onto V vectors, beyond operand and result
 
@@ -55,8 +57,13 @@ class Tape {
   // ∂²(Σ_n g_nᵀ f_n)/∂θ² v + Jᵀ H J v: [V, P] -> [V, P]
   void hvp(const Context& ctx, int64_t V, const T* v, const OutputHessian<T>& h, T* out) const;
 
-  // Runs the cotangent sweep over all examples and returns each node's factors; they point into the tape and into `storage`.
-  std::vector<Factor<T>> factors(const Context& ctx, int64_t V, const T* g, std::vector<Buffer<T>>& storage) const;
+  // The cotangent sweep of g [V, N, C] for examples [n0, n0 + n): each node's factors. They point into the tape, `workspace` and `storage`.
+  std::vector<Factor<T>> factors(const Context& ctx, int64_t V, const T* g, int64_t n0, int64_t n, T* workspace, Arena<T>& storage) const;
+  int64_t factor_workspace(int64_t V, int64_t n) const { return plan_->schedules().sweep_width * V * n; }
+  // The same for all examples, a tile at a time, tiles side by side where that pays: body(context, first example, number of examples, factors,
+  // sum). `out` [P] receives the sum of what the tiles add to their `sum` (null: none wanted, and none given).
+  using FactorBody = std::function<void(const Context&, int64_t n0, int64_t n, const std::vector<Factor<T>>&, T* sum)>;
+  void each_tile_of_factors(const Context& ctx, int64_t V, const T* g, T* out, const FactorBody& body) const;
 
  private:
   struct Sweep;  // one tile in flight
@@ -64,7 +71,6 @@ class Tape {
   const T* value(int id, int64_t n0) const;
   std::vector<const T*> slot_rows(const T* flat) const;
   std::vector<T*> slot_rows(T* flat) const;
-  Tile<T> make_tile(const Context& ctx, int node, int64_t V, int64_t n0, int64_t n, std::vector<const T*>& x, std::vector<T*>& state) const;
   void forward_tile(const Context& ctx, int64_t n0, int64_t n, T* workspace);
   void tangent_tile(const Context& ctx, int64_t V, int64_t n0, int64_t n, const std::vector<const T*>& t_theta, const T* packed, T* workspace) const;
   void cotangent_tile(const Context& ctx, int64_t V, int64_t n0, int64_t n, const std::vector<T*>& g_theta, T* workspace) const;
@@ -74,8 +80,9 @@ class Tape {
                              const std::vector<T*>& g_theta, T* workspace) const;
   void product(const Context& ctx, int64_t V, const T* v, const OutputHessian<T>& h, bool second_order, T* out) const;
   void pack_tangents(const Context& ctx, int64_t V, const std::vector<const T*>& t_theta, T* packed) const;
+  Tiling tiling(const Context& ctx, int64_t V, int64_t sums) const;
   template <class Body>
-  void run_tiles(const Context& ctx, int64_t V, T* out, const Body& body) const;
+  void run_tiles(const Context& ctx, int64_t V, int64_t sums, T* out, const Body& body) const;
 
   std::shared_ptr<const Plan<T>> plan_;
   int64_t N_;

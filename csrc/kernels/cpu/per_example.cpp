@@ -1,4 +1,4 @@
-// Bandwidth-bound loops. outer_product writes N·rows·cols elements and reads next to nothing, so its stores go past the caches.
+// Bandwidth-bound loops. outer_product writes N·rows·cols elements and reads next to nothing; its stores go past the caches where asked.
 #include "kernels/per_example.h"
 
 #include "kernels/cpu/parallel.h"
@@ -10,8 +10,6 @@
 namespace infl {
 namespace INFL_ISA {
 namespace {
-
-constexpr int64_t kStreamBytes = 8 << 20;  // outputs larger than this leave the cache anyway
 
 #if defined(__x86_64__)
 inline void stream_vector(float* to, Vec<float> v) {
@@ -45,8 +43,8 @@ void write_scaled(int64_t cols, T a, const T* from, T* to, bool stream) {
 
 template <class T>
 void outer_product(const Context& ctx, int64_t N, int64_t positions, int64_t rows, int64_t cols, const T* row, const T* col, T* out,
-                   int64_t out_stride, bool accumulate) {
-  const bool stream = N * rows * cols * static_cast<int64_t>(sizeof(T)) > kStreamBytes && positions == 1 && !accumulate && cols >= 2 * kLanes<T>;
+                   int64_t out_stride, bool accumulate, bool stream) {
+  stream = stream && positions == 1 && !accumulate && cols >= 2 * kLanes<T>;
   const int threads = threads_for(ctx, N * rows * cols * positions);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {

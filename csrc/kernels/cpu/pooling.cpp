@@ -2,42 +2,115 @@
 // windows within the sum of lines; a window that is the whole plane is one sum.
 #include "kernels/pooling.h"
 
+#include <algorithm>
+#include <vector>
+
 #include "kernels/cpu/parallel.h"
 
 namespace infl {
 namespace INFL_ISA {
 namespace {
 
+// Windows along the last axis, as lanes of a vector can hold them.
+struct Columns {
+  explicit Columns(const Windows& w) : begin(w.begin[2], w.begin[2] + w.out[2]), end(w.end[2], w.end[2] + w.out[2]) {
+    const auto step = static_cast<int32_t>(w.dilation[2]);
+    for (size_t c = 0; c < begin.size(); ++c) longest = std::max(longest, (end[c] - begin[c] + step - 1) / step);
+    tiled = step == 1 && static_cast<int64_t>(longest * begin.size()) == w.in[2];
+    for (size_t c = 0; c < begin.size(); ++c) tiled = tiled && end[c] - begin[c] == longest;
+  }
+  std::vector<int32_t> begin, end;
+  int32_t longest = 0;
+  bool tiled;  // windows of equal length cover a line, one beside the other
+};
+
+// The larger of a candidate and the best so far. Selections, no branches: which element is the largest cannot be predicted. Of equal elements the
+// first in the plane is chosen, of NaN the last, as a walk through the window would.
 template <class T>
-void max_pool_plane(const Windows& w, const T* x, T* y, T* index) {
-  for (int64_t d = 0; d < w.out[0]; ++d) {
-    for (int64_t h = 0; h < w.out[1]; ++h) {
-      for (int64_t c = 0; c < w.out[2]; ++c) {
-        int64_t best = (w.begin[0][d] * w.in[1] + w.begin[1][h]) * w.in[2] + w.begin[2][c];
-        T value = x[best];
-        for (int64_t i = w.begin[0][d]; i < w.end[0][d]; i += w.dilation[0]) {
-          for (int64_t j = w.begin[1][h]; j < w.end[1][h]; j += w.dilation[1]) {
-            const T* line = x + (i * w.in[1] + j) * w.in[2];
-            for (int64_t k = w.begin[2][c]; k < w.end[2][c]; k += w.dilation[2]) {
-              const bool better = line[k] > value || line[k] != line[k];
-              value = better ? line[k] : value;
-              best = better ? line + k - x : best;
-            }
+inline __attribute__((always_inline)) void take_larger(T value, T at, T& best, T& best_at) {
+  const bool earlier = at < best_at, is_nan = value != value, replaces_nan = (best == best) | (at > best_at);
+  const bool better = (value > best) | ((value == best) & earlier) | (is_nan & replaces_nan);
+  best = better ? value : best;
+  best_at = better ? at : best_at;
+}
+
+// Tiles of L neighbours each.
+template <int L, class T>
+void max_of_tiles(int64_t count, const T* line, const T* place, T* y, T* index) {
+#pragma omp simd
+  for (int64_t c = 0; c < count; ++c) {
+    T best = line[L * c], best_at = place[L * c];
+    for (int n = 1; n < L; ++n) take_larger(line[L * c + n], place[L * c + n], best, best_at);
+    y[c] = best;
+    index[c] = best_at;
+  }
+}
+
+// The maximum of each column over the lines of a window first, into line and place [lines of the output, width]; then over the window's columns.
+template <class T>
+void max_pool_plane(const Windows& w, const Columns& columns, const T* x, T* y, T* index, T* line, T* place) {
+  const int64_t width = w.in[2], C = w.out[2], lines = w.out[0] * w.out[1];
+  for (int64_t l = 0; l < lines; ++l) {
+    const int64_t d = l / w.out[1], h = l % w.out[1];
+    T *to = line + l * width, *to_place = place + l * width;
+    bool first = true;
+    for (int64_t i = w.begin[0][d]; i < w.end[0][d]; i += w.dilation[0]) {
+      for (int64_t j = w.begin[1][h]; j < w.end[1][h]; j += w.dilation[1]) {
+        const T* row = x + (i * w.in[1] + j) * width;
+        const auto at = static_cast<int32_t>((i * w.in[1] + j) * width);
+        if (first) {
+#pragma omp simd
+          for (int32_t k = 0; k < static_cast<int32_t>(width); ++k) {
+            to[k] = row[k];
+            to_place[k] = static_cast<T>(at + k);
           }
+          first = false;
+          continue;
         }
-        *y++ = value;
-        *index++ = static_cast<T>(best);
+#pragma omp simd
+        for (int32_t k = 0; k < static_cast<int32_t>(width); ++k) {
+          const bool better = (row[k] > to[k]) | (row[k] != row[k]);
+          to[k] = better ? row[k] : to[k];
+          to_place[k] = better ? static_cast<T>(at + k) : to_place[k];
+        }
+      }
+    }
+  }
+  if (columns.tiled && columns.longest == 2) return max_of_tiles<2>(lines * C, line, place, y, index);
+  if (columns.tiled && columns.longest == 3) return max_of_tiles<3>(lines * C, line, place, y, index);
+  const auto step = static_cast<int32_t>(w.dilation[2]);
+  const int32_t *begin = columns.begin.data(), *end = columns.end.data();
+  for (int64_t l = 0; l < lines; ++l, line += width, place += width, y += C, index += C) {
+#pragma omp simd
+    for (int64_t c = 0; c < C; ++c) {
+      y[c] = line[begin[c]];
+      index[c] = place[begin[c]];
+    }
+    for (int32_t n = 1; n < columns.longest; ++n) {
+#pragma omp simd
+      for (int64_t c = 0; c < C; ++c) {
+        const int32_t k = begin[c] + n * step < end[c] ? begin[c] + n * step : begin[c];  // past the end: the first once more
+        take_larger(line[k], place[k], y[c], index[c]);
       }
     }
   }
 }
 
 template <class T>
+T* line_buffer(int64_t size) {
+  static thread_local std::vector<T> buffer;
+  if (static_cast<int64_t>(buffer.size()) < size) buffer.resize(size);
+  return buffer.data();
+}
+
+template <class T>
 void max_pool(const Context& ctx, const Windows& w, int64_t planes, const T* x, T* y, T* index) {
-  const int64_t in = w.in_plane(), out = w.out_plane();
-  const int threads = threads_for(ctx, planes * in);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int64_t p = 0; p < planes; ++p) max_pool_plane(w, x + p * in, y + p * out, index + p * out);
+  const int64_t in = w.in_plane(), out = w.out_plane(), size = w.out[0] * w.out[1] * w.in[2];
+  const Columns columns(w);
+  parallel_for(threads_for(ctx, planes * in), planes, [&](int64_t p) {
+    T* lines = line_buffer<T>(2 * size);
+    max_pool_plane(w, columns, x + p * in, y + p * out, index + p * out, lines, lines + size);
+  });
 }
 
 // Indices as numbers of T are exact: a plane has fewer than 2^24 elements (checked where the node is made).
@@ -75,13 +148,6 @@ inline bool is_whole_plane(const Windows& w) {
   bool whole = true;
   for (int a = 0; a < 3; ++a) whole = whole && w.out[a] == 1 && w.begin[a][0] == 0 && w.end[a][0] == w.in[a] && w.dilation[a] == 1;
   return whole;
-}
-
-template <class T>
-T* line_buffer(int64_t size) {
-  static thread_local std::vector<T> buffer;
-  if (static_cast<int64_t>(buffer.size()) < size) buffer.resize(size);
-  return buffer.data();
 }
 
 template <class T>

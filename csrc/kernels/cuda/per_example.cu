@@ -76,7 +76,7 @@ struct Sums {
 
 template <class T>
 void outer_product(const Context& ctx, int64_t N, int64_t positions, int64_t rows, int64_t cols, const T* row, const T* col, T* out,
-                   int64_t out_stride, bool accumulate) {
+                   int64_t out_stride, bool accumulate, bool /*stream*/) {
   if (N == 0 || rows == 0 || cols == 0) return;
   if (col == nullptr) {
     const Sums<false, T> sums{rows, row, positions * rows, out, out_stride, accumulate};

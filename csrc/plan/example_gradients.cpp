@@ -1,0 +1,94 @@
+#include "plan/example_gradients.h"
+
+#include <set>
+
+#include "common/scratch.h"
+
+namespace infl {
+
+namespace {
+
+constexpr int64_t kStreamBytes = 8 << 20;  // results larger than this leave the cache before they are read
+
+}  // namespace
+
+template <class T>
+void ExampleGradients<T>::materialise(const Context& ctx, T* out) const {
+  const Plan<T>& plan = tape_.plan();
+  const int64_t N = num_examples(), P = plan.num_parameters();
+  const bool stream = V_ * N * P * static_cast<int64_t>(sizeof(T)) > kStreamBytes;
+  tape_.each_tile_of_factors(ctx, V_, g_, nullptr, [&](const Context& inner, int64_t n0, int64_t n, const std::vector<Factor<T>>& factors, T*) {
+    FactorSet<T>(V_, n, P, plan.slots(), factors).materialise(inner, out + n0 * P, P, N * P, stream);
+  });
+}
+
+template <class T>
+void ExampleGradients<T>::square_norms(const Context& ctx, T* out) const {
+  const Plan<T>& plan = tape_.plan();
+  const int64_t N = num_examples();
+  tape_.each_tile_of_factors(ctx, V_, g_, nullptr, [&](const Context& inner, int64_t n0, int64_t n, const std::vector<Factor<T>>& factors, T*) {
+    Scratch<T> found(inner, V_ * n);
+    FactorSet<T>(V_, n, plan.num_parameters(), plan.slots(), factors).square_norms(inner, found.data());
+    copy_rows_stub<T>(inner, V_, n, found.data(), n, out + n0, N, false);
+  });
+}
+
+template <class T>
+std::vector<int> ExampleGradients<T>::slots() const {
+  std::set<int> found;
+  for (const CotangentStep& step : tape_.plan().schedules().cotangent) {
+    if (!step.params) continue;
+    for (const int slot : tape_.plan().nodes()[step.node].slots) {
+      if (slot >= 0 && tape_.plan().slots()[slot].offset >= 0) found.insert(slot);
+    }
+  }
+  return {found.begin(), found.end()};
+}
+
+template <class T>
+void ExampleGradients<T>::square_norms(const Context& ctx, const std::vector<T*>& by_slot) const {
+  const Plan<T>& plan = tape_.plan();
+  const int64_t N = num_examples();
+  const std::vector<int> wanted = slots();
+  tape_.each_tile_of_factors(ctx, V_, g_, nullptr, [&](const Context& inner, int64_t n0, int64_t n, const std::vector<Factor<T>>& factors, T*) {
+    const FactorSet<T> set(V_, n, plan.num_parameters(), plan.slots(), factors);
+    Scratch<T> found(inner, V_ * n);
+    for (size_t i = 0; i < wanted.size(); ++i) {
+      set.square_norms(inner, wanted[i], found.data());
+      copy_rows_stub<T>(inner, V_, n, found.data(), n, by_slot[i] + n0, N, false);
+    }
+  });
+}
+
+template <class T>
+void ExampleGradients<T>::square_sum(const Context& ctx, T* out) const {
+  const Plan<T>& plan = tape_.plan();
+  tape_.each_tile_of_factors(ctx, V_, g_, out, [&](const Context& inner, int64_t, int64_t n, const std::vector<Factor<T>>& factors, T* sum) {
+    FactorSet<T>(V_, n, plan.num_parameters(), plan.slots(), factors).add_square_sum(inner, sum);
+  });
+}
+
+template <class T>
+struct ExampleGradients<T>::Whole {
+  Whole(const Context& ctx, const ExampleGradients& of)
+      : workspace(ctx, of.tape_.factor_workspace(of.V_, of.num_examples())),
+        storage(ctx),
+        set(of.V_, of.num_examples(), of.tape_.plan().num_parameters(), of.tape_.plan().slots(),
+            of.tape_.factors(ctx, of.V_, of.g_, 0, of.num_examples(), workspace.data(), storage)) {}
+
+  Scratch<T> workspace;
+  Arena<T> storage;
+  FactorSet<T> set;
+};
+
+template <class T>
+void ExampleGradients<T>::gram(const Context& ctx, const ExampleGradients& other, T* out) const {
+  const Whole mine(ctx, *this);
+  if (&other == this) return mine.set.gram(ctx, mine.set, out);
+  mine.set.gram(ctx, Whole(ctx, other).set, out);
+}
+
+template class ExampleGradients<float>;
+template class ExampleGradients<double>;
+
+}  // namespace infl

@@ -52,9 +52,10 @@ def write_if_changed(path: Path, text: str) -> None:
 
 
 def cpu_kernel_stubs() -> list[str]:
+    # The lowest instruction set first: of an inline function that several objects hold, the linker keeps the first.
     stubs = []
-    for source in sorted((CSRC / "kernels" / "cpu").glob("*.cpp")):
-        for isa, (vector_bytes, target) in INSTRUCTION_SETS.items():
+    for isa, (vector_bytes, target) in INSTRUCTION_SETS.items():
+        for source in sorted((CSRC / "kernels" / "cpu").glob("*.cpp")):
             stub = ROOT / "build" / "kernels" / f"{source.stem}.{isa}.cpp"
             pragma = f'#pragma GCC target("{target}")\n' if target else ""
             relative = source.relative_to(CSRC).as_posix()

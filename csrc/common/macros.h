@@ -5,7 +5,8 @@
 #define INFL_HD __host__ __device__ inline
 #define INFL_UNROLL(n) _Pragma("unroll")
 #else
-#define INFL_HD inline
+// Always inlined: CPU kernels are compiled for several instruction sets, and of functions of one name the linker would keep one set's.
+#define INFL_HD inline __attribute__((always_inline))
 #define INFL_PRAGMA(text) _Pragma(#text)
 #define INFL_UNROLL(n) INFL_PRAGMA(GCC unroll n)
 #endif

@@ -30,7 +30,7 @@ struct ExpConstants<double> {
 };
 
 template <class T>
-__attribute__((always_inline)) INFL_HD T exp_nonpositive(T x) {
+INFL_HD T exp_nonpositive(T x) {
   using C = ExpConstants<T>;
   using Bits = typename C::Bits;
   constexpr T kInverseFactorial[] = {T(1),

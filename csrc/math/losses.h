@@ -30,7 +30,7 @@ INFL_HD T exp_tail(T x) {
 
 // The same for |x| ≤ 1 without a branch, Σ_{k≥2} xᵏ/k!: arithmetic that a compiler vectorises.
 template <class T>
-__attribute__((always_inline)) INFL_HD T exp_tail_within_one(T x) {
+INFL_HD T exp_tail_within_one(T x) {
   constexpr int last = sizeof(T) == 4 ? 12 : 20;
   constexpr T k_inverse_factorial[] = {
       T(1.0 / 2.0),
@@ -222,5 +222,26 @@ struct PoissonRate {
     return t > T(0) ? t * log1p_tail((z - z_s) / (z_s + a)) : T(0);
   }
 };
+
+// visit(Formula{}) for the formula of that name.
+template <class Visit>
+void with_formula(ElementwiseFormula formula, const Visit& visit) {
+  switch (formula) {
+    case ElementwiseFormula::squared_error:
+      return visit(SquaredError{});
+    case ElementwiseFormula::absolute_error:
+      return visit(AbsoluteError{});
+    case ElementwiseFormula::huber:
+      return visit(Huber{});
+    case ElementwiseFormula::binary_cross_entropy:
+      return visit(BinaryCrossEntropy{});
+    case ElementwiseFormula::probability_cross_entropy:
+      return visit(ProbabilityCrossEntropy{});
+    case ElementwiseFormula::poisson_log_rate:
+      return visit(PoissonLogRate{});
+    case ElementwiseFormula::poisson_rate:
+      return visit(PoissonRate{});
+  }
+}
 
 }  // namespace infl

@@ -67,22 +67,7 @@ void rows(const Context& ctx, const ElementwiseLoss<T>& l) {
 
 template <class T>
 void elementwise_loss(const Context& ctx, ElementwiseFormula formula, const ElementwiseLoss<T>& l) {
-  switch (formula) {
-    case ElementwiseFormula::squared_error:
-      return rows<SquaredError>(ctx, l);
-    case ElementwiseFormula::absolute_error:
-      return rows<AbsoluteError>(ctx, l);
-    case ElementwiseFormula::huber:
-      return rows<Huber>(ctx, l);
-    case ElementwiseFormula::binary_cross_entropy:
-      return rows<BinaryCrossEntropy>(ctx, l);
-    case ElementwiseFormula::probability_cross_entropy:
-      return rows<ProbabilityCrossEntropy>(ctx, l);
-    case ElementwiseFormula::poisson_log_rate:
-      return rows<PoissonLogRate>(ctx, l);
-    case ElementwiseFormula::poisson_rate:
-      return rows<PoissonRate>(ctx, l);
-  }
+  with_formula(formula, [&](auto one) { rows<decltype(one)>(ctx, l); });
 }
 
 INFL_REGISTER_CUDA(elementwise_loss_stub, elementwise_loss)

@@ -406,8 +406,8 @@ class Tape:
         """Per-example gradients ``J_nᵀ g[v, n]`` for ``G [V, N, *out]``, as factors.
 
         Methods: ``materialise``, ``square_norms``, ``square_norms_by_parameter``, ``square_sum``, ``gram``. They read the tape when
-        they are called. Cost: one cotangent sweep each; factors are held for a tile of examples, by ``gram`` for all: V·N times the widths of the
-        trainable nodes.
+        they are called. Cost: one cotangent sweep each; factors are held for a tile of examples, by ``gram`` for all: V·N times the
+        widths of the trainable nodes.
         """
         factors = self._native.factors(G.contiguous())
         return factors if self._derived is None else DerivedFactors(factors, self._derived)

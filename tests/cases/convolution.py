@@ -189,7 +189,7 @@ CONVOLUTIONS = (
     row("lenet", "convolution", lenet, "convolutions, both kinds of pooling, linear layers", normal(1, 10, 10)),
 )  # fmt: skip
 
-# Enough channels and positions for Winograd's algorithm (takes_winograd in csrc/kernels/convolution.h).
+# Enough channels and positions for Winograd's algorithm (takes_winograd in csrc/kernels/winograd.h).
 WINOGRAD = (
     conv_row("winograd", averaged(lambda: nn.Conv2d(16, 16, 3, padding=1)), "whole tiles", normal(16, 8, 8), num_examples=3),
     conv_row("winograd-edges", averaged(lambda: nn.Conv2d(20, 24, 3, padding=1)), "tiles and channels left over", normal(20, 11, 15),

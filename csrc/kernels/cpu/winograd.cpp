@@ -128,8 +128,7 @@ void element_product(int64_t rows, int64_t K, int64_t columns, const ElementTerm
 struct Units {
   Units(int64_t images, int64_t num_tiles, const int64_t* tiles, int64_t wanted) : num_images(images), tile_rows(tiles[0]), tile_columns(tiles[1]) {
     if (num_tiles <= wanted) {
-      per_unit = std::min(images, wanted / num_tiles);
-      per_unit = ceil_div(images, ceil_div(images, per_unit));
+      per_unit = std::max<int64_t>(1, ceil_div(images, std::max<int64_t>(1, ceil_div(images, wanted / num_tiles))));
       rows = tile_rows;
     } else {
       const int64_t bands = ceil_div(tile_rows, std::max<int64_t>(1, wanted / tile_columns));

@@ -1,4 +1,4 @@
-// The three directions of a convolution by Winograd's algorithm, for shapes with takes_winograd (kernels/convolution.h); arguments as those of
+// The three directions of a convolution by Winograd's algorithm, for shapes with takes_winograd (kernels/winograd.h); arguments as those of
 // the kernels that call them.
 #pragma once
 

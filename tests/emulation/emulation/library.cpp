@@ -72,13 +72,14 @@ infl_swap_stacks:
 
 constexpr size_t kStackBytes = 64 << 10;
 
-enum class State { ready, at_block_barrier, at_warp_barrier, done };
+enum class State { ready, at_block_barrier, at_warp_barrier, at_gather, done };
 
 struct Fiber {
   std::unique_ptr<unsigned char[]> stack{new unsigned char[kStackBytes]};
   void* top = nullptr;
   Place place;
   State state = State::ready;
+  unsigned gathers = 0;
 };
 
 struct Block {
@@ -89,6 +90,8 @@ struct Block {
   void* scheduler = nullptr;
   const std::function<void()>* kernel = nullptr;
   std::vector<uint64_t> exchanged;
+  std::vector<Given> given[2];  // of gathers in turn
+  const char* failure = nullptr;
   std::vector<unsigned char> shared;
 };
 
@@ -136,7 +139,10 @@ void resume(int index) {
   infl_swap_stacks(&block.scheduler, current().top);
 }
 
-[[noreturn]] void stuck(const char* who, const std::string& what) { throw std::runtime_error(std::string(who) + ": " + what + "."); }
+[[noreturn]] void stuck(const char* who, const std::string& what) {
+  block.fibers.clear();  // those that wait would go on in the next launch
+  throw std::runtime_error(std::string(who) + ": " + what + ".");
+}
 
 // Runs the lanes of one warp until all have ended or wait for the block.
 void run_warp(const char* who, int begin, int end) {
@@ -145,21 +151,28 @@ void run_warp(const char* who, int begin, int end) {
       const int i = reversed() ? begin + end - 1 - k : k;
       if (block.fibers[i].state == State::ready) resume(i);
     }
-    int at_warp = 0, at_block = 0;
+    if (block.failure != nullptr) stuck(who, block.failure);
+    int at_warp = 0, at_block = 0, at_gather = 0;
     for (int i = begin; i < end; ++i) {
       at_warp += block.fibers[i].state == State::at_warp_barrier;
       at_block += block.fibers[i].state == State::at_block_barrier;
+      at_gather += block.fibers[i].state == State::at_gather;
     }
-    if (at_warp == 0) return;
+    if (at_gather != 0 && at_gather != 32) stuck(who, "expected all 32 lanes at a warp's instruction, got " + std::to_string(at_gather));
+    if (at_warp + at_gather == 0) return;
     if (at_block > 0) stuck(who, "lanes of one warp wait at a warp's and at the block's barrier");
     for (int i = begin; i < end; ++i) {
-      if (block.fibers[i].state == State::at_warp_barrier) block.fibers[i].state = State::ready;
+      const State state = block.fibers[i].state;
+      if (state == State::at_warp_barrier || state == State::at_gather) block.fibers[i].state = State::ready;
     }
   }
 }
 
 void run_block(const char* who) {
-  for (int i = 0; i < block.count; ++i) block.fibers[i].state = State::ready;
+  for (int i = 0; i < block.count; ++i) {
+    block.fibers[i].state = State::ready;
+    block.fibers[i].gathers = 0;
+  }
   const int warps = (block.count + 31) / 32;
   for (;;) {
     for (int k = 0; k < warps; ++k) {
@@ -216,6 +229,16 @@ const dim3& grid_shape() { return block.grid; }
 void* dynamic_shared() { return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(block.shared.data()) + 15) & ~uintptr_t{15}); }
 void block_barrier() { leave(State::at_block_barrier); }
 void warp_barrier() { leave(State::at_warp_barrier); }
+const Given* gather(const void* own, size_t size) {
+  std::vector<Given>& given = block.given[current().gathers++ % 2];
+  std::memcpy(given[block.running].bytes, own, size);
+  leave(State::at_gather);
+  return &given[block.running / 32 * 32];
+}
+void fail(const char* what) {
+  block.failure = what;
+  leave(State::done);
+}
 uint64_t& exchange(int lane) { return block.exchanged[block.running / 32 * 32 + lane]; }
 int lane() { return block.running % 32; }
 bool is_alive(int lane) {
@@ -232,6 +255,8 @@ void launch(const char* who, dim3 blocks, dim3 threads, size_t shared, const std
   block.grid = blocks;
   block.kernel = &kernel;
   block.exchanged.resize((block.count + 31) / 32 * 32);
+  for (auto& given : block.given) given.resize(block.exchanged.size());
+  block.failure = nullptr;
   while (static_cast<int>(block.fibers.size()) < block.count) {
     block.fibers.emplace_back();
     prepare(block.fibers.back());

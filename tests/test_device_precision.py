@@ -1,4 +1,4 @@
-"""Tensor cores' arithmetic (csrc/kernels/cuda/mma.h) on the emulated device: attention, convolution and batched products in every precision.
+"""Arithmetic of tensor cores (csrc/kernels/cuda/mma.h) on the emulated device: attention, convolution, batched products.
 
 The emulation multiplies what the vendor's library would in full float32, so all of an error that is seen here comes from kernels of ours.
 """
@@ -23,7 +23,7 @@ from tests.emulation import emulated_device
 from tests.test_device_shapes import Attention, Product, convolutions
 
 LIMITS = {"tf32": 2e-3, "bfloat16": 2e-2}
-"""Relative Frobenius error: a factor is rounded by at most 2^-11 and 2^-8 of itself; cancellation in what is subtracted takes the rest (docs/cuda.md)."""
+"""Of the relative Frobenius error (docs/cuda.md): a factor is off by at most 2^-11 and 2^-8 of itself; cancellation takes the rest."""
 FLOORS = {"tf32": 1e-5, "bfloat16": 1e-4}
 """Less would be more than was asked for."""
 

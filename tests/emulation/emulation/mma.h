@@ -1,9 +1,7 @@
 // The warp instructions that kernels/cuda/mma.h wraps, on a CPU: each lane gives its registers, and computes its part of the result from those that
 // PTX says hold the elements, so a fragment that is laid out otherwise gives another product. tf32 and bfloat16 are rounded as the hardware rounds;
-// sums are float32, one multiplication after the other, where the hardware's order and rounding are its own.
+// sums are float32 or float64, one multiplication after the other, where the hardware's order and rounding are its own.
 #pragma once
-
-#include <array>
 
 #include "emulation/cuda.h"
 
@@ -48,55 +46,61 @@ void load_matrices(uint32_t (&to)[4], const void* row) {
   }
 }
 
+// The registers of the factors that all lanes give.
 template <class Register, int kA, int kB>
-struct Factors {
-  Register a[kA], b[kB];
-};
+class Factors {
+ public:
+  Factors(const Register (&a)[kA], const Register (&b)[kB]) {
+    unsigned char own[sizeof(a) + sizeof(b)];
+    std::memcpy(own, a, sizeof(a));
+    std::memcpy(own + sizeof(a), b, sizeof(b));
+    given_ = emulation::gather(own, sizeof(own));
+  }
+  Register a(int lane, int i) const { return read(lane, i); }
+  Register b(int lane, int i) const { return read(lane, kA + i); }
 
-template <class Register, int kA, int kB>
-std::array<Factors<Register, kA, kB>, 32> gather_factors(const Register (&a)[kA], const Register (&b)[kB]) {
-  Factors<Register, kA, kB> own;
-  std::memcpy(own.a, a, sizeof(a));
-  std::memcpy(own.b, b, sizeof(b));
-  const emulation::Given* given = emulation::gather(&own, sizeof(own));
-  std::array<Factors<Register, kA, kB>, 32> all;
-  for (int lane = 0; lane < 32; ++lane) std::memcpy(&all[lane], given[lane].bytes, sizeof(own));
-  return all;
-}
+ private:
+  Register read(int lane, int i) const {
+    Register value;
+    std::memcpy(&value, given_[lane].bytes + i * sizeof(Register), sizeof(Register));
+    return value;
+  }
+  const emulation::Given* given_;
+};
 
 // mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32
 inline void multiply_tf32(float& c0, float& c1, float& c2, float& c3, const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  const auto all = gather_factors(a, b);
+  const Factors all(a, b);
   const int group = emulation::lane() / 4, col = emulation::lane() % 4 * 2;
   const auto value = [](uint32_t bits) { return float_of(bits & ~0x1fffu); };  // the other bits are ignored
   float* const c[4] = {&c0, &c1, &c2, &c3};
   for (int i = 0; i < 4; ++i) {
     for (int k = 0; k < 8; ++k) {
-      *c[i] += value(all[group * 4 + k % 4].a[i / 2 + k / 4 * 2]) * value(all[(col + i % 2) * 4 + k % 4].b[k / 4]);
+      *c[i] += value(all.a(group * 4 + k % 4, i / 2 + k / 4 * 2)) * value(all.b((col + i % 2) * 4 + k % 4, k / 4));
     }
   }
 }
 
 // mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32
 inline void multiply_bfloat16(float& c0, float& c1, float& c2, float& c3, const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  const auto all = gather_factors(a, b);
+  const Factors all(a, b);
   const int group = emulation::lane() / 4, col = emulation::lane() % 4 * 2;
   const auto value = [](uint32_t pair, int half) { return float_of(half == 0 ? pair << 16 : pair & 0xffff0000u); };
   float* const c[4] = {&c0, &c1, &c2, &c3};
   for (int i = 0; i < 4; ++i) {
     for (int k = 0; k < 16; ++k) {
-      *c[i] += value(all[group * 4 + k % 8 / 2].a[i / 2 + k / 8 * 2], k % 2) * value(all[(col + i % 2) * 4 + k % 8 / 2].b[k / 8], k % 2);
+      *c[i] += value(all.a(group * 4 + k % 8 / 2, i / 2 + k / 8 * 2), k % 2) * value(all.b((col + i % 2) * 4 + k % 8 / 2, k / 8), k % 2);
     }
   }
 }
 
 // mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64
 inline void multiply_float64(double& c0, double& c1, const double (&a)[1], const double (&b)[1]) {
-  const auto all = gather_factors(a, b);
+  const Factors all(a, b);
   const int group = emulation::lane() / 4, col = emulation::lane() % 4 * 2;
   double* const c[2] = {&c0, &c1};
   for (int i = 0; i < 2; ++i) {
-    for (int k = 0; k < 4; ++k) *c[i] = std::fma(all[group * 4 + k].a[0], all[(col + i) * 4 + k].b[0], *c[i]);
+    for (int k = 0; k < 4; ++k) *c[i] += all.a(group * 4 + k, 0) * all.b((col + i) * 4 + k, 0);
   }
 }
 

@@ -252,8 +252,9 @@ struct MmaTile {
   __device__ void add(const Element* a, int lda, const Element* b, int ldb) {
     a += first_row();
     b += first_col();
-    multiply<K>([=](auto& left, int k, int row) { Kind::load_left_slow(left, a + k * lda + row, lda, lane()); },
-                [=](auto& right, int k, int col) { Kind::load_right_slow(right, b + k * ldb + col, ldb, lane()); });
+    const int lane = MmaTile::lane();
+    multiply<K>([=](auto& left, int k, int row) { Kind::load_left_slow(left, a + k * lda + row, lda, lane); },
+                [=](auto& right, int k, int col) { Kind::load_right_slow(right, b + k * ldb + col, ldb, lane); });
   }
 
   // sum += A Bᵀ of panels A [kRows, K] and B [kCols, K].
@@ -261,8 +262,9 @@ struct MmaTile {
   __device__ void add_rows(const Element* a, int lda, const Element* b, int ldb) {
     a += first_row() * lda;
     b += first_col() * ldb;
-    multiply<K>([=](auto& left, int k, int row) { Kind::load_left_fast(left, a + row * lda + k, lda, lane()); },
-                [=](auto& right, int k, int col) { Kind::load_right_fast(right, b + col * ldb + k, ldb, lane()); });
+    const int lane = MmaTile::lane();
+    multiply<K>([=](auto& left, int k, int row) { Kind::load_left_fast(left, a + row * lda + k, lda, lane); },
+                [=](auto& right, int k, int col) { Kind::load_right_fast(right, b + col * ldb + k, ldb, lane); });
   }
 
  private:

@@ -95,20 +95,22 @@ struct Block {
   std::vector<unsigned char> shared;
 };
 
-thread_local Block block;
+// Found through a pointer, which needs no check of initialisation at each of the many uses.
+thread_local Block own_block;
+constinit thread_local Block* running_block = nullptr;
 
-Fiber& current() { return block.fibers[block.running]; }
+Fiber& current(Block& block) { return block.fibers[block.running]; }
 
-void leave(State state) {
-  Fiber& fiber = current();
+void leave(Block& block, State state) {
+  Fiber& fiber = current(block);
   fiber.state = state;
   infl_swap_stacks(&fiber.top, block.scheduler);
 }
 
 void fiber_main() {
   for (;;) {
-    (*block.kernel)();
-    leave(State::done);
+    (*running_block->kernel)();
+    leave(*running_block, State::done);
   }
 }
 
@@ -134,22 +136,22 @@ bool reversed() {
   return value;
 }
 
-void resume(int index) {
+void resume(Block& block, int index) {
   block.running = index;
-  infl_swap_stacks(&block.scheduler, current().top);
+  infl_swap_stacks(&block.scheduler, current(block).top);
 }
 
 [[noreturn]] void stuck(const char* who, const std::string& what) {
-  block.fibers.clear();  // those that wait would go on in the next launch
+  running_block->fibers.clear();  // those that wait would go on in the next launch
   throw std::runtime_error(std::string(who) + ": " + what + ".");
 }
 
 // Runs the lanes of one warp until all have ended or wait for the block.
-void run_warp(const char* who, int begin, int end) {
+void run_warp(Block& block, const char* who, int begin, int end) {
   for (;;) {
     for (int k = begin; k < end; ++k) {
       const int i = reversed() ? begin + end - 1 - k : k;
-      if (block.fibers[i].state == State::ready) resume(i);
+      if (block.fibers[i].state == State::ready) resume(block, i);
     }
     if (block.failure != nullptr) stuck(who, block.failure);
     int at_warp = 0, at_block = 0, at_gather = 0;
@@ -168,7 +170,7 @@ void run_warp(const char* who, int begin, int end) {
   }
 }
 
-void run_block(const char* who) {
+void run_block(Block& block, const char* who) {
   for (int i = 0; i < block.count; ++i) {
     block.fibers[i].state = State::ready;
     block.fibers[i].gathers = 0;
@@ -177,7 +179,7 @@ void run_block(const char* who) {
   for (;;) {
     for (int k = 0; k < warps; ++k) {
       const int w = reversed() ? warps - 1 - k : k;
-      run_warp(who, w * 32, std::min(block.count, w * 32 + 32));
+      run_warp(block, who, w * 32, std::min(block.count, w * 32 + 32));
     }
     bool waiting = false;
     for (int i = 0; i < block.count; ++i) waiting = waiting || block.fibers[i].state == State::at_block_barrier;
@@ -223,30 +225,35 @@ class HostRuntime final : public DeviceRuntime {
 
 }  // namespace
 
-const Place& here() { return current().place; }
-const dim3& block_shape() { return block.shape; }
-const dim3& grid_shape() { return block.grid; }
-void* dynamic_shared() { return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(block.shared.data()) + 15) & ~uintptr_t{15}); }
-void block_barrier() { leave(State::at_block_barrier); }
-void warp_barrier() { leave(State::at_warp_barrier); }
+const Place& here() { return current(*running_block).place; }
+const dim3& block_shape() { return running_block->shape; }
+const dim3& grid_shape() { return running_block->grid; }
+void* dynamic_shared() { return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(running_block->shared.data()) + 15) & ~uintptr_t{15}); }
+void block_barrier() { leave(*running_block, State::at_block_barrier); }
+void warp_barrier() { leave(*running_block, State::at_warp_barrier); }
 const Given* gather(const void* own, size_t size) {
-  std::vector<Given>& given = block.given[current().gathers++ % 2];
+  Block& block = *running_block;
+  std::vector<Given>& given = block.given[current(block).gathers++ % 2];
   std::memcpy(given[block.running].bytes, own, size);
-  leave(State::at_gather);
-  return &given[block.running / 32 * 32];
+  const Given* warp = &given[block.running / 32 * 32];
+  leave(block, State::at_gather);
+  return warp;
 }
 void fail(const char* what) {
-  block.failure = what;
-  leave(State::done);
+  running_block->failure = what;
+  leave(*running_block, State::done);
 }
-uint64_t& exchange(int lane) { return block.exchanged[block.running / 32 * 32 + lane]; }
-int lane() { return block.running % 32; }
+uint64_t& exchange(int lane) { return running_block->exchanged[running_block->running / 32 * 32 + lane]; }
+int lane() { return running_block->running % 32; }
 bool is_alive(int lane) {
+  const Block& block = *running_block;
   const int i = block.running / 32 * 32 + lane;
   return i < block.count && block.fibers[i].state != State::done;
 }
 
 void launch(const char* who, dim3 blocks, dim3 threads, size_t shared, const std::function<void()>& kernel) {
+  Block& block = own_block;
+  running_block = &block;
   block.count = static_cast<int>(threads.x * threads.y * threads.z);
   if (block.count < 1 || block.count > 1024) stuck(who, "expected 1 to 1024 threads a block, got " + std::to_string(block.count));
   if (shared > (227 << 10)) stuck(who, "expected at most 227 KB of shared memory, got " + std::to_string(shared) + " bytes");
@@ -271,7 +278,7 @@ void launch(const char* who, dim3 blocks, dim3 threads, size_t shared, const std
                      static_cast<unsigned>(b / blocks.x / blocks.y)};
       place.thread = {i % threads.x, i / threads.x % threads.y, i / threads.x / threads.y};
     }
-    run_block(who);
+    run_block(block, who);
   }
 }
 

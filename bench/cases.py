@@ -118,30 +118,36 @@ def _per_example(workload: Workload, num_examples: int, main: bool, *quantities:
 
 CASES: tuple[Case, ...] = (
     *(
-        Case("ggn", workload, N, V, main=True)
-        for workload, N in ((REGRESSION, 1000), (CLASSIFIER, 4096), (LENET, 512), (TRANSFORMER, 16), (RESNET, 128))
-        for V in (1, 8)
+        Case("ggn", workload, N, V, main=True, seconds=seconds)
+        for workload, N, both in (
+            (REGRESSION, 1000, (20.0, 30.0)),
+            (CLASSIFIER, 4096, (20.0, 55.0)),
+            (LENET, 512, (25.0, 45.0)),
+            (TRANSFORMER, 16, (30.0, 60.0)),
+            (RESNET, 128, (80.0, 240.0)),
+        )
+        for V, seconds in zip((1, 8), both, strict=True)
     ),
-    *(Case("ggn", WIDE, 4096, V, main=V == 1) for V in (1, 8)),
-    *(Case("ggn", SENTENCES, 8, V, main=V == 1) for V in (1, 8)),
-    *(Case("ggn", workload, N, 64) for workload, N in ((REGRESSION, 1000), (CLASSIFIER, 512), (LENET, 64))),
-    Case("ggn", SMALLEST, 4, 1, main=True, note="overhead; asked: < 60 µs"),
-    Case("norms", SMALLEST, 4, 1, note="overhead"),
+    *(Case("ggn", WIDE, 4096, V, main=V == 1, seconds=seconds) for V, seconds in ((1, 30.0), (8, 120.0))),
+    *(Case("ggn", SENTENCES, 8, V, main=V == 1, seconds=seconds) for V, seconds in ((1, 70.0), (8, 300.0))),
+    *(Case("ggn", workload, N, 64, seconds=60.0) for workload, N in ((REGRESSION, 1000), (CLASSIFIER, 512), (LENET, 64))),
+    Case("ggn", SMALLEST, 4, 1, main=True, seconds=15.0, note="overhead; asked: < 60 µs"),
+    Case("norms", SMALLEST, 4, 1, seconds=15.0, note="overhead"),
     *(
-        Case("hessian", workload, N, V, main=V == 1 and workload is not TRANSFORMER)
+        Case("hessian", workload, N, V, main=V == 1 and workload is not TRANSFORMER, seconds=25.0 if V == 1 else 60.0)
         for workload, N in ((REGRESSION, 1000), (CLASSIFIER, 4096), (LENET, 512), (TRANSFORMER, 16))
         for V in (1, 8)
     ),
-    *_per_example(REGRESSION, 256, False, "grads", "grads-out", "norms", "dots", "gram"),
-    *_per_example(CLASSIFIER, 256, True, "grads", "grads-out", "norms", "dots", "gram"),
-    *_per_example(LENET, 256, True, "grads", "grads-out", "norms", "dots", "gram"),
-    *_per_example(RESNET, 64, True, "grads", "norms"),
-    *_per_example(RESNET, 64, False, "grads-out", "dots", "gram"),
-    *(Case("solve", LOGISTIC, 1000, V, damping=1e-3, main=True) for V in (1, 100)),
-    *(Case("solve", DIGITS, 200, V, damping=1e-3, main=True) for V in (1, 100)),
-    Case("retrain", RETRAINED, 1280, 20, main=True),
-    *(Case("sweep-n", workload, N, 1, main=True) for workload, N in ((REGRESSION, 8192), (CLASSIFIER, 8192), (LENET, 1024))),
-    *(Case("sweep-v", workload, N, 64, main=True) for workload, N in ((REGRESSION, 1000), (CLASSIFIER, 512), (LENET, 64))),
+    *_per_example(REGRESSION, 256, False, "grads", "grads-out", "norms", "dots", "gram", seconds=15.0),
+    *_per_example(CLASSIFIER, 256, True, "grads", "grads-out", "norms", "dots", "gram", seconds=22.0),
+    *_per_example(LENET, 256, True, "grads", "grads-out", "norms", "dots", "gram", seconds=22.0),
+    *_per_example(RESNET, 64, True, "grads", "norms", seconds=50.0),
+    *_per_example(RESNET, 64, False, "grads-out", "dots", "gram", seconds=60.0),
+    *(Case("solve", LOGISTIC, 1000, V, damping=1e-3, main=V == 1, seconds=15.0 if V == 1 else 300.0) for V in (1, 100)),
+    *(Case("solve", DIGITS, 100, V, damping=1e-3, main=True, seconds=15.0 if V == 1 else 180.0) for V in (1, 100)),
+    Case("retrain", RETRAINED, 1280, 20, main=True, seconds=45.0),
+    *(Case("sweep-n", workload, N, 1, main=True, seconds=12.0) for workload, N in ((REGRESSION, 8192), (CLASSIFIER, 8192), (LENET, 1024))),
+    *(Case("sweep-v", workload, N, 64, main=True, seconds=15.0) for workload, N in ((REGRESSION, 1000), (CLASSIFIER, 512), (LENET, 64))),
 )
 
 # A miniature of every quantity: checks the code without measuring anything.

@@ -21,6 +21,9 @@ from bench.reference import error, reference
 from bench.scaling import linearity
 from bench.timing import interleave
 
+LONG, TOO_LONG = 1.0, 5.0
+"""Seconds of a call: beyond the first it is not tried for its length, beyond the second its memory is not measured (two calls more)."""
+
 Row = dict[str, Any]
 
 
@@ -81,15 +84,16 @@ def run_case(case: Case, options: Options, rates: Rates, expected: dict[str, Ten
             prepared.calls[contender.name] = verified_call(case, prepared.problem, contender, expected, row)
         except Exception as problem_found:  # a peer that cannot do it is a result, not a reason to stop
             row["failure"] = one_line(problem_found)
+    known = {name: row["first"] for name, row in rows.items() if name in prepared.calls and "compile" not in name and row["first"] > LONG}
     timing_start = time.perf_counter()
     if prepared.calls:
         short = {"min_sample": 0.0, "max_rounds": 5} if options.smoke else {"min_rounds": options.rounds}
-        timings = interleave(prepared.calls, seconds=options.seconds, wait=waiter(torch.device(options.device)), **short)
+        timings = interleave(prepared.calls, seconds=options.seconds, wait=waiter(torch.device(options.device)), known=known, **short)
         for name, timing in timings.items():
             rows[name] |= asdict(timing)
     timing_seconds = time.perf_counter() - timing_start
     if options.memory and options.device == "cpu":
-        for name in prepared.calls:
+        for name in [name for name in prepared.calls if rows[name]["median"] < TOO_LONG]:
             rows[name]["peak_bytes"] = memory.peak(prepared, name)
     return described(case) | {
         "contenders": list(rows.values()),
@@ -118,7 +122,10 @@ def verified_call(case: Case, problem: Problem | None, contender: Contender, exp
     assert problem is not None
     call = contender.prepare(case, problem)
     wanted = next((answer for name, answer in expected.items() if contender.name.endswith(name)))
-    row["error"] = error(case, problem, contender.flat(call()), wanted)
+    start = time.perf_counter()
+    answer = call()
+    row["first"] = time.perf_counter() - start
+    row["error"] = error(case, problem, contender.flat(answer), wanted)
     if not row["error"] <= contender.limit:
         raise ArithmeticError(f"relative error {row['error']:.1e} against float64, allowed {contender.limit:.0e}")
     return call

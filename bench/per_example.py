@@ -88,9 +88,14 @@ def _torch_forward_dots(case: Case, problem: Problem, *, compiled: bool) -> Call
 # Libraries that hook into a backward pass
 
 
+def _quiet() -> None:
+    warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)  # it always does where inputs need no gradient
+
+
 def _opacus(case: Case, problem: Problem) -> Call:
     from opacus.grad_sample import GradSampleModule
 
+    _quiet()
     if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in problem.model.modules()):
         raise NotImplementedError("Opacus records gradients of modules in training mode, where batch norm has none of single examples")
     module = GradSampleModule(copy.deepcopy(problem.model), loss_reduction="mean").train()
@@ -108,7 +113,7 @@ def _backpack(extension: str, field: str, convert: bool, case: Case, problem: Pr
     import backpack
     import backpack.extensions
 
-    warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)  # it always does where inputs need no gradient
+    _quiet()
     module = backpack.extend(copy.deepcopy(problem.model), use_converter=convert)
     module.eval()  # the converter's copy begins in training mode
     loss = backpack.extend(LOSS_MODULES[problem.loss]())

@@ -32,7 +32,8 @@ def recipe_of(problem: Problem) -> ie.Recipe:
 def batches(problem: Problem, start: int, stop: int) -> list[Tensor]:
     """The batches of the epochs ``start`` to ``stop``, in the order that the recipe draws."""
     recipe, N = recipe_of(problem), len(problem.X)
-    return [batch for epoch in range(start, stop) for batch in recipe.batch_order(epoch, N).split(BATCH_SIZE)]
+    orders = [recipe.batch_order(epoch, N).to(problem.X.device) for epoch in range(start, stop)]
+    return [batch for order in orders for batch in order.split(BATCH_SIZE)]
 
 
 def trained(problem: Problem) -> tuple[nn.Module, torch.optim.SGD]:

@@ -3,6 +3,7 @@
     python -m bench.run                     all cases; --list says how long each takes
     python -m bench.run --quick             those of README's table, in short: about 20 minutes on two cores
     python -m bench.run --cases 'ggn-*'     some
+    python -m bench.run --quick --minutes 20    as many of them as are expected to be done by then, the short ones first
     python -m bench.run --resume            those that this commit has no result of yet on this machine
     python -m bench.run --smoke             tiny networks: checks the code, measures nothing, writes nothing
 
@@ -60,6 +61,8 @@ def main(argv: list[str] | None = None) -> int:
         cases = [c for c in cases if not any(is_same(r, header, c) for r in before)]
     known = {r["case"]: r for r in latest(before)}
     durations = {c.name: expected_seconds(c, known.get(c.name), options) for c in cases}
+    cases.sort(key=lambda c: durations[c.name])  # so that as many as possible are done where time runs out
+    began = time.perf_counter()
     if args.list:
         print("\n".join(f"{durations[c.name]:6.0f} s  {'*' if c.main else ' '} {c.name}" for c in cases))
         print(f"{len(cases)} cases, about {sum(durations.values()) / 60:.0f} minutes; * in README's table")
@@ -74,6 +77,9 @@ def main(argv: list[str] | None = None) -> int:
         if not args.smoke:
             rates = rates.best(measure_rates(seconds=0.1, device=args.device))
         start = time.perf_counter()
+        if start - began + durations[case.name] > 60 * args.minutes:
+            say(f"\nbench: {len(cases) - k} cases left out for want of time, among them {case.name}; --resume does them.")
+            break
         record = described(args.device, command, args.seed) | {"rates": asdict(rates)} | result(case, options, rates, args.timeout)
         failed |= any(c["ours"] and c["failure"] for c in record["contenders"])
         say(summary(record))
@@ -103,6 +109,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help="tiny networks, to check that everything works")
     parser.add_argument("--seconds", type=float, help="time for all turns of a case (default 20)")
     parser.add_argument("--rounds", type=int, help="fewest turns of each contender, however long they take (default 5)")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no case that is expected to end later than this")
     parser.add_argument("--timeout", type=float, default=1800.0, help="seconds that a case may take altogether (default 1800)")
     parser.add_argument("--threads", type=int, default=0, help="torch threads (default: torch's own choice)")
     parser.add_argument("--seed", type=int, default=0, help="of networks, data and vectors (default 0)")

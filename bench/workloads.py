@@ -55,6 +55,11 @@ class Workload(abc.ABC):
         return sum(p.numel() for p in self.build(0).parameters())
 
     @property
+    @abc.abstractmethod
+    def num_outputs(self) -> int:
+        """C, at one position."""
+
+    @property
     def gram_width(self) -> int | None:
         """Operations of one entry of the gradient Gram matrix from factors of single positions; None where layers share weights."""
         return None
@@ -106,6 +111,10 @@ class MLP(Workload):
         return 2.0 * self.layers[0][0] * self.layers[0][1]
 
     @property
+    def num_outputs(self) -> int:
+        return self.sizes[-1]
+
+    @property
     def gram_width(self) -> int | None:
         return sum(i + o for i, o in self.layers)
 
@@ -151,6 +160,10 @@ class Architecture(Workload):
             return torch.randint(self.num_tokens, size, generator=generator), torch.randint(self.num_classes, targets, generator=generator)
         X = torch.randn(num_examples, *self.shape, generator=generator)
         return X, torch.randint(self.num_classes, (num_examples,), generator=generator)
+
+    @property
+    def num_outputs(self) -> int:
+        return self.num_classes
 
     @cached_property
     def _operations(self) -> tuple[float, float]:

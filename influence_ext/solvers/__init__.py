@@ -8,6 +8,7 @@ from influence_ext.solvers.direct import Direct, DirectFactorisation
 from influence_ext.solvers.dual import Dual, DualFactorisation
 from influence_ext.solvers.lissa import LiSSA
 from influence_ext.solvers.power import top_eigenvalue
+from influence_ext.solvers.preconditioners import Inverse, Jacobi, Nystrom, Preconditioner
 
 __all__ = [
     "CG",
@@ -17,7 +18,11 @@ __all__ = [
     "DirectFactorisation",
     "Dual",
     "DualFactorisation",
+    "Inverse",
+    "Jacobi",
     "LiSSA",
+    "Nystrom",
+    "Preconditioner",
     "Solution",
     "Solver",
     "Status",

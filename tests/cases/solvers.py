@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from influence_ext.operators.base import CurvatureOperator, LinearOperator
-from influence_ext.solvers import CG, BlockCG, Direct, Dual, LiSSA, Solver, auto
+from influence_ext.solvers import CG, BlockCG, Direct, Dual, LiSSA, Nystrom, Solver, auto
 from tests.cases import generator
 
 
@@ -143,6 +143,8 @@ SOLVERS = [
     SolverCase("CG-jacobi", lambda _: CG(rtol=1e-11, preconditioner="jacobi"), 1e-8),
     SolverCase("CG-custom", lambda _: CG(rtol=1e-11, preconditioner=_halve), 1e-8, "scales the recurrence, not the answer"),
     SolverCase("BlockCG", lambda _: BlockCG(rtol=1e-11), 1e-8, "one search space for all columns"),
+    SolverCase("BlockCG-nystrom", lambda _: BlockCG(rtol=1e-11, preconditioner=Nystrom(5)), 1e-8, "conjugate in M⁻¹"),
+    SolverCase("CG-nystrom", lambda _: CG(rtol=1e-11, preconditioner=Nystrom(5)), 1e-8, "more directions than parameters, too"),
     SolverCase("LiSSA", lambda _: LiSSA(num_steps=10_000, rtol=1e-10), 1e-8, "full matrix, automatic scale"),
     SolverCase("Direct", lambda _: Direct(), 1e-12),
     SolverCase("Dual", lambda _: Dual(), 1e-11),

@@ -14,7 +14,7 @@ from torch import Tensor
 import influence_ext.solvers as solvers
 from influence_ext.errors import ArgumentError, DataError, DeviceError, DTypeError, ShapeError, SolverFailure
 from influence_ext.operators.base import LinearOperator
-from influence_ext.solvers import CG, BlockCG, Direct, Dual, LiSSA, Nystrom, Solver, Status, auto, top_eigenvalue
+from influence_ext.solvers import CG, BlockCG, Direct, Dual, LiSSA, Neumann, Nystrom, Solver, Status, auto, top_eigenvalue
 from tests.cases import generator
 from tests.cases.solvers import (
     SOLVERS,
@@ -127,7 +127,7 @@ def test_float32_columns_whose_squares_leave_the_range(case: SolverCase, magnitu
     reference = SYSTEMS[0].make()
     operator = RootOperator(reference.U.float(), reference.damping)
     solver = dataclasses.replace(auto(operator, 2)) if case.id == "AutoChoice" else case.make(operator)
-    if case.id.startswith(("CG", "BlockCG", "LiSSA")):
+    if case.id.startswith(("CG", "BlockCG", "LiSSA", "Neumann")):
         solver = dataclasses.replace(solver, rtol=1e-5)
     B = rhs(2, operator) * magnitude
     solution = solver.solve(operator, B)
@@ -152,7 +152,7 @@ def test_products_that_are_not_finite(case: SolverCase) -> None:
 def test_solution_that_overflows(case: SolverCase) -> None:
     operator = RootOperator(torch.full((1, 3), 1e-3, dtype=torch.float32), 1e-2)
     solver = dataclasses.replace(case.make(operator), on_failure="return")
-    if isinstance(solver, CG | BlockCG | LiSSA):
+    if isinstance(solver, CG | BlockCG | LiSSA | Neumann):
         solver = dataclasses.replace(solver, rtol=1e-4)
     B = torch.full((1, 3), 1e38)
     solution = solver.solve(operator, B)
@@ -229,6 +229,8 @@ def test_bad_operator(case: SolverCase) -> None:
         (lambda: CG(rtol=None, max_steps=None), "expected max_steps to be an integer of at least 1, got None"),
         (lambda: CG(preconditioner="ilu"), "expected preconditioner to be None, 'jacobi', a Preconditioner or a function"),
         (lambda: BlockCG(preconditioner=3), "BlockCG: expected preconditioner to be None, .* got 3"),
+        (lambda: Neumann(num_terms=0), "Neumann: expected num_terms to be an integer of at least 1, got 0"),
+        (lambda: Neumann(scale=-1.0), "Neumann: expected scale to be a finite number > 0, got -1.0"),
         (lambda: Nystrom(rank=0), "Nystrom: expected rank to be an integer of at least 1, got 0"),
         (lambda: CG(on_failure="ignore"), "CG: expected on_failure to be 'raise' or 'return', got 'ignore'"),
         (lambda: BlockCG(rtol=0.0), "BlockCG: expected rtol to be between 0 and 1, got 0.0"),
@@ -324,6 +326,7 @@ STEEP = tuple(10.0**k for k in range(-5, 6))
         (LiSSA(num_steps=50, scale=1.0), diagonal(3.0, 1.0), Status.DIVERGED),
         (LiSSA(num_steps=50), diagonal(*INDEFINITE), Status.DIVERGED),
         (LiSSA(), diagonal(0.0, 0.0), Status.NOT_PSD),
+        (Neumann(num_terms=50, scale=1.0), diagonal(3.0, 1.0), Status.DIVERGED),
         (LiSSA(num_steps=400, scale=1e-300), diagonal(1e100, 1.0), Status.NON_FINITE),
         (Direct(), diagonal(*INDEFINITE), Status.NOT_PSD),
         (Direct(), diagonal(*SINGULAR), Status.NOT_PSD),

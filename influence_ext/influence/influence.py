@@ -186,7 +186,7 @@ class Influence:
         if self._factorisation is not None:
             return self._factorisation.solve(B)
         if self.solver is None or self._chosen is None:
-            self._chosen = chosen = self.solver or auto(self.operator, num_rhs)
+            self._chosen = chosen = self.solver or auto(self.operator, num_rhs, at_once=len(B))
             inner = chosen.solver if isinstance(chosen, AutoChoice) else chosen
             if isinstance(inner, FactorisingSolver):
                 self._factorisation = inner.factorise(self.operator)

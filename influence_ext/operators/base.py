@@ -71,6 +71,10 @@ class LinearOperator(abc.ABC):
         self._check(v, "[P] or [P, V]", v.dim() in (1, 2) and v.shape[0] == self.num_parameters)
         return self.matvec(v) if v.dim() == 1 else self.matmat(v.T).T
 
+    def product_operations(self, V: int) -> float:
+        """Counted arithmetic of a product with V vectors, what ``solvers.auto`` weighs solvers by: ``2 P² V`` unless a subclass knows."""
+        return 2.0 * self.num_parameters**2 * V
+
     @standalone
     def diagonal(self) -> Tensor:
         """``[P]``, the exact diagonal. Cost: P products unless a subclass knows better."""
@@ -178,6 +182,14 @@ class CurvatureOperator(LinearOperator):
 
     damping: float
     num_roots: int
+
+    def product_operations(self, V: int) -> float:
+        """Counted arithmetic of a product with V vectors: ``4 R P V``, U and Uᵀ as they stand, unless a subclass knows better."""
+        return 4.0 * max(self.num_roots, 1) * self.num_parameters * V
+
+    def gram_operations(self) -> float:
+        """Counted arithmetic of ``root_gram``: ``2 R² P`` unless a subclass knows better."""
+        return 2.0 * self.num_roots**2 * self.num_parameters
 
     @abc.abstractmethod
     def damped(self, damping: float) -> CurvatureOperator:

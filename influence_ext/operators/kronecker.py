@@ -38,6 +38,19 @@ class KroneckerFactored(LinearisedOperator):
         """Rows of ``U`` of the examples from ``start`` on, as cotangents ``[V, n, *out]`` of their outputs, at most ``size`` at a time."""
         raise NotImplementedError
 
+    def gram_operations(self) -> float:
+        """Counted arithmetic of ``root_gram``: a cotangent sweep for each root of an example, ``2 R² (O + I)`` for a layer whose inputs are
+        vectors, ``2 R²`` for every other trained parameter.
+        """
+        graph, R = self._tape.plan.graph, self.num_roots  # type: ignore[attr-defined]
+        elements = 0
+        for node in graph.nodes:
+            sizes = [math.prod(graph.slots[index].shape) for index in node.slots if index >= 0 and graph.slots[index].kind == "parameter"]
+            is_simple = node.rule == "linear" and node.width == node.ints["out_features"]
+            elements += node.width + node.ints["in_features"] if is_simple else sum(sizes)
+        sweeps = 2.0 * R * sum(node.operations for node in graph.nodes)
+        return sweeps + 2.0 * R**2 * elements
+
     @standalone
     def kronecker_factors(self, num_samples: int | None = None, seed: int = 0) -> list[KroneckerFactors]:
         """``A = E[a aᵀ]`` and ``B = Σ g gᵀ`` of each weight of linear layers and convolutions; ``G ≈ B ⊗ A`` for that weight.

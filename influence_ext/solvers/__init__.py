@@ -9,6 +9,7 @@ from influence_ext.solvers.dual import Dual, DualFactorisation
 from influence_ext.solvers.ekfac import EKFAC, EKFACFactorisation
 from influence_ext.solvers.factorisation import Factorisation, FactorisingSolver
 from influence_ext.solvers.lissa import LiSSA
+from influence_ext.solvers.neumann import Neumann
 from influence_ext.solvers.power import top_eigenvalue
 from influence_ext.solvers.preconditioners import Inverse, Jacobi, Nystrom, Preconditioner
 
@@ -27,6 +28,7 @@ __all__ = [
     "Inverse",
     "Jacobi",
     "LiSSA",
+    "Neumann",
     "Nystrom",
     "Preconditioner",
     "Solution",

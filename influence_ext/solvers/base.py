@@ -81,8 +81,8 @@ _EXPLANATIONS = {
     ),
     Status.DIVERGED: (
         "The iterates grew instead of settling: the scale is at most half the top eigenvalue of the matrix (for "
-        "sampled batches, of the worst batch), or an eigenvalue is negative. Raise scale or leave it to be "
-        "estimated, use larger batches, or use CG."
+        "sampled batches, of the worst batch; Neumann's is at least 2 over it), or an eigenvalue is negative. Raise scale "
+        "(lower that of Neumann) or leave it to be estimated, use larger batches, or use CG."
     ),
 }
 

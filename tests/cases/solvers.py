@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from influence_ext.operators.base import CurvatureOperator, KroneckerBlock, KroneckerFactors, LinearOperator, Rotation
-from influence_ext.solvers import CG, EKFAC, BlockCG, Direct, Dual, LiSSA, Nystrom, Solver, auto
+from influence_ext.solvers import CG, EKFAC, BlockCG, Direct, Dual, LiSSA, Neumann, Nystrom, Solver, auto
 from tests.cases import generator
 
 
@@ -155,6 +155,7 @@ SOLVERS = [
     SolverCase("BlockCG-nystrom", lambda _: BlockCG(rtol=1e-11, preconditioner=Nystrom(5)), 1e-8, "conjugate in M⁻¹"),
     SolverCase("CG-nystrom", lambda _: CG(rtol=1e-11, preconditioner=Nystrom(5)), 1e-8, "more directions than parameters, too"),
     SolverCase("LiSSA", lambda _: LiSSA(num_steps=10_000, rtol=1e-10), 1e-8, "full matrix, automatic scale"),
+    SolverCase("Neumann", lambda _: Neumann(num_terms=10_000, rtol=1e-10), 1e-8, "LiSSA by another name"),
     SolverCase("EKFAC", lambda _: EKFAC(rtol=1e-5), 1e-10, "exact for one block of one row"),
     SolverCase("Direct", lambda _: Direct(), 1e-12),
     SolverCase("Dual", lambda _: Dual(), 1e-11),

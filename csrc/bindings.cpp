@@ -270,6 +270,25 @@ void bind(py::module_& m, const std::string& suffix) {
              f.gradients.square_norms(run.ctx, by_slot);
              return found;
            })
+      // offset of a parameter -> (activations [N, t, .], cotangents [V, N, t, .]) of each node that reads it
+      .def("outer_products",
+           [](const BoundFactors<T>& f) {
+             std::map<int64_t, std::vector<std::pair<at::Tensor, at::Tensor>>> found;
+             const int64_t V = f.gradients.num_vectors(), N = f.gradients.num_examples();
+             const Run run(f.tape->device, f.tape->precision);
+             const auto side = [&](const T* from, at::IntArrayRef sizes) {
+               at::Tensor out = empty<T>(sizes, f.tape->device);
+               copy<T>(run.ctx, out.numel(), from, out.mutable_data_ptr<T>());
+               return out;
+             };
+             f.gradients.outer_products(run.ctx, [&](int slot, const Factor<T>& factor) {
+               const bool flipped = factor.col_has_v;
+               const int64_t t = factor.positions, inputs = flipped ? factor.rows : factor.cols, outputs = flipped ? factor.cols : factor.rows;
+               found[f.tape->tape->plan().slots()[slot].offset].emplace_back(side(flipped ? factor.row : factor.col, {N, t, inputs}),
+                                                                             side(flipped ? factor.col : factor.row, {V, N, t, outputs}));
+             });
+             return found;
+           })
       .def("square_sum",
            [](const BoundFactors<T>& f) {
              at::Tensor out = empty<T>({f.tape->P()}, f.tape->device);

@@ -177,6 +177,11 @@ class Plan:
             raise DTypeError(f"Tape: expected theta of dtype {space.dtype}, got {theta.dtype}; convert it with .to({space.dtype}).")
         return theta.detach().clone(memory_format=torch.contiguous_format)
 
+    @property
+    def has_derived_parameters(self) -> bool:
+        """Whether nodes read expressions of trained parameters."""
+        return self._derived is not None
+
     @functools.cached_property
     def _second_order_native(self) -> Any:
         return self._compile(second_order=True)
@@ -405,9 +410,9 @@ class Tape:
     def factors(self, G: Tensor) -> Any:
         """Per-example gradients ``J_nᵀ g[v, n]`` for ``G [V, N, *out]``, as factors.
 
-        Methods: ``materialise``, ``square_norms``, ``square_norms_by_parameter``, ``square_sum``, ``gram``. They read the tape when
-        they are called. Cost: one cotangent sweep each; factors are held for a tile of examples, by ``gram`` for all: V·N times the
-        widths of the trainable nodes.
+        Methods: ``materialise``, ``square_norms``, ``square_norms_by_parameter``, ``square_sum``, ``gram``, ``outer_products``. They read the
+        tape when they are called. Cost: one cotangent sweep each; factors are held for a tile of examples, by ``gram`` and
+        ``outer_products`` for all: V·N times the widths of the trainable nodes.
         """
         factors = self._native.factors(G.contiguous())
         return factors if self._derived is None else DerivedFactors(factors, self._derived)

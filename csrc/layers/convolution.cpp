@@ -114,7 +114,8 @@ class ConvolutionRule final : public Rule<T> {
     if (tile.node.is_trainable(0)) {
       // A position's outer product takes the columns of x and the cotangent; all positions of an example must cost less than their sum does.
       const int64_t size = s.conv.weight_size(), cols = s.conv.x_channels * s.conv.taps(), positions = s.images * s.conv.y_plane();
-      if (s.conv.groups == 1 && !s.transposed && positions <= kFewPositions && 2 * positions * (cols + V * s.out_channels) <= V * size) {
+      const bool few = positions <= kFewPositions && 2 * positions * (cols + V * s.out_channels) <= V * size;
+      if (s.conv.groups == 1 && !s.transposed && (few || factors.outer())) {
         T* col = factors.allocate(n * positions * cols);
         convolution_columns_stub<T>(tile.ctx, s.conv, n * s.images, tile.state[0], prepared_size(s), col);
         const T* row = g_y;

@@ -381,11 +381,12 @@ void Tape<T>::product(const Context& ctx, int64_t V, const T* v, const OutputHes
 }
 
 template <class T>
-std::vector<Factor<T>> Tape<T>::factors(const Context& ctx, int64_t V, const T* g, int64_t n0, int64_t n, T* workspace, Arena<T>& storage) const {
+std::vector<Factor<T>> Tape<T>::factors(const Context& ctx, int64_t V, const T* g, int64_t n0, int64_t n, T* workspace, Arena<T>& storage,
+                                        bool outer) const {
   const Schedules& s = plan_->schedules();
   const int64_t C = plan_->output_width();
   copy_rows_stub<T>(ctx, V, n * C, g + n0 * C, N_ * C, workspace + s.output * V * n, n * C, false);
-  FactorSink<T> sink(ctx, storage);
+  FactorSink<T> sink(ctx, storage, outer);
   for (const CotangentStep& step : s.cotangent) {
     if (step.params) {
       Sweep sweep(*this, ctx, step.node, V, n0, n);

@@ -58,7 +58,9 @@ class Tape {
   void hvp(const Context& ctx, int64_t V, const T* v, const OutputHessian<T>& h, T* out) const;
 
   // The cotangent sweep of g [V, N, C] for examples [n0, n0 + n): each node's factors. They point into the tape, `workspace` and `storage`.
-  std::vector<Factor<T>> factors(const Context& ctx, int64_t V, const T* g, int64_t n0, int64_t n, T* workspace, Arena<T>& storage) const;
+  // `outer`: as outer products wherever the rule has them (FactorSink).
+  std::vector<Factor<T>> factors(const Context& ctx, int64_t V, const T* g, int64_t n0, int64_t n, T* workspace, Arena<T>& storage,
+                                 bool outer = false) const;
   int64_t factor_workspace(int64_t V, int64_t n) const { return plan_->schedules().sweep_width * V * n; }
   // The same for all examples, a tile at a time, tiles side by side where that pays: body(context, first example, number of examples, factors,
   // sum). `out` [P] receives the sum of what the tiles add to their `sum` (null: none wanted, and none given).

@@ -96,3 +96,27 @@ class Ensemble:
             dropped,
         )
         return total
+
+    def gradients(
+        self,
+        theta: Tensor,
+        batches: Sequence[Tensor],
+        *,
+        scale: float,
+        dropped: Sequence[Sequence[Sequence[int]]],
+        decay: float = 0.0,
+        damping: float = 0.0,
+        anchor: Tensor | None = None,
+    ) -> Tensor:
+        """``[S, P]``: ``scale Σ_n ∇ℓ_n + decay θ + damping (θ − anchor)`` of every set, over all batches; ``dropped`` by batch, then set.
+
+        Steps of length zero, whose momentum adds the gradients up. Cost: those steps.
+        """
+        total = torch.zeros_like(theta)
+        at = theta.clone()  # a gradient that is not finite would leave its trace even at length zero
+        regularised = {"decay": decay, "damping": damping}
+        for batch, positions in zip(batches, dropped, strict=True):
+            descent = {"lr": 0.0, "momentum": 1.0, **regularised}
+            self.step(at, [total], batch, scale=scale, dropped=positions, descent=descent, anchor=anchor)
+            regularised = {}
+        return total

@@ -19,7 +19,7 @@ void Ensemble<T>::one(const Context& ctx, Tape<T>& tape, const EnsembleStep<T>& 
   for (size_t s = 0; s < slots.size(); ++s) {
     if (slots[s] == nullptr) slots[s] = theta + plan_->slots()[s].offset;
   }
-  tape.linearize(ctx, slots);
+  tape.linearize(ctx, slots, /*borrow=*/true);
   Scratch<T> cotangent(ctx, N_ * C), values(ctx, N_), gradient(ctx, P);
   LossArguments<T> loss = step.arguments;
   loss.z = tape.outputs();

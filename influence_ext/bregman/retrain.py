@@ -296,8 +296,8 @@ class Branches:
             norms_s = [_norm(g) for g in self._trainer.gradients_without(self.run.final, groups)]  # the proximity term has none at θs
         else:
             norms_s = [_norm(self._trainer.gradient(self.run.final, removed=removed, proximity=proximity)) for removed in groups]
-        for removed, trained, norm_s in zip(groups, found, norms_s, strict=True):
-            norm = _norm(self._trainer.gradient(trained.point, removed=removed, proximity=proximity))
+        norms = self._trainers.gradient_norms(found, groups, proximity=proximity)
+        for removed, trained, norm, norm_s in zip(groups, found, norms, norms_s, strict=True):
             responses.append(
                 Response(
                     kind,

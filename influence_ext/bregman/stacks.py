@@ -32,9 +32,7 @@ class Stack(ABC):
         self.trainer, self.point, self.proximity = trainer, point, proximity
         self.num_sets, self.num_steps = len(groups), point.num_steps
         self.scale = trainer.loss.factor(trainer.examples.targets) * trainer.examples.num_examples
-        self.kept = torch.ones(self.num_sets, trainer.examples.num_examples, dtype=torch.bool)
-        for k, removed in enumerate(groups):
-            self.kept[k, list(removed)] = False
+        self.kept = kept_examples(groups, trainer.examples.num_examples)
 
     def walk(self, epoch: int) -> str | None:
         """Take the steps of one epoch; returns why this cannot go on together, if so.
@@ -83,15 +81,12 @@ class NativeStack(Stack):
 
     def step(self, batch: Tensor, lr: float) -> Tensor:
         """See :meth:`Stack.step`."""
-        dropped: list[list[int]] = [[] for _ in range(self.num_sets)]
-        for k, position in (~self.kept[:, batch]).nonzero().tolist():
-            dropped[k].append(position)
         return self._ensemble.step(
             self.theta,
             self.moments,
             batch,
             scale=self.scale / len(batch),
-            dropped=dropped,
+            dropped=positions(~self.kept[:, batch]),
             descent=descent(self.trainer.recipe, self.num_steps, lr, 0.0 if self.proximity is None else self.proximity.damping),
             anchor=None if self.proximity is None else self.proximity.anchor,
         )
@@ -104,6 +99,22 @@ class NativeStack(Stack):
         """See :meth:`Stack.points`."""
         buffers, moments = self.point.buffers, zip(*self.moments, strict=True)
         return [TrainingPoint(theta, buffers, m, self.num_steps) for theta, m in zip(self.theta, moments, strict=True)]
+
+
+def kept_examples(groups: Sequence[Sequence[int]], num_examples: int) -> Tensor:
+    """``[k, N]``: whether a set keeps an example."""
+    kept = torch.ones(len(groups), num_examples, dtype=torch.bool)
+    for k, removed in enumerate(groups):
+        kept[k, list(removed)] = False
+    return kept
+
+
+def positions(chosen: Tensor) -> list[list[int]]:
+    """Where each row of ``[k, B]`` is true."""
+    found: list[list[int]] = [[] for _ in chosen]
+    for k, position in chosen.nonzero().tolist():
+        found[k].append(position)
+    return found
 
 
 def descent(recipe: Recipe, num_steps: int, lr: float, damping: float) -> dict[str, float]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from influence_ext.bregman.progress import Progress
-from influence_ext.bregman.stacks import MappedStack, NativeStack, Stack, first_line, outputs
+from influence_ext.bregman.stacks import MappedStack, NativeStack, Stack, first_line, kept_examples, outputs, positions
 from influence_ext.bregman.training import Proximity, Trainer, TrainingPoint, isolated_random_state, rows
 from influence_ext.data import ModelInput, call_arguments
 from influence_ext.ensemble import Ensemble
@@ -124,6 +124,33 @@ class TogetherTrainer:
             found += alone(first, problem, members)
         report(label, total, total)
         return found
+
+    def gradient_norms(
+        self, found: Sequence[Trained], groups: Sequence[Sequence[int]], *, proximity: Proximity | None = None
+    ) -> list[float]:
+        """Norm of :meth:`Trainer.gradient` where each set ended, in the C++ core if that took the set's steps."""
+        trainer, ensemble = self._trainer, None if self._probed is None else self._probed.ensemble
+        if ensemble is None or len(found) == 1 or any(trained.one_by_one is not None for trained in found):
+            by_one = (trainer.gradient(end.point, removed=g, proximity=proximity) for end, g in zip(found, groups, strict=True))
+            return [float(gradient.double().norm()) for gradient in by_one]
+        _, at_once = self._room(found[0].point, len(found))
+        examples, recipe = trainer.examples, trainer.recipe
+        batches = torch.arange(examples.num_examples).split(recipe.batch_size)
+        norms: list[float] = []
+        for first in range(0, len(found), at_once):
+            part = slice(first, first + at_once)
+            dropped = ~kept_examples(groups[part], examples.num_examples)
+            gradients = ensemble.gradients(
+                torch.stack([trained.point.theta for trained in found[part]]),
+                batches,
+                scale=trainer.loss.factor(examples.targets),
+                dropped=[positions(dropped[:, batch]) for batch in batches],
+                decay=recipe.weight_decay,
+                damping=0.0 if proximity is None else proximity.damping,
+                anchor=None if proximity is None else proximity.anchor,
+            )
+            norms += [float(gradient.double().norm()) for gradient in gradients]
+        return norms
 
     def _stack(self, point: TrainingPoint, members: Sequence[Sequence[int]], proximity: Proximity | None) -> Stack:
         ensemble = None if self._probed is None else self._probed.ensemble

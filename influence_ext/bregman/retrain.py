@@ -91,11 +91,11 @@ def retrain_many(
 ) -> list[Response]:
     r"""Train again without each of several removed sets, all sets together: :func:`retrain` for every set of ``remove``.
 
-    The trainings step in time through products that serve them all, each set with its own mask on the batch. Every trajectory is that of
-    :func:`retrain` on the set by itself (batches, their order, the divisor of a batch, the optimiser's arithmetic) up to the order of
-    summation. A network whose trainings cannot share a step (batch norm in training mode, dropout, operators that ``torch.vmap``
-    refuses) is found by a probe before training and trained one by one: ``one_by_one`` of the response and a line at INFO level of the
-    logger ``influence_ext`` say so and why.
+    The trainings step in time, each set with its own mask on the batch: in the C++ core, a set to a thread at a time, where network and
+    loss run there on a CPU, else under ``torch.vmap``. Every trajectory is that of :func:`retrain` on the set by itself (batches, their
+    order, the divisor of a batch, the optimiser's arithmetic) up to the order of summation. A network whose trainings cannot share a step
+    (batch norm in training mode, dropout, operators that the core has not and ``torch.vmap`` refuses) is found by a probe before training
+    and trained one by one: ``one_by_one`` of the response and a line at INFO level of the logger ``influence_ext`` say so and why.
 
     Args:
         run: The base run.
@@ -117,8 +117,8 @@ def retrain_many(
         DivergenceError: training left the finite numbers.
 
     Cost:
-        The arithmetic of the trainings one by one; what PyTorch spends on a step beside that is spent once for all sets. Memory: for each
-        set trained at a time, its parameters with gradient and moments, and the activations of a batch.
+        The arithmetic of the trainings one by one; what a step costs beside that is paid once for all sets. Memory: for each set trained at
+        a time, its parameters with gradient and moments, and the activations of a batch (in the C++ core the latter for each thread).
     """
     if start not in ("cold", "warm"):
         raise ArgumentError(f"retrain_many: expected start to be 'cold' or 'warm', got {start!r}; choose one.")

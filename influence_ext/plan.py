@@ -16,9 +16,10 @@ from influence_ext.chunks import ChunkedTape
 from influence_ext.context import about_to_start_threads, exclusive
 from influence_ext.data import Examples, StreamedExamples
 from influence_ext.derived import DerivedFactors, DerivedParameters, DerivedPoint
+from influence_ext.ensemble import Ensemble
 from influence_ext.errors import ArgumentError, DataError, DeviceError, DTypeError, ShapeError, UnsupportedModelError
 from influence_ext.finite import all_finite
-from influence_ext.losses import OutputHessian
+from influence_ext.losses import Loss, OutputHessian
 from influence_ext.params import ParameterSpace, Selection, is_half, widened
 
 Schedule = Literal["auto", "by_example", "by_operator"]
@@ -165,6 +166,20 @@ class Plan:
         if chunk >= examples.num_examples and examples.resident:
             return Tape(self, make(self._inputs(examples.X, tensors)), theta, tensors, curved)
         return Tape(self, ChunkedTape(make, self._inputs, examples.blocks, examples.num_examples, chunk), theta, tensors, curved)
+
+    def ensemble(self, examples: Examples, loss: Loss) -> Ensemble | None:
+        """The network at several parameter sets that take training steps on batches of ``examples``.
+
+        None where a step needs torch: for a node without a native rule, a parameter that is computed from others, a loss without kernels.
+        Frozen parameters and buffers are read now. Cost: the prologue on all examples.
+        """
+        if self._derived is not None or any(node.operator is not None for node in self.graph.nodes):
+            return None
+        if loss.as_kernel(torch.zeros(1, *self.output_shape, dtype=self.space.dtype), examples.targets[:1]) is None:
+            return None
+        tensors = named_tensors(self._model)
+        inputs, constants = self._inputs(examples.X, tensors), self._constants(tensors)
+        return Ensemble(self._native, inputs, constants, self.output_shape, loss, examples.targets)
 
     def _copied(self, theta: Tensor) -> Tensor:
         """A copy of a user's θ, checked."""

@@ -36,8 +36,8 @@ class Tape {
   // The same number of other examples; linearize is to follow.
   void rebind(std::vector<const T*> inputs) { inputs_ = std::move(inputs); }
 
-  // The forward pass at θ, given per slot; copies what it needs of θ.
-  void linearize(const Context& ctx, const std::vector<const T*>& theta);
+  // The forward pass at θ, given per slot; copies what it needs of θ, or with `borrow` reads it where it is, which must then outlive what follows.
+  void linearize(const Context& ctx, const std::vector<const T*>& theta, bool borrow = false);
 
   const Plan<T>& plan() const { return *plan_; }
   int64_t num_examples() const { return N_; }
@@ -92,7 +92,8 @@ class Tape {
   std::vector<Buffer<T>> values_;               // per value: kept outputs [N, width]
   std::vector<std::vector<Buffer<T>>> states_;  // per node
   std::vector<Buffer<T>> packed_;               // per node
-  std::vector<Buffer<T>> theta_;                // per slot
+  std::vector<Buffer<T>> theta_;                // per slot, unless borrowed
+  std::vector<const T*> theta_at_;              // per slot
   std::vector<Buffer<T>> cotangents_;           // per node: of the outputs of curved ones [N, width]
   ScheduleChoice choice_ = ScheduleChoice::automatic;
 };

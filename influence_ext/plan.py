@@ -265,7 +265,9 @@ class Plan:
                     f"move it with .to('{self.space.device}')."
                 )
             inputs.append(x.detach())
-        return self._sources(inputs, named_tensors(self._model) if state is None else state)
+        if state is None:
+            state = named_tensors(self._model) if graph.prologue.reads_model else {}
+        return self._sources(inputs, state)
 
     def _sources(self, inputs: list[Tensor], state: Mapping[str, Tensor]) -> list[Tensor]:
         """What the prologue makes of the inputs, as numbers of the network's dtype."""
@@ -309,13 +311,32 @@ class Tape:
         self.num_examples: int = native.num_examples
         self._move_to(theta)
 
-    def relinearize(self, theta: Tensor) -> None:
-        """Move to another θ ``[P]`` on the same examples; memory is reused, factors made before become invalid.
+    def relinearize(self, theta: Tensor, X: Any = None) -> None:
+        """Move to another θ ``[P]``, and to other examples; memory is reused, factors and cotangents made before become invalid.
+
+        Args:
+            theta: ``[P]``.
+            X: inputs of as many examples, in the structure that the plan was captured with; None: the same as before.
 
         Raises:
-            ShapeError, DTypeError: theta is not ``[P]`` of the plan's dtype.
+            ShapeError, DTypeError, DeviceError: theta is not ``[P]`` of the plan's dtype; X does not fit.
+            ArgumentError: X for a tape that a memory budget has recompute its forward state.
         """
-        self._move_to(self.plan._copied(theta))
+        theta = self.plan._copied(theta)
+        if X is not None:
+            self._rebind(X)
+        self._move_to(theta)
+
+    def _rebind(self, X: Any) -> None:
+        if self.chunk is not None:
+            raise ArgumentError("Tape: expected no other inputs for a tape that is recomputed in chunks, got some; linearize them anew.")
+        sources = self.plan._inputs(X)
+        if sources[0].shape[0] != self.num_examples:
+            raise ShapeError(
+                f"Tape: expected inputs of {self.num_examples} examples as before, got {sources[0].shape[0]}; linearize "
+                "another number anew."
+            )
+        self._native.rebind(sources)
 
     def _move_to(self, theta: Tensor) -> None:
         plan = self.plan

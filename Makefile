@@ -25,6 +25,7 @@ SOURCES := $(shell find csrc -type d -o -name '*.cpp' -o -name '*.h' -o -name '*
 CPP_FILES := $(shell find csrc tests/emulation -name "*.cpp" -o -name "*.h" -o -name "*.cu")
 
 CUDA_ARCHITECTURES ?= 80 90a 100
+CUDA_OPTIMISATION ?= -O3
 CUDA_OBJECTS := $(patsubst csrc/kernels/cuda/%.cu,build/cuda/%.o,$(wildcard csrc/kernels/cuda/*.cu))
 CUDA_VENV ?= .venv-cuda
 CUDA_TORCH ?= torch==2.11.0
@@ -51,11 +52,12 @@ bench-micro: $(DONE)/extension $(DONE)/bench ## single operations under pytest-b
 	@$(PY) -m pytest -q bench/micro.py --benchmark-only $(ARGS)
 
 cuda-compile: $(CUDA_OBJECTS) ## nvcc alone over all kernels, for CUDA_ARCHITECTURES (80 90a 100): no GPU, no torch
-	@$(SAY) "$(words $(CUDA_OBJECTS)) files of CUDA kernels compiled for sm: $(CUDA_ARCHITECTURES)"
+	@$(SAY) "$(words $(CUDA_OBJECTS)) files of CUDA kernels compiled with $(CUDA_OPTIMISATION) for sm: $(CUDA_ARCHITECTURES)"
 
 build/cuda/%.o: csrc/kernels/cuda/%.cu $(shell find csrc -name '*.h')
+	@command -v nvcc >/dev/null || { echo "make: expected nvcc (CUDA toolkit 12 or 13), found none; nothing was compiled." >&2; exit 1; }
 	@mkdir -p build/cuda
-	@nvcc -std=c++20 -O3 -Icsrc -Werror all-warnings $(foreach a,$(CUDA_ARCHITECTURES),-gencode arch=compute_$(a),code=sm_$(a)) -c $< -o $@
+	@nvcc -std=c++20 $(CUDA_OPTIMISATION) -Icsrc -Werror all-warnings $(foreach a,$(CUDA_ARCHITECTURES),-gencode arch=compute_$(a),code=sm_$(a)) -c $< -o $@
 
 cuda-build: ## the extension against a CUDA build of torch in CUDA_VENV (gigabytes; needs nvcc, no GPU), imported at the end
 	@bash tools/cuda_build.sh $(CUDA_VENV) "$(CUDA_TORCH)"

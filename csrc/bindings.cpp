@@ -14,6 +14,7 @@
 #include "common/build_info.h"
 #include "common/device_library.h"
 #include "kernels/elementwise.h"
+#include "kernels/krylov.h"
 #include "kernels/movement.h"
 #include "layers/rule.h"
 #include "losses/class_indices.h"
@@ -458,6 +459,10 @@ void bind_ensemble(py::module_& m, const std::string& suffix) {
            py::arg("weight"), py::arg("dropped"));
 }
 
+CgColumn* cg_columns(const at::Tensor& state, int64_t V, at::Device device) {
+  return reinterpret_cast<CgColumn*>(const_cast<double*>(data<double>(state, V * kCgScalars, device, "CG scalars")));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -538,4 +543,33 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         });
       },
       py::arg("shape"), py::arg("scale"), py::arg("state"), py::arg("weights"), py::arg("part"), py::arg("u"));
+  // A step of CG on [V, P] vectors; state [V, cg_scalars] float64 (math/krylov.h).
+  m.attr("cg_scalars") = kCgScalars;
+  m.def(
+      "cg_direction",
+      [](const at::Tensor& r, const OptionalTensor& z, const at::Tensor& p, const at::Tensor& state) {
+        dispatch(r, [&](auto tag) {
+          using T = decltype(tag);
+          const int64_t V = r.size(0), P = r.size(1);
+          const at::Device device = r.device();
+          const Run run(device);
+          cg_direction_stub<T>(run.ctx, V, P, data<T>(r, V * P, device, "CG residual"),
+                               z ? data<T>(*z, V * P, device, "CG preconditioned residual") : nullptr, writable<T>(p, V * P, device, "CG direction"),
+                               cg_columns(state, V, device));
+        });
+      },
+      py::arg("r"), py::arg("z"), py::arg("p"), py::arg("state"));
+  m.def(
+      "cg_step",
+      [](double lower, const at::Tensor& p, const at::Tensor& q, const at::Tensor& x, const at::Tensor& r, const at::Tensor& state) {
+        dispatch(r, [&](auto tag) {
+          using T = decltype(tag);
+          const int64_t V = r.size(0), P = r.size(1);
+          const at::Device device = r.device();
+          const Run run(device);
+          cg_step_stub<T>(run.ctx, V, P, lower, data<T>(p, V * P, device, "CG direction"), data<T>(q, V * P, device, "CG product"),
+                          writable<T>(x, V * P, device, "CG solution"), writable<T>(r, V * P, device, "CG residual"), cg_columns(state, V, device));
+        });
+      },
+      py::arg("lower"), py::arg("p"), py::arg("q"), py::arg("x"), py::arg("r"), py::arg("state"));
 }

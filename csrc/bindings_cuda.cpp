@@ -7,7 +7,10 @@
 #include <limits>
 #include <memory>
 #include <mutex>
+#include <string>
 #include <vector>
+
+#include "common/out_of_memory.h"
 
 namespace infl {
 
@@ -42,7 +45,14 @@ class TorchRuntime final : public DeviceRuntime {
   at::Device device() const { return device_; }
 
   void* allocate(int64_t bytes, void* stream) override {
-    return bytes == 0 ? nullptr : c10::cuda::CUDACachingAllocator::raw_alloc_with_stream(bytes, static_cast<cudaStream_t>(stream));
+    if (bytes == 0) return nullptr;
+    try {
+      return c10::cuda::CUDACachingAllocator::raw_alloc_with_stream(bytes, static_cast<cudaStream_t>(stream));
+    } catch (const c10::OutOfMemoryError&) {  // its caches were emptied before it gave up
+      size_t free_bytes = 0, all_bytes = 0;
+      const bool known = cudaMemGetInfo(&free_bytes, &all_bytes) == cudaSuccess;
+      throw OutOfMemory(bytes, "on " + device_.str(), known ? static_cast<int64_t>(free_bytes) : -1);
+    }
   }
   void release(void* p) noexcept override {
     if (p != nullptr) c10::cuda::CUDACachingAllocator::raw_delete(p);

@@ -15,6 +15,7 @@ from influence_ext import reference
 from influence_ext.errors import DeviceError
 from influence_ext.losses import resolve
 from influence_ext.plan import Plan
+from influence_ext.solvers import CG
 from influence_ext.testing import assert_close
 from tests.cases import Network, NetworkCase, build, cast, generator
 from tests.cases.families import RULE_ROWS
@@ -93,6 +94,87 @@ def test_streams_and_solvers() -> None:
         there = ie.Influence(model, torch.nn.CrossEntropyLoss(), (X, y), damping=1e-2).scores((X[:5], y[:5]))
     stream.synchronize()
     assert_close(there.values.cpu(), here.values.cpu(), scope="model")
+
+
+def small_problem() -> tuple[torch.nn.Module, Tensor, Tensor]:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3)).double()
+    return model, torch.randn(40, 6, dtype=torch.float64), torch.randint(3, (40,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("preconditioner", [None, "jacobi"])
+def test_cg_ends_as_on_the_cpu(preconditioner: Any, dtype: torch.dtype) -> None:
+    """Solutions and statuses, however seldom the host looks; the scalars never leave the device in between."""
+    model, X, y = small_problem()
+    model, X = model.to(dtype), X.to(dtype)
+    loss = torch.nn.CrossEntropyLoss()
+    here = ie.GGN(model, loss, (X, y), damping=1e-1)
+    there = ie.GGN(copy.deepcopy(model).cuda(), loss, (X.cuda(), y.cuda()), damping=1e-1)
+    B = torch.randn(5, here.num_parameters, dtype=dtype)
+    B[1] = 0
+    expected = CG(rtol=1e-4, preconditioner=preconditioner).solve(here, B)
+    for check_every in (None, 1, 3):
+        found = CG(rtol=1e-4, preconditioner=preconditioner, check_every=check_every).solve(there, B.cuda())
+        assert found.status == expected.status
+        # to the tolerance of the solves, which rounding may end a step apart
+        assert float((found.value.cpu() - expected.value).norm() / expected.value.norm()) < 1e-2
+
+
+def test_streams_at_the_same_time() -> None:
+    """Products of one operator, enqueued on several streams before any is waited for."""
+    model, X, y = small_problem()
+    G = ie.GGN(model.cuda(), torch.nn.CrossEntropyLoss(), (X.cuda(), y.cuda()))
+    V = torch.randn(4, 3, G.num_parameters, dtype=torch.float64, device="cuda")
+    expected = [G.matmat(v) for v in V]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in V]
+    found = []
+    for stream, v in zip(streams, V, strict=True):
+        with torch.cuda.stream(stream):
+            found.append(G.matmat(v))
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_tensors_on_another_gpu_than_the_current_one() -> None:
+    """What is computed lies with the tensors, and the current device stays what it was."""
+    model, X, y = small_problem()
+    loss = torch.nn.CrossEntropyLoss()
+    expected = ie.GGN(model, loss, (X, y), damping=1e-2)
+    V = torch.randn(3, expected.num_parameters, dtype=torch.float64)
+    torch.cuda.set_device(0)
+    operators = [ie.GGN(copy.deepcopy(model).to(d), loss, (X.to(d), y.to(d)), damping=1e-2) for d in ("cuda:1", "cuda:0", "cuda:1")]
+    for G in operators:
+        product = G.matmat(V.to(G.device))
+        solution = CG(rtol=1e-8).solve(G, V.to(G.device)).value
+        assert product.device == solution.device == G.device
+        assert_close(product.cpu(), expected.matmat(V), scope="model")
+        assert float((expected.matmat(solution.cpu()) - V).norm() / V.norm()) < 1e-7
+    assert torch.cuda.current_device() == 0
+
+
+def test_out_of_memory_is_a_sentence_and_nothing_is_lost() -> None:
+    model, X, y = small_problem()
+    G = ie.GGN(model.cuda(), torch.nn.CrossEntropyLoss(), (X.cuda(), y.cuda()))
+    V = torch.randn(2, G.num_parameters, dtype=torch.float64, device="cuda")
+    before, parameters = G.matmat(V), [p.detach().clone() for p in model.parameters()]
+    torch.cuda.empty_cache()
+    many = torch.randn(20000, G.num_parameters, dtype=torch.float64, device="cuda")
+    result = torch.empty_like(many)
+    del result  # stays in torch's cache: the result fits, and what the product needs in between (100 MB an activation) does not
+    limit = torch.cuda.memory_reserved() + 2**22
+    torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        with pytest.raises(
+            MemoryError, match=r"expected \d+ bytes .* on cuda:0, got none \(\d+ bytes are free there\); give memory_budget="
+        ):
+            G.matmat(many)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert torch.equal(G.matmat(V), before)
+    assert all(torch.equal(a, b) for a, b in zip(parameters, model.parameters(), strict=True))
 
 
 @pytest.mark.parametrize(("precision", "limit"), [("full", 2e-6), ("tf32", 2e-3), ("bfloat16", 2e-2)])

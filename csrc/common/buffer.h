@@ -5,11 +5,11 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
-#include <new>
 #include <utility>
 #include <vector>
 
 #include "common/context.h"
+#include "common/out_of_memory.h"
 #include "common/pages.h"
 
 namespace infl {
@@ -37,7 +37,7 @@ class Buffer {
       data_ = static_cast<T*>(ctx.runtime->allocate(static_cast<int64_t>(bytes), ctx.stream));
     } else {
       data_ = static_cast<T*>(std::aligned_alloc(64, bytes));
-      if (data_ == nullptr) throw std::bad_alloc();
+      if (data_ == nullptr) throw OutOfMemory(static_cast<int64_t>(bytes), "on the CPU");
       prefer_large_pages(data_, bytes);
     }
     runtime_ = ctx.runtime;

@@ -26,7 +26,7 @@ class DeviceRuntime {
  public:
   virtual ~DeviceRuntime() = default;
 
-  // Throws std::runtime_error with the bytes wanted and those free if there are not enough.
+  // Throws OutOfMemory with the bytes wanted and those free if there are not enough.
   virtual void* allocate(int64_t bytes, void* stream) = 0;
   virtual void release(void* p) noexcept = 0;
 

@@ -202,15 +202,6 @@ class CountedOperator(LinearOperator):
         return B - self.matmat(X)
 
 
-def dot(X: Tensor, Y: Tensor) -> Tensor:
-    """Inner product of each pair of rows, ``[V, P], [V, P] -> [V]`` in float64: blocks in the rows' dtype, their sum in float64."""
-    block = 1024
-    whole = X.shape[1] // block * block
-    tail = torch.linalg.vecdot(X[:, whole:], Y[:, whole:]).double()
-    blocks = torch.linalg.vecdot(X[:, :whole].unflatten(1, (-1, block)), Y[:, :whole].unflatten(1, (-1, block)))
-    return blocks.sum(dim=1, dtype=torch.float64) + tail
-
-
 def norm(X: Tensor) -> Tensor:
     """Euclidean norm of each row, ``[V, P] -> [V]``."""
     return torch.linalg.vector_norm(X, dim=1)

@@ -8,9 +8,13 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
+from influence_ext.krylov import CGVectors
 from influence_ext.operators.base import LinearOperator
-from influence_ext.solvers.base import CountedOperator, Outcome, Solution, Solver, Status, dot, norm, run
+from influence_ext.solvers.base import CountedOperator, Outcome, Solution, Solver, Status, norm, run
 from influence_ext.solvers.preconditioners import InverseFunction, Preconditioner, inverse_of, is_preconditioner
+
+CHECK_EVERY_ON_A_DEVICE = 8
+"""Steps of CG between two looks that wait for a device."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +41,19 @@ class CG(Solver):
             each solve; what its ``factorise`` returned, made once for many solves; or any function ``M⁻¹``,
             ``[A, P] -> [A, P]``, that treats rows independently (``A ≤ V`` columns are still running) and is symmetric
             positive definite.
+        check_every: Steps between two looks at which columns have ended. A look waits for the device and takes ended columns out
+            of the products; until then they stand still, so solutions, statuses and iterations are the same, and up to
+            ``check_every − 1`` products a column are spent on nothing. ``None``: 1 on the CPU, where a look costs nothing, 8 on a
+            device.
 
     Statistics: ``iterations`` and ``restarts`` per column.
 
     Raises:
         ArgumentError: an option makes no sense.
 
-    Cost: per step one product for each running column, at most one host synchronisation; six ``[V, P]`` buffers, one
-    more with a preconditioner; one product per column to verify.
+    Cost: per step one product for each running column and three fused passes over the vectors, whose scalars stay on their
+    device; a host synchronisation every ``check_every`` steps; six ``[V, P]`` buffers, one more with a preconditioner; one
+    product per column to verify.
 
     Reference: Hestenes and Stiefel, "Methods of conjugate gradients for solving linear systems" (1952).
     """
@@ -52,11 +61,14 @@ class CG(Solver):
     rtol: float | None = 1e-5
     max_steps: int = 1000
     preconditioner: Preconditioner | InverseFunction | Literal["jacobi"] | None = None
+    check_every: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_tolerance(self.rtol)
         self._require_count("max_steps", self.max_steps)
+        if self.check_every is not None:
+            self._require_count("check_every", self.check_every)
         known = is_preconditioner(self.preconditioner)
         self._require(known, "preconditioner to be None, 'jacobi', a Preconditioner or a function [V, P] -> [V, P]", self.preconditioner)
 
@@ -76,6 +88,7 @@ class CG(Solver):
         iterations, restarts = [0] * num_columns, [0] * num_columns
         if isinstance(precondition, Status):
             return Outcome.failed(B, precondition, counts=("iterations", "restarts"))
+        check_every = self.check_every or (1 if B.is_cpu else CHECK_EVERY_ON_A_DEVICE)
         B_norm = norm(B)
         # without a tolerance, steps below the rounding level of b would only divide zero by zero
         target = (self.rtol or torch.finfo(B.dtype).eps) * B_norm
@@ -87,7 +100,7 @@ class CG(Solver):
         while first or pending:
             index = torch.tensor(pending, dtype=torch.long, device=B.device)
             budget = [self.max_steps - iterations[column] for column in pending]
-            descent = _Descent(operator, precondition, R[index], target[index], budget)
+            descent = _Descent(operator, precondition, R[index], target[index], budget, check_every)
             ended = descent.run()
             X_new = X[index] + descent.change
             R_new = operator.residual(X_new, B[index])
@@ -123,78 +136,48 @@ class CG(Solver):
 class _Descent:
     """One run of the recurrence from residuals ``R``, overwritten; ``change`` is by how much each column's x moved."""
 
-    def __init__(self, operator: CountedOperator, precondition: InverseFunction | None, R: Tensor, target: Tensor, budget: list[int]):
+    def __init__(
+        self,
+        operator: CountedOperator,
+        precondition: InverseFunction | None,
+        R: Tensor,
+        target: Tensor,
+        budget: list[int],
+        check_every: int,
+    ):
         self.operator = operator
         self.precondition = precondition
-        self.change = torch.zeros_like(R)
-        self.R = R
-        self.target = target
-        self.budget = budget
+        self.vectors = CGVectors(R, target, budget, operator.lower_bound)
+        self.change = self.vectors.x
+        self.check_every = check_every
+        self.max_steps = max(budget, default=0)
         self.steps = [0] * len(budget)
         self.ended = [Status.MAX_STEPS] * len(budget)
 
     def run(self) -> list[Status]:
         """Iterate until every column has ended, and say how."""
-        columns, x, r, target = self._start()
-        p = torch.empty_like(r)
-        rz = top = torch.zeros_like(target, dtype=torch.float64)
-        for step in range(1, max(self.budget, default=0) + 1):
+        vectors = self.vectors
+        columns = self._sort_out(list(range(len(self.ended))))
+        for step in range(1, self.max_steps + 1):
             if not columns:
                 break
-            z = r if self.precondition is None else self.precondition(r)
-            rz_new = dot(r, z)
-            p = z.clone() if step == 1 else torch.addcmul(z, p, (rz_new / rz).to(p.dtype)[:, None])
-            rz = rz_new
-            q = self.operator.matmat(p)
-            curvature, p_squared = dot(p, q), dot(p, p)
-            top = torch.maximum(top, curvature / p_squared)
-            floor, certain = self._limits(top * p_squared, p_squared)
-            # a column that breaks down keeps the x it had: α = 0 there, also where a comparison meets NaN
-            alpha = torch.where(curvature > floor, rz / curvature, 0.0).to(p.dtype)[:, None]
-            x.addcmul_(p, alpha)
-            r.addcmul_(q, alpha, value=-1.0)
-            keep = self._sort_out(columns, step, torch.stack([norm(r).double(), target.double(), curvature, floor, certain, rz]).tolist())
-            if len(keep) < len(columns):
-                if x is not self.change:  # as long as every column is running, the two are one
-                    self.change[columns] = x
-                columns = [columns[k] for k in keep]
-                x, r, p, target, rz, top = x[keep], r[keep], p[keep], target[keep], rz[keep], top[keep]
+            z = None if self.precondition is None else self.precondition(vectors.r)
+            vectors.step(self.operator.matmat(vectors.direction(z)))
+            if step % self.check_every == 0 or step == self.max_steps:
+                columns = self._sort_out(columns)
         return self.ended
 
-    def _limits(self, largest: Tensor, p_squared: Tensor) -> tuple[Tensor, Tensor]:
-        """Curvature along p that is no longer believed, and that up to which the matrix is known not to be definite."""
-        eps = torch.finfo(self.R.dtype).eps
-        if not self.operator.lower_bound > 0:
-            return eps * largest, eps * largest
-        return 0.5 * self.operator.lower_bound * p_squared, -1000 * eps * largest
-
-    def _start(self) -> tuple[list[int], Tensor, Tensor, Tensor]:
-        """The columns that rows of x, r, p stand for: all but those that a warm start has already solved."""
-        columns = []
-        for column, done in enumerate((norm(self.R) <= self.target).tolist()):
-            if done:
-                self.ended[column] = Status.CONVERGED
-            elif self.budget[column] > 0:
-                columns.append(column)
-        if len(columns) == len(self.budget):
-            return columns, self.change, self.R, self.target
-        return columns, self.change[columns], self.R[columns], self.target[columns]
-
-    def _sort_out(self, columns: list[int], step: int, table: list[list[float]]) -> list[int]:
-        """Record which columns ended with this step; the positions of the others."""
+    def _sort_out(self, columns: list[int]) -> list[int]:
+        """Record which columns have ended; the others go on."""
         keep = []
-        for k, (column, r_norm, target, curvature, floor, certain, rz) in enumerate(zip(columns, *table, strict=True)):
-            self.steps[column] = step
-            if not (abs(r_norm) < float("inf") and abs(curvature) < float("inf")):
-                self.ended[column] = Status.NON_FINITE
-            elif rz <= 0:
-                self.ended[column] = Status.BREAKDOWN
-            elif curvature <= floor:
-                self.ended[column] = Status.NOT_PSD if curvature <= certain else Status.STALLED
-            elif r_norm <= target:
-                self.ended[column] = Status.CONVERGED
-            elif step == self.budget[column]:
-                self.ended[column] = Status.MAX_STEPS
-            else:
+        for k, (column, (end, steps)) in enumerate(zip(columns, self.vectors.look(), strict=True)):
+            self.steps[column] = steps
+            if end == "running":
                 keep.append(k)
-        return keep
+            else:
+                self.ended[column] = Status(end)
+        if len(keep) < len(columns):
+            if self.vectors.x is not self.change:  # as long as every column is running, the two are one
+                self.change[columns] = self.vectors.x
+            self.vectors.select(keep)
+        return [columns[k] for k in keep]

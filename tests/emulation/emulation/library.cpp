@@ -3,6 +3,7 @@
 #include <memory>
 
 #include "common/device_library.h"
+#include "common/out_of_memory.h"
 #include "emulation/cuda.h"
 
 namespace infl::emulation {
@@ -194,7 +195,7 @@ class HostRuntime final : public DeviceRuntime {
  public:
   void* allocate(int64_t bytes, void*) override {
     void* p = std::aligned_alloc(256, static_cast<size_t>((bytes + 255) / 256 * 256));
-    if (p == nullptr) throw std::runtime_error("emulation: expected " + std::to_string(bytes) + " bytes of memory, got none.");
+    if (p == nullptr) throw OutOfMemory(bytes, "on the emulated device");
     std::memset(p, 0xff, static_cast<size_t>(bytes));  // NaN
     return p;
   }

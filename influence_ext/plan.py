@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Hashable, Mapping
@@ -135,8 +136,7 @@ class Plan:
             memory_budget: bytes that the forward state and one product's workspace may take. What does not fit is recomputed
                 in every product, a chunk of examples at a time.
             second_order: also keep what ``Tape.hvp`` needs.
-            precision: how float32 matrices are multiplied on a CUDA device, "tf32" and "bfloat16" rounding the factors and summing in
-                float32. The CPU multiplies in full precision.
+            precision: how products multiply float32 matrices, see :meth:`Tape.at_precision`.
 
         Raises:
             ShapeError, DTypeError, DeviceError: inputs or theta do not fit.
@@ -146,13 +146,14 @@ class Plan:
         Cost: one forward pass; memory ``Tape.cached_bytes``.
         """
         with exclusive:
-            return self._linearize(X, theta, memory_budget, second_order, self._checked(precision))
+            self._check_precision(precision)
+            return self._linearize(X, theta, memory_budget, second_order).at_precision(precision)
 
-    def _linearize(self, X: Any, theta: Tensor | None, memory_budget: int | None, second_order: bool, precision: int) -> Tape:
+    def _linearize(self, X: Any, theta: Tensor | None, memory_budget: int | None, second_order: bool) -> Tape:
         tensors = named_tensors(self._model)
         theta = self.space.gather(tensors, self._who) if theta is None else self._copied(theta)
         native = self._second_order_native if second_order else self._native
-        make = functools.partial(self._make, native, precision=precision)
+        make = functools.partial(self._make, native)
         curved = tuple(native.curved_nodes) if second_order else None
         examples = X if isinstance(X, Examples) else None
         if memory_budget is None and isinstance(examples, StreamedExamples):
@@ -181,22 +182,27 @@ class Plan:
     def _second_order_native(self) -> Any:
         return self._compile(second_order=True)
 
-    def _checked(self, precision: Precision) -> int:
+    def _check_precision(self, precision: Precision) -> None:
         if precision not in _PRECISIONS:
             raise ArgumentError(f"{self._who}: expected a precision among {', '.join(_PRECISIONS)}, got {precision!r}; choose one.")
-        if precision != "full" and (self.space.device.type == "cpu" or self.space.dtype != torch.float32):
+        device, dtype = self.space.device.type, self.space.dtype
+        if precision == "full":
+            return
+        if dtype != torch.float32:
             raise ArgumentError(
-                f'{self._who}: expected precision="full" for {self.space.dtype} on {self.space.device}, got "{precision}", which is for '
-                "float32 on a CUDA device; leave it out, or move model and data to one."
+                f'{self._who}: expected precision="full" for {dtype} on {device}, got "{precision}", which is for float32; '
+                "leave it out, or convert model and data with .float()."
             )
-        return _PRECISIONS[precision]
+        if device == "cpu" and precision != "bfloat16":
+            raise ArgumentError(
+                f'{self._who}: expected precision="full" or "bfloat16" for {dtype} on {device}, got "{precision}", which is for a CUDA '
+                "device; choose one of them, or move model and data to one."
+            )
 
-    def _make(self, native: Any, sources: list[Tensor], precision: int = 0) -> Any:
+    def _make(self, native: Any, sources: list[Tensor]) -> Any:
         """A tape of the extension."""
         kind = _C.Tape32 if self.space.dtype == torch.float32 else _C.Tape64
-        tape = kind(native, sources)
-        tape.set_precision(precision)
-        return tape
+        return kind(native, sources)
 
     def _chunk(self, native: Any, examples: Examples, budget: int) -> int:
         """Examples whose forward state and workspace, for one vector, take at most ``budget`` bytes."""
@@ -276,6 +282,7 @@ class Tape:
         plan: where it came from.
         num_examples: N.
         theta: ``[P]``, the parameters it stands at.
+        precision: how its products multiply float32 matrices.
         curved_nodes: nodes with a second-order term; None if the tape was not made for second-order products.
     """
 
@@ -283,11 +290,30 @@ class Tape:
         about_to_start_threads()
         self.plan = plan
         self.curved_nodes = curved_nodes
+        self.precision: Precision = "full"
         self._constants = plan._constants(tensors)
         self._native = native
         self._derived: DerivedPoint | None = None
         self.num_examples: int = native.num_examples
         self._move_to(theta)
+
+    def at_precision(self, precision: Precision) -> Tape:
+        """The same point, state shared, whose products multiply float32 matrices otherwise; valid until either is moved.
+
+        Args:
+            precision: "full": float32. "bfloat16": both factors rounded to 8 bits, an error of up to 2⁻⁹ each, sums in float32. "tf32", on a
+                CUDA device: rounded to 11 bits. The point itself (outputs, derivatives, cotangents that are kept) is always computed in full.
+
+        Raises:
+            ArgumentError: another word, or a precision that the device or the data type has not.
+        """
+        self.plan._check_precision(precision)
+        if precision == self.precision:
+            return self
+        other = copy.copy(self)
+        other.precision = precision
+        other._native = self._native.at_precision(_PRECISIONS[precision])
+        return other
 
     def relinearize(self, theta: Tensor) -> None:
         """Move to another θ ``[P]`` on the same examples; memory is reused, factors made before become invalid.

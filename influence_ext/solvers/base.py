@@ -141,6 +141,12 @@ class CountedOperator(LinearOperator):
         self.num_products = 0
         self.num_calls = 0
 
+    @property
+    def exact(self) -> CountedOperator:
+        """The operator whose system is solved, counted apart; itself unless products are made at reduced precision."""
+        exact = self.operator.exact
+        return self if exact is self.operator else CountedOperator(exact)
+
     def _matmat(self, V: Tensor) -> Tensor:
         return self.apply(self.operator, V)
 
@@ -170,8 +176,8 @@ class CountedOperator(LinearOperator):
         return self.operator.diagonal().detach()
 
     def residual(self, X: Tensor, B: Tensor) -> Tensor:
-        """``B − A X``, ``[V, P]``."""
-        return B - self.matmat(X)
+        """``B − A X``, ``[V, P]``, in full precision whatever products are made at."""
+        return B - self.apply(self.operator.exact, X)
 
 
 def norm(X: Tensor) -> Tensor:

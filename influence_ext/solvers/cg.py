@@ -12,6 +12,7 @@ from torch import Tensor
 from influence_ext.errors import ShapeError
 from influence_ext.operators.base import LinearOperator
 from influence_ext.solvers.base import CountedOperator, Outcome, Solution, Solver, Status, norm, run
+from influence_ext.solvers.refinement import refined
 
 Preconditioner = Callable[[Tensor], Tensor]
 
@@ -66,6 +67,8 @@ class CG(Solver):
         return run(self, operator, B, self._solve, x0)
 
     def _solve(self, operator: CountedOperator, B: Tensor, x0: Tensor | None = None) -> Outcome:
+        if operator.exact is not operator:
+            return refined(self, operator, B, x0)
         num_columns = B.shape[0]
         precondition = self._preconditioner(operator)
         iterations, restarts = [0] * num_columns, [0] * num_columns

@@ -2,13 +2,23 @@
 // it per k, and 12 x 2 vectors (AVX-512) need 24 cycles of FMA for 14 loads, so A's rows may come from L1 or L2 without being felt, unless their
 // stride maps them all to one cache set; then the rows of a block are copied side by side first.
 // Loop order: block of rows of A (kept in L2) > panel of B (K * 128 bytes, from L2) > register tiles. No blocking along K is needed for speed;
-// runs of kRun terms bound the rounding error.
+// runs of kRun steps bound the rounding error.
+//
+// At Precision::bfloat16 both operands are rounded as they are copied, B panel by panel before the product and A block by block, which costs an
+// element about a hundredth of what multiplying it does; what is packed ahead stays in full precision, so one packing serves every precision.
 #include <algorithm>
+#include <bit>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "kernels/cpu/parallel.h"
 #include "kernels/gemm.h"
+
+#if INFL_VECTOR_BYTES == 64
+#include <immintrin.h>
+#endif
 
 namespace infl {
 namespace INFL_ISA {
@@ -20,13 +30,25 @@ inline constexpr int kPanel = 2 * kLanes<T>;  // columns of a packed panel
 // Rows of the register tile: as many as the registers hold (32 with AVX-512, else 16), in groups of three row pointers.
 inline constexpr int kRows = INFL_VECTOR_BYTES == 64 ? 12 : 6;
 
-inline constexpr int64_t kRun = 512;               // terms summed in registers before they are added to C
+inline constexpr int64_t kRun = 512;               // steps summed in registers before they are added to C
 inline constexpr int64_t kBlockBytes = 384 << 10;  // rows of A handled together
 
-// Buffers that outlive a call, one set per thread: 0 and 1 hold copies of A's rows for each term, 2 holds B packed on the fly.
+// What a product multiplies.
+//   plain    operands as they are, one term a step
+//   rounded  float rounded to bfloat16, one term a step
+//   pairs    the same numbers as `rounded`, two of neighbouring k in the bits of a float, k the lower half: two terms a step
+enum class Form { plain, rounded, pairs };
+
+template <Form form>
+int64_t steps_of(int64_t K) {
+  return form == Form::pairs ? (K + 1) / 2 : K;
+}
+
+// Buffers that outlive a call, one set per thread: 0 and 1 hold copies of A's rows for each term, 2 holds B packed on the fly, 3 a panel of B before
+// it is rounded.
 template <class T>
 T* scratch(int64_t size, int which) {
-  static thread_local std::vector<T> buffers[3];
+  static thread_local std::vector<T> buffers[4];
   auto& buffer = buffers[which];
   if (static_cast<int64_t>(buffer.size()) < size + 64 / static_cast<int64_t>(sizeof(T))) {
     buffer.resize(size + 64 / sizeof(T));
@@ -111,6 +133,104 @@ void gemm_pack(const Context& ctx, int64_t num, int64_t K, int64_t N, const T* b
   parallel_for(threads_for(ctx, num * K * N), work, item);
 }
 
+// ---- Rounded operands --------------------------------------------------------------------------------------------------------------------
+
+// The bits of x rounded to bfloat16, to nearest, ties to even; NaN stays NaN.
+inline uint32_t bfloat16_bits(float x) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  return x != x ? (bits >> 16) | 0x40 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+inline float rounded(float x) { return std::bit_cast<float>(bfloat16_bits(x) << 16); }
+
+inline float pair_of(float low, float high) { return std::bit_cast<float>(bfloat16_bits(low) | bfloat16_bits(high) << 16); }
+
+#if INFL_VECTOR_BYTES == 64
+// Instructions of AVX512_BF16 by name: the file is compiled for processors without it, and Form::pairs runs only on those that have it.
+inline __attribute__((always_inline)) __m512i bfloat16s(__m512 low, __m512 high) {
+  __m512i result;
+  asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(result) : "v"(low), "v"(high));
+  return result;
+}
+
+inline __attribute__((always_inline)) __m512 add_pairs(__m512 sum, __m512 a, __m512 b) {
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  return sum;
+}
+#endif
+
+// out[i] = the pair (low[i], high[i]), or (low[i], 0) without `high`, for i < n.
+inline void interleave(int64_t n, const float* low, const float* high, float* out) {
+  int64_t i = 0;
+#if INFL_VECTOR_BYTES == 64
+  const __m512i order =
+      _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  for (; i + 16 <= n; i += 16) {
+    const __m512i both = bfloat16s(_mm512_loadu_ps(low + i), high ? _mm512_loadu_ps(high + i) : _mm512_setzero_ps());
+    _mm512_storeu_si512(out + i, _mm512_permutexvar_epi16(order, both));
+  }
+#endif
+  for (; i < n; ++i) out[i] = pair_of(low[i], high ? high[i] : 0.0f);
+}
+
+// out = the pairs of neighbours of in[0..n), the last with 0 if n is odd.
+inline void pair_neighbours(int64_t n, const float* in, float* out) {
+  int64_t i = 0;
+#if INFL_VECTOR_BYTES == 64
+  for (; i + 32 <= n; i += 32) _mm512_storeu_si512(out + i / 2, bfloat16s(_mm512_loadu_ps(in + i), _mm512_loadu_ps(in + i + 16)));
+#endif
+  for (; i < n; i += 2) out[i / 2] = pair_of(in[i], i + 1 < n ? in[i + 1] : 0.0f);
+}
+
+// One panel of B, [K, n] at b, in a form other than plain.
+template <Form form>
+void round_panel(int64_t K, int64_t n, const float* b, int64_t b_row, int64_t b_col, float* out) {
+  constexpr int W = kPanel<float>;
+  if (form == Form::rounded) {
+    pack_panel<float>(K, n, b, b_row, b_col, out);
+    for (int64_t i = 0; i < K * W; ++i) out[i] = rounded(out[i]);
+    return;
+  }
+  if (b_col != 1 || n < W) {
+    float* whole = scratch<float>(K * W, 3);
+    pack_panel<float>(K, n, b, b_row, b_col, whole);
+    b = whole;
+    b_row = W;
+  }
+  for (int64_t k = 0; k < K; k += 2) interleave(W, b + k * b_row, k + 1 < K ? b + (k + 1) * b_row : nullptr, out + k / 2 * W);
+}
+
+// Rows [0, M) of A in a form other than plain: a copy that keeps the direction in which A is contiguous. Sets the strides between rows and steps.
+template <Form form>
+const float* round_block(int64_t M, const GemmTerm<float>& term, const float* a, int which, int64_t& row, int64_t& step) {
+  const int64_t K = term.K, steps = steps_of<form>(K);
+  const bool rows_first = term.a_col == 1 || term.a_row != 1;
+  const int64_t lines = rows_first ? M : steps, length = rows_first ? steps : M;
+  const int64_t ld = ((length + 15) / 16 | 1) * 16;  // an odd number of cache lines: no two rows compete for the same few places in the cache
+  float* copy = scratch<float>(lines * ld, which);
+  row = rows_first ? ld : 1;
+  step = rows_first ? 1 : ld;
+  for (int64_t i = 0; i < lines; ++i) {
+    float* to = copy + i * ld;
+    if (form == Form::rounded) {
+      const float* from = a + i * (rows_first ? term.a_row : term.a_col);
+      const int64_t stride = rows_first ? term.a_col : term.a_row;
+      for (int64_t j = 0; j < length; ++j) to[j] = rounded(from[j * stride]);
+    } else if (!rows_first) {
+      const float* from = a + 2 * i * term.a_col;
+      interleave(M, from, 2 * i + 1 < K ? from + term.a_col : nullptr, to);
+    } else if (term.a_col == 1) {
+      pair_neighbours(K, a + i * term.a_row, to);
+    } else {
+      const float* from = a + i * term.a_row;
+      for (int64_t k = 0; k < K; k += 2) to[k / 2] = pair_of(from[k * term.a_col], k + 1 < K ? from[(k + 1) * term.a_col] : 0.0f);
+    }
+  }
+  return copy;
+}
+
+// ---- Register tiles ----------------------------------------------------------------------------------------------------------------------
+
 // What a register tile does with its sums once they are complete.
 template <class T>
 struct Epilogue {
@@ -119,9 +239,9 @@ struct Epilogue {
   int64_t scale_ld;
 };
 
-// R rows by NV vectors: acc = A B over K terms; then C = acc (first run) or C + acc, and the epilogue after the last run.
+// R rows by NV vectors: acc = A B over K steps; then C = acc (first run) or C + acc, and the epilogue after the last run.
 // `columns` < NV * lanes only in the last panel, which goes through a small buffer.
-template <class T, int R, int NV>
+template <class T, int R, int NV, bool pairs>
 __attribute__((always_inline)) inline void tile(int64_t K, const T* a, int64_t a_row, int64_t a_col, const T* b, T* c, int64_t ldc, bool add,
                                                 bool last, const Epilogue<T>& epilogue, int64_t columns) {
   constexpr int L = kLanes<T>;
@@ -140,8 +260,17 @@ __attribute__((always_inline)) inline void tile(int64_t K, const T* a, int64_t a
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
       const T value = rows[r / 3][(r % 3) * a_row];
+      if constexpr (pairs) {
+#if INFL_VECTOR_BYTES == 64
+        const __m512 both = _mm512_set1_ps(value);
 #pragma GCC unroll 2
-      for (int j = 0; j < NV; ++j) acc[r][j] += bv[j] * value;
+        for (int j = 0; j < NV; ++j)
+          acc[r][j] = reinterpret_cast<Vec<T>>(add_pairs(reinterpret_cast<__m512>(acc[r][j]), both, reinterpret_cast<__m512>(bv[j])));
+#endif
+      } else {
+#pragma GCC unroll 2
+        for (int j = 0; j < NV; ++j) acc[r][j] += bv[j] * value;
+      }
     }
 #pragma GCC unroll 4
     for (int g = 0; g < G; ++g) rows[g] += a_col;
@@ -180,32 +309,37 @@ __attribute__((always_inline)) inline void tile(int64_t K, const T* a, int64_t a
 template <class T>
 using TileFn = void (*)(int64_t, const T*, int64_t, int64_t, const T*, T*, int64_t, bool, bool, const Epilogue<T>&, int64_t);
 
-template <class T, int R, int NV>
+template <class T, int R, int NV, bool pairs>
 __attribute__((noinline)) void tile_fn(int64_t K, const T* a, int64_t a_row, int64_t a_col, const T* b, T* c, int64_t ldc, bool add, bool last,
                                        const Epilogue<T>& epilogue, int64_t columns) {
-  tile<T, R, NV>(K, a, a_row, a_col, b, c, ldc, add, last, epilogue, columns);
+  tile<T, R, NV, pairs>(K, a, a_row, a_col, b, c, ldc, add, last, epilogue, columns);
 }
 
-template <class T, int NV>
+template <class T, int NV, bool pairs, int... R>
+TileFn<T> tile_for(int rows, std::integer_sequence<int, R...>) {
+  static constexpr TileFn<T> table[] = {tile_fn<T, R + 1, NV, pairs>...};
+  return table[rows - 1];
+}
+
+template <class T, int NV, bool pairs>
 TileFn<T> tile_for(int rows) {
-  static constexpr TileFn<T> table[13] = {
-      nullptr,           tile_fn<T, 1, NV>, tile_fn<T, 2, NV>, tile_fn<T, 3, NV>,  tile_fn<T, 4, NV>,  tile_fn<T, 5, NV>, tile_fn<T, 6, NV>,
-#if INFL_VECTOR_BYTES == 64
-      tile_fn<T, 7, NV>, tile_fn<T, 8, NV>, tile_fn<T, 9, NV>, tile_fn<T, 10, NV>, tile_fn<T, 11, NV>, tile_fn<T, 12, NV>
-#endif
-  };
-  return table[rows];
+  return tile_for<T, NV, pairs>(rows, std::make_integer_sequence<int, kRows>{});
 }
 
 // Rows [m0, m1) of C[v], panels [p0, p1).
-template <class T>
+template <class T, Form form>
 void gemm_block(const Gemm<T>& g, const GemmTerm<T>* terms, int num_terms, int64_t v, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
   constexpr int W = kPanel<T>;
+  constexpr bool pairs = form == Form::pairs;
   GemmTerm<T> local[2];
   const T* a_block[2];
   for (int t = 0; t < num_terms; ++t) {
     local[t] = terms[t];
     a_block[t] = terms[t].a + v * terms[t].a_batch + m0 * terms[t].a_row;
+    if constexpr (form != Form::plain) {
+      if (terms[t].K > 0) a_block[t] = round_block<form>(m1 - m0, terms[t], a_block[t], t, local[t].a_row, local[t].a_col);
+      continue;
+    }
     // Lines 2 KiB apart fall into two cache sets and push each other out: copy the block side by side, an odd number of lines per row.
     const int64_t stride = terms[t].a_col == 1 ? terms[t].a_row : terms[t].a_col;
     if (stride * static_cast<int64_t>(sizeof(T)) % 2048 != 0 || terms[t].K <= 16 || p1 - p0 < 2) continue;
@@ -223,38 +357,57 @@ void gemm_block(const Gemm<T>& g, const GemmTerm<T>* terms, int num_terms, int64
     Epilogue<T> epilogue{g.bias ? g.bias + v * g.bias_batch + p * W : nullptr, nullptr, g.scale_ld};
     for (int64_t m = m0; m < m1; m += kRows) {
       const int rows = static_cast<int>(std::min<int64_t>(kRows, m1 - m));
-      const TileFn<T> fn = narrow ? tile_for<T, 1>(rows) : tile_for<T, 2>(rows);
+      const TileFn<T> fn = narrow ? tile_for<T, 1, pairs>(rows) : tile_for<T, 2, pairs>(rows);
       T* c = g.c + v * g.c_batch + m * g.ldc + p * W;
       if (g.scale) epilogue.scale = g.scale + m * g.scale_ld + p * W;
       bool add = g.accumulate;
       for (int t = 0; t < num_terms; ++t) {
         const GemmTerm<T>& term = local[t];
+        const int64_t steps = steps_of<form>(term.K);
         const T* a = a_block[t] + (m - m0) * term.a_row;
-        const T* b = term.packed + v * term.packed_batch + p * W * term.K;
+        const T* b = term.packed + v * term.packed_batch + p * W * steps;
         int64_t k = 0;
         do {  // at least once: an empty sum still has its beta and epilogue
-          const int64_t run = std::min(kRun, term.K - k);
-          const bool last = t == num_terms - 1 && k + run == term.K;
+          const int64_t run = std::min(kRun, steps - k);
+          const bool last = t == num_terms - 1 && k + run == steps;
           fn(run, a + k * term.a_col, term.a_row, term.a_col, b + k * W, c, g.ldc, add, last, epilogue, columns);
           add = true;
           k += run;
-        } while (k < term.K);
+        } while (k < steps);
       }
     }
   }
 }
 
-template <class T>
-void gemm(const Context& ctx, const Gemm<T>& g) {
+// B of one term, packed in a form other than plain: all panels, from what was packed ahead or from where it lies.
+template <Form form>
+void round_matrices(int threads, int64_t num, int64_t N, const GemmTerm<float>& term, float* packed) {
+  constexpr int W = kPanel<float>;
+  const int64_t panels = (N + W - 1) / W, size = panels * W * steps_of<form>(term.K);
+  parallel_for(threads, num * panels, [&](int64_t i) {
+    const int64_t v = i / panels, p = i % panels;
+    float* to = packed + v * size + p * W * steps_of<form>(term.K);
+    if (term.packed) {
+      round_panel<form>(term.K, W, term.packed + v * term.packed_batch + p * W * term.K, W, 1, to);
+    } else {
+      round_panel<form>(term.K, std::min<int64_t>(W, N - p * W), term.b + v * term.b_batch + p * W * term.b_col, term.b_row, term.b_col, to);
+    }
+  });
+}
+
+template <class T, Form form>
+void multiply(const Context& ctx, const Gemm<T>& g) {
   constexpr int W = kPanel<T>;
   GemmTerm<T> terms[2];
   int num_terms = 0;
   int64_t longest = 1, unpacked = 0;
+  const auto matrices = [&](const GemmTerm<T>& term) { return (term.packed ? term.packed_batch : term.b_batch) ? g.V : 1; };
+  const auto is_ready = [](const GemmTerm<T>& term) { return form == Form::plain && term.packed != nullptr; };
   for (const auto& term : g.terms) {
     if (term.K > 0) {
       terms[num_terms++] = term;
-      longest = std::max(longest, term.K);
-      if (term.packed == nullptr) unpacked += (term.b_batch ? g.V : 1) * gemm_packed_size<T>(term.K, g.N);
+      longest = std::max(longest, steps_of<form>(term.K));
+      if (!is_ready(term)) unpacked += matrices(term) * gemm_packed_size<T>(steps_of<form>(term.K), g.N);
     }
   }
   if (g.M == 0 || g.N == 0 || g.V == 0) return;
@@ -276,19 +429,36 @@ void gemm(const Context& ctx, const Gemm<T>& g) {
 
   T* packed = unpacked > 0 ? scratch<T>(unpacked, 2) : nullptr;
   for (int t = 0; t < num_terms; ++t) {
-    if (terms[t].K == 0 || terms[t].packed) continue;
-    const int64_t num = terms[t].b_batch ? g.V : 1;
-    const int64_t size = gemm_packed_size<T>(terms[t].K, g.N);
-    gemm_pack<T>(Context{.num_threads = threads}, num, terms[t].K, g.N, terms[t].b, terms[t].b_batch, terms[t].b_row, terms[t].b_col, packed);
-    terms[t].packed = packed;
-    terms[t].packed_batch = terms[t].b_batch ? size : 0;
+    GemmTerm<T>& term = terms[t];
+    if (term.K == 0 || is_ready(term)) continue;
+    const int64_t num = matrices(term), size = gemm_packed_size<T>(steps_of<form>(term.K), g.N);
+    if constexpr (form == Form::plain) {
+      gemm_pack<T>(Context{.num_threads = threads}, num, term.K, g.N, term.b, term.b_batch, term.b_row, term.b_col, packed);
+    } else {
+      round_matrices<form>(threads, num, g.N, term, packed);
+    }
+    term.packed = packed;
+    term.packed_batch = num > 1 ? size : 0;
     packed += num * size;
   }
   auto item = [&](int64_t i) {
     const int64_t q = i % panel_groups, m = i / panel_groups % row_blocks, v = i / panel_groups / row_blocks;
-    gemm_block<T>(g, terms, num_terms, v, m * block, std::min(g.M, (m + 1) * block), q * group, std::min(panels, (q + 1) * group));
+    gemm_block<T, form>(g, terms, num_terms, v, m * block, std::min(g.M, (m + 1) * block), q * group, std::min(panels, (q + 1) * group));
   };
   parallel_for<Shares::on_demand>(threads, work, item);
+}
+
+template <class T>
+void gemm(const Context& ctx, const Gemm<T>& g) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (ctx.precision == Precision::bfloat16) {
+      if constexpr (INFL_VECTOR_BYTES == 64) {
+        if (multiplies_bfloat16()) return multiply<float, Form::pairs>(ctx, g);
+      }
+      return multiply<float, Form::rounded>(ctx, g);
+    }
+  }
+  multiply<T, Form::plain>(ctx, g);
 }
 
 INFL_REGISTER_CPU(gemm_pack_stub, gemm_pack)

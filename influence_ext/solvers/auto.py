@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ class AutoChoice(Solver):
     solver: Solver
     reason: str
     costs: dict[str, float] = field(hash=False)
+
+    _refines: ClassVar[bool] = True
 
     @property
     def name(self) -> str:

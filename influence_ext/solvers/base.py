@@ -6,7 +6,7 @@ import abc
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -196,6 +196,9 @@ class Solver(abc.ABC):
 
     on_failure: OnFailure = field(default="raise", kw_only=True)
 
+    _refines: ClassVar[bool] = False
+    """Can it use products at reduced precision and still solve the exact system? Others are given the exact operator."""
+
     def __post_init__(self) -> None:
         self._require(self.on_failure in ("raise", "return"), "on_failure to be 'raise' or 'return'", self.on_failure)
 
@@ -266,7 +269,7 @@ def run(solver: Solver, operator: LinearOperator, B: Tensor, method: Callable[..
     if x0 is not None:
         _check(who, "x0", operator, x0, B.shape)
         arguments.append(x0.detach().reshape(rows.shape)[nonzero] / scale)
-    counted = CountedOperator(operator)
+    counted = CountedOperator(operator if solver._refines else operator.exact)
     outcome = method(counted, *arguments)
     solution = _assemble(outcome, rows, nonzero, scale, counted, rank=B.dim())
     if solver.on_failure == "raise" and not solution.success:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from influence_ext.operators.base import LinearOperator
 from influence_ext.solvers.base import CountedOperator, Outcome, Solution, Solver, Status, norm, run
-from influence_ext.solvers.refinement import refined
 
 
 @dataclass(frozen=True)
@@ -62,8 +61,6 @@ class BlockCG(Solver):
         return run(self, operator, B, self._solve, x0)
 
     def _solve(self, operator: CountedOperator, B: Tensor, x0: Tensor | None = None) -> Outcome:
-        if operator.exact is not operator:
-            return refined(self, operator, B, x0)
         num_columns = B.shape[0]
         iterations, restarts = [0] * num_columns, [0] * num_columns
         B_norm = norm(B)

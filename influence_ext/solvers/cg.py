@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -55,6 +55,8 @@ class CG(Solver):
     max_steps: int = 1000
     preconditioner: Preconditioner | Literal["jacobi"] | None = None
 
+    _refines: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_tolerance(self.rtol)
@@ -67,13 +69,13 @@ class CG(Solver):
         return run(self, operator, B, self._solve, x0)
 
     def _solve(self, operator: CountedOperator, B: Tensor, x0: Tensor | None = None) -> Outcome:
-        if operator.exact is not operator:
-            return refined(self, operator, B, x0)
         num_columns = B.shape[0]
         precondition = self._preconditioner(operator)
         iterations, restarts = [0] * num_columns, [0] * num_columns
         if isinstance(precondition, Status):
             return Outcome.failed(B, precondition, counts=("iterations", "restarts"))
+        if operator.exact is not operator:
+            return refined(self, operator, precondition, B, x0)
         B_norm = norm(B)
         # without a tolerance, steps below the rounding level of b would only divide zero by zero
         target = (self.rtol or torch.finfo(B.dtype).eps) * B_norm

@@ -1,141 +1,115 @@
-"""Iterative refinement: the exact system solved to the tolerance that is asked, by steps at reduced precision."""
+"""Conjugate gradients on products at reduced precision, held to the exact residual."""
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from influence_ext.solvers.base import CountedOperator, Outcome, Status, norm
 
-ROUND_RTOL = 0.1
-"""What a round of cheap steps is to reduce the residual by; deeper, it would solve the rounded system and not the exact one."""
+if TYPE_CHECKING:
+    from influence_ext.solvers.cg import CG
+
+REPLACED_AT = 0.1
+"""A residual that has fallen by this much since it was last exact is replaced by the exact one."""
 
 
-class StepSolver(Protocol):
-    """A solver that takes steps from a starting point: CG, BlockCG. Its ``columns`` have ``iterations``."""
+def refined(
+    solver: CG, operator: CountedOperator, precondition: Callable[[Tensor], Tensor], B: Tensor, x0: Tensor | None = None
+) -> Outcome:
+    r"""Solve ``A x = b`` where products with ``Ã ≈ A`` are cheap: steps of conjugate gradients on Ã, whose residual is replaced by the exact
+    ``b − A x`` whenever it has fallen tenfold or to the tolerance, and whose search directions go on.
 
-    @property
-    def rtol(self) -> float | None:
-        """Where it stops."""
-
-    @property
-    def max_steps(self) -> int:
-        """Steps a column may take."""
-
-    def _solve(self, operator: CountedOperator, B: Tensor, x0: Tensor | None = None) -> Outcome: ...
-
-
-class _Cheap(CountedOperator):
-    """An operator at reduced precision, taken for what it is."""
-
-    @property
-    def exact(self) -> CountedOperator:
-        """Itself: solvers below take it as the matrix."""
-        return self
-
-    def residual(self, X: Tensor, B: Tensor) -> Tensor:
-        """Its own; the exact one is taken once a round."""
-        return B - self.matmat(X)
-
-
-def refined(solver: StepSolver, operator: CountedOperator, B: Tensor, x0: Tensor | None = None) -> Outcome:
-    r"""Solve ``A x = b`` where products with ``Ã ≈ A`` are cheap: ``x ← x + d``, ``Ã d ≈ r`` to a tenth, ``r = b − A x``.
-
-    A column goes on so for as long as each round at least halves its exact residual. One that stops short of its tolerance (the rounding of
-    Ã is as large as the small eigenvalues of A that its residual is left in) is finished by ``solver`` on A itself, from where it stands.
+    So the rounding of Ã acts on each tenfold by itself and cannot accumulate, and the Krylov space is not begun anew. A column whose exact
+    residual has not halved by a replacement (its rounding is as large as the small eigenvalues that its residual is left in) takes the
+    best x so far and is finished by ``solver`` on A itself.
 
     Args:
-        solver: what makes the steps; its ``rtol`` is what the exact residual is held to, ``max_steps`` bounds the steps of all rounds.
+        solver: its ``rtol`` is what the exact residual is held to; ``max_steps`` bounds all steps.
         operator: ``Ã``; ``operator.exact`` is ``A``.
+        precondition: ``M⁻¹``.
         B: ``[V, P]``.
         x0: ``[V, P]``, default zero.
 
     Returns:
-        The outcome, whose residuals are exact. Statistics beyond ``iterations``: ``refinements`` (rounds) per column, and ``exact_products``.
+        The outcome, its residuals exact. Statistics beyond those of CG: ``replacements`` per column, and ``exact_products``.
 
-    Cost: the steps of all rounds, one exact product for each round and column; a column that rounding stops, about what ``solver`` takes on
-    A from there.
+    Cost: the cheap products of CG's steps, some tenth to third more of them than exact ones would need, and an exact one for each tenfold.
 
-    Reference: Martin, Peters and Wilkinson, "Iterative refinement of the solution of a positive definite system of equations" (1966); Carson
-    and Higham, "Accelerating the solution of linear systems by iterative refinement in three precisions" (2018).
+    Reference: van der Vorst and Ye, "Residual replacement strategies for Krylov subspace iterative methods for the convergence of true
+    residuals" (2000); Clark et al., "Solving lattice QCD systems of equations using mixed precision solvers on GPUs" (2010).
     """
-    cheap, exact = _Cheap(operator.operator), operator.exact
-    num_columns = B.shape[0]
-    target = (solver.rtol or 0.0) * norm(B)
+    exact = operator.exact
+    B_norm = norm(B)
+    # without a tolerance, steps below the rounding level of b would only divide zero by zero
+    target = (solver.rtol or torch.finfo(B.dtype).eps) * B_norm
     X = torch.zeros_like(B) if x0 is None else x0.clone()
     R = B if x0 is None else exact.residual(X, B)
-    state = _Columns(X, R, norm(R), [Status.MAX_STEPS] * num_columns, [0] * num_columns, [0] * num_columns)
-    pending = state.above(target, range(num_columns))
+    level = norm(R)  # of the exact residuals at X
+    iterations, replacements = [0] * B.shape[0], [0] * B.shape[0]
+    status = [Status.CONVERGED if done else Status.MAX_STEPS for done in (level <= target).tolist()]
+    left = [column for column, found in enumerate(status) if found is Status.MAX_STEPS]
     stopped: list[int] = []
-    while pending:
-        left = solver.max_steps - max(state.iterations[column] for column in pending)
-        if left <= 0:
+    x, r = X[left], R[left]
+    p, rz = torch.empty_like(r), torch.zeros_like(target[left])
+    for step in range(1, solver.max_steps + 1):
+        if not left:
             break
-        index = torch.tensor(pending, dtype=torch.long, device=B.device)
-        nearest = float((target[index] / state.R_norm[index]).min())
-        inner: Any = solver if solver.rtol is None else _with(solver, rtol=max(nearest / 2, ROUND_RTOL), max_steps=left)
-        found = inner._solve(cheap, state.R[index])
-        old = state.R_norm[index]
-        state.advance(index, found, exact, B)
-        if solver.rtol is None:
-            state.status = found.status
-            break
-        halved = (state.R_norm[index] <= old / 2).tolist()
-        above = set(state.above(target, pending))
-        stopped += [column for column, good in zip(pending, halved, strict=True) if column in above and not good]
-        pending = [column for column, good in zip(pending, halved, strict=True) if column in above and good]
-    columns = {"iterations": state.iterations, "refinements": state.rounds, "restarts": [0] * num_columns}
+        z = precondition(r)
+        rz_new = torch.linalg.vecdot(r, z)
+        p = z.clone() if step == 1 else torch.addcmul(z, p, (rz_new / rz)[:, None])
+        rz = rz_new
+        q = operator.matmat(p)
+        curvature = torch.linalg.vecdot(p, q)
+        usable = (curvature > 0) & curvature.isfinite()
+        # after a replacement r and the direction before it are no longer orthogonal, so r, not rz, tells the step
+        alpha = torch.where(usable, torch.linalg.vecdot(r, p) / curvature, 0.0)[:, None]
+        x.addcmul_(p, alpha)
+        r.addcmul_(q, alpha, value=-1.0)
+        index = torch.tensor(left, device=B.device)
+        due = ~usable | ~(norm(r) > torch.maximum(REPLACED_AT * level[index], target[index]))
+        if step == solver.max_steps:
+            due = torch.ones_like(due)
+        positions = due.nonzero().squeeze(1)
+        leaving: set[int] = set()
+        if len(positions):
+            columns = index[positions]
+            r[positions] = exact.residual(x[positions], B[columns])
+            new, old = norm(r[positions]), level[columns]
+            better = new < old
+            X[columns] = torch.where(better[:, None], x[positions], X[columns])
+            level[columns] = torch.where(better, new, old)
+            # close to the tolerance there is no room for halving
+            goes_on = usable[positions] & better & ((new <= old / 2) | (new <= 2 * target[columns]))
+            facts = torch.stack([new <= target[columns], goes_on]).T.tolist()
+            for position, column, (reached, good) in zip(positions.tolist(), columns.tolist(), facts, strict=True):
+                replacements[column] += 1
+                iterations[column] = step
+                if reached:
+                    status[column] = Status.CONVERGED
+                elif not good and step < solver.max_steps:
+                    stopped.append(column)
+                if reached or not good:
+                    leaving.add(position)
+        if leaving:
+            keep = [position for position in range(len(left)) if position not in leaving]
+            left = [left[position] for position in keep]
+            x, r, p, rz = x[keep], r[keep], p[keep], rz[keep]
+    if solver.rtol is None:
+        status = [Status.TRUNCATED] * B.shape[0]
+    restarts = [0] * B.shape[0]
     if stopped:
-        index = torch.tensor(stopped, dtype=torch.long, device=B.device)
-        left = max(1, solver.max_steps - max(state.iterations[column] for column in stopped))
-        last = _with(solver, max_steps=left)._solve(exact, B[index], state.X[index])
-        state.X[index], state.R_norm[index] = last.value, last.residual_norm * norm(B[index])
+        steps = solver.max_steps - max(iterations[column] for column in stopped)
+        last = dataclasses.replace(solver, max_steps=steps)._solve(exact, B[stopped], X[stopped])
+        X[stopped], level[stopped] = last.value, last.residual_norm * B_norm[stopped]
         for position, column in enumerate(stopped):
-            state.status[column] = last.status[position]
-            for name, counts in last.columns.items():
-                columns[name][column] += counts[position]
-    operator.absorb(cheap)
+            status[column] = last.status[position]
+            iterations[column] += last.columns["iterations"][position]
+            restarts[column] = last.columns["restarts"][position]
     operator.absorb(exact)
-    return Outcome(state.X, state.status, state.R_norm / norm(B), {"exact_products": exact.num_products}, columns)
-
-
-@dataclass
-class _Columns:
-    """Where each column stands: ``R = B − A X``."""
-
-    X: Tensor
-    R: Tensor
-    R_norm: Tensor
-    status: list[Status]
-    iterations: list[int]
-    rounds: list[int]
-
-    def above(self, target: Tensor, columns: Any) -> list[int]:
-        """Those of ``columns`` that have not reached their tolerance; the others are CONVERGED."""
-        reached = (self.R_norm <= target).tolist()
-        for column in columns:
-            if reached[column]:
-                self.status[column] = Status.CONVERGED
-        return [column for column in columns if not reached[column]]
-
-    def advance(self, index: Tensor, found: Outcome, exact: CountedOperator, B: Tensor) -> None:
-        """Add what a round has found, where that makes the exact residual smaller."""
-        X = self.X[index] + found.value
-        R = exact.residual(X, B[index])
-        R_norm, old = norm(R), self.R_norm[index]
-        better = R_norm < old
-        self.X[index] = torch.where(better[:, None], X, self.X[index])
-        self.R = self.R.index_copy(0, index, torch.where(better[:, None], R, self.R[index]))
-        self.R_norm[index] = torch.where(better, R_norm, old)
-        for position, column in enumerate(index.tolist()):
-            self.iterations[column] += found.columns["iterations"][position]
-            self.rounds[column] += 1
-
-
-def _with(solver: StepSolver, **options: Any) -> StepSolver:
-    changed: StepSolver = dataclasses.replace(solver, **options)  # type: ignore[type-var]
-    return changed
+    counts = {"iterations": iterations, "restarts": restarts, "replacements": replacements}
+    return Outcome(X, status, level / B_norm, {"exact_products": exact.num_products}, counts)

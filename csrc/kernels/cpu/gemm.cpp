@@ -135,9 +135,10 @@ void gemm_pack(const Context& ctx, int64_t num, int64_t K, int64_t N, const T* b
 
 // ---- Rounded operands --------------------------------------------------------------------------------------------------------------------
 
-// The bits of x rounded to bfloat16, to nearest, ties to even; NaN stays NaN.
+// The bits of x rounded to bfloat16, to nearest, ties to even; NaN stays NaN, and denormal numbers are zero, as the instructions have it.
 inline uint32_t bfloat16_bits(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
+  if ((bits & 0x7f800000) == 0) return bits >> 16 & 0x8000;
   return x != x ? (bits >> 16) | 0x40 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 

@@ -301,8 +301,8 @@ class Tape:
         """The same point, state shared, whose products multiply float32 matrices otherwise; valid until either is moved.
 
         Args:
-            precision: "full": float32. "bfloat16": both factors rounded to 8 bits, an error of up to 2⁻⁹ each, sums in float32. "tf32", on a
-                CUDA device: rounded to 11 bits. The point itself (outputs, derivatives, cotangents that are kept) is always computed in full.
+            precision: "full": float32. "bfloat16": both factors rounded to 8 bits, an error of up to 2⁻⁹ each, sums in float32. "tf32",
+                on a CUDA device: rounded to 11 bits. The point itself (outputs, derivatives, kept cotangents) is always computed in full.
 
         Raises:
             ArgumentError: another word, or a precision that the device or the data type has not.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -14,12 +15,15 @@ import torch
 from torch import Tensor, nn
 
 import influence_ext as ie
+from influence_ext import reference
 from influence_ext.plan import Plan, Tape
+from influence_ext.testing import deviation
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# rows, terms, columns: ends of register tiles (12 and 6 rows), of panels (32, 16 and 8 columns), of vectors, of pairs, of runs (512 steps)
-SHAPES = ((1, 1, 1), (1, 2, 33), (5, 3, 1), (12, 16, 32), (13, 17, 31), (7, 64, 2), (25, 31, 17), (40, 513, 9), (3, 1027, 40), (200, 5, 100), (97, 130, 66))  # fmt: skip
+# rows, terms, columns: ends of register tiles (12 and 6 rows), of panels (32, 16 and 8 columns), of vectors, of pairs, of runs (512 steps); few columns
+SHAPES = ((1, 1, 1), (1, 2, 33), (5, 3, 1), (12, 16, 32), (13, 17, 31), (7, 64, 2), (25, 31, 17), (40, 513, 9), (3, 1027, 40), (200, 5, 100), (97, 130, 66),
+          (50, 64, 2), (7, 100, 1), (70, 515, 3), (9, 33, 4), (66, 8200, 1))  # fmt: skip
 
 
 def factors(rows: int, terms: int, columns: int, scale: float = 1.0) -> tuple[Tape, Tensor, Tensor, Tensor]:
@@ -43,6 +47,24 @@ def test_products_are_of_the_rounded_factors(shape: tuple[int, int, int], precis
     x_, v_, g_ = ((t.bfloat16() if precision == "bfloat16" else t).double() for t in (X, v, g))
     assert close(tape.jvp(v.reshape(1, -1))[0], x_, v_.T, shape[1])
     assert close(tape.vjp(g[None])[0].view_as(v), g_.T, x_, shape[0])
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_networks_of_few_outputs(columns: int, dtype: torch.dtype, threads: Callable[[int], None]) -> None:
+    """Their last layers have products of few columns, with both terms, bias and scale."""
+    torch.manual_seed(columns)
+    model = nn.Sequential(
+        nn.Linear(8, 40), nn.Tanh(), nn.Linear(40, columns), nn.Tanh(), nn.Linear(columns, 37), nn.Tanh(), nn.Linear(37, columns)
+    )
+    X, y = torch.randn(203, 8, dtype=dtype), torch.randn(203, columns, dtype=dtype)
+    model = model.to(dtype)
+    V = torch.randn(3, sum(p.numel() for p in model.parameters()), dtype=dtype)
+    oracle = reference.ggn_products(model, nn.functional.mse_loss, X, y, V)
+    for schedule, count in itertools.product(("by_example", "by_operator"), (1, 3)):
+        threads(count)
+        found = ie.GGN(model, nn.MSELoss(), (X, y), schedule=schedule).matmat(V)  # type: ignore[arg-type]
+        assert deviation(found, oracle).frobenius < (1e-12 if dtype == torch.float64 else 1e-6)
 
 
 def test_bfloat16_keeps_what_is_not_a_number() -> None:

@@ -380,6 +380,128 @@ void gemm_block(const Gemm<T>& g, const GemmTerm<T>* terms, int num_terms, int64
   }
 }
 
+// ---- Few columns: lanes run along K, not along columns that are not there -----------------------------------------------------------------------
+
+inline constexpr int64_t kFewColumns = 4;
+
+// Sums of R rows by C columns: sums[r][c] += a[r]ᵀ b[c] over K terms, all contiguous.
+template <class T, int R, int C>
+inline __attribute__((always_inline)) void add_dots(int64_t K, const T* a, int64_t a_row, const T* b, int64_t b_column, T (*sums)[C]) {
+  constexpr int L = kLanes<T>;
+  for (int64_t k0 = 0; k0 < K; k0 += kRun * L) {
+    const int64_t k1 = std::min(K, k0 + kRun * L), whole = k0 + (k1 - k0) / L * L;
+    Vec<T> acc[R][C];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) acc[r][c] = Vec<T>{};
+    for (int64_t k = k0; k < whole; k += L) {
+      Vec<T> bv[C];
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) bv[c] = load(b + c * b_column + k);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        const Vec<T> av = load(a + r * a_row + k);
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) acc[r][c] += av * bv[c];
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) {
+        Vec<T> v = acc[r][c];
+        using Mask = decltype(v < v);
+#pragma GCC unroll 4
+        for (int half = L / 2; half > 0; half /= 2) {
+          Mask other;
+          for (int i = 0; i < L; ++i) other[i] = i ^ half;
+          v += __builtin_shuffle(v, other);
+        }
+        T sum = v[0];
+        for (int64_t k = whole; k < k1; ++k) sum += a[r * a_row + k] * b[c * b_column + k];
+        sums[r][c] += sum;
+      }
+    }
+  }
+}
+
+// R rows of C[v] from row m on; b: the columns of each term, for each v.
+template <class T, int R, int C>
+void few_columns_rows(const Gemm<T>& g, const GemmTerm<T>* terms, int num_terms, int64_t v, int64_t m) {
+  T sums[R][C] = {};
+  for (int t = 0; t < num_terms; ++t) {
+    const GemmTerm<T>& term = terms[t];
+    add_dots<T, R, C>(term.K, term.a + v * term.a_batch + m * term.a_row, term.a_row, term.b + v * term.b_batch, term.K, sums);
+  }
+  for (int r = 0; r < R; ++r) {
+    T* out = g.c + v * g.c_batch + (m + r) * g.ldc;
+    for (int c = 0; c < C; ++c) {
+      T value = sums[r][c];
+      if (g.accumulate) value += out[c];
+      if (g.bias) value += g.bias[v * g.bias_batch + c];
+      if (g.scale) value *= g.scale[(m + r) * g.scale_ld + c];
+      out[c] = value;
+    }
+  }
+}
+
+template <class T, int C>
+void few_columns(int threads, const Gemm<T>& g, const GemmTerm<T>* given, int num_terms) {
+  constexpr int R = 4;
+  constexpr int64_t kRows = 64;
+  GemmTerm<T> terms[2];
+  int64_t size = 0;
+  for (int t = 0; t < num_terms; ++t) size += g.V * C * given[t].K;
+  T* columns = scratch<T>(size, 2);
+  for (int t = 0; t < num_terms; ++t) {
+    GemmTerm<T>& term = terms[t] = given[t];
+    const int64_t batch = term.packed ? term.packed_batch : term.b_batch, num = batch ? g.V : 1;
+    const int64_t row = term.packed ? kPanel<T> : term.b_row, column = term.packed ? 1 : term.b_col;
+    const T* from = term.packed ? term.packed : term.b;
+    for (int64_t v = 0; v < num; ++v) {
+      for (int64_t c = 0; c < C; ++c) {
+        for (int64_t k = 0; k < term.K; ++k) columns[(v * C + c) * term.K + k] = from[v * batch + k * row + c * column];
+      }
+    }
+    term.b = columns;
+    term.b_batch = batch ? C * term.K : 0;
+    columns += num * C * term.K;
+  }
+  const int64_t blocks = (g.M + kRows - 1) / kRows;
+  parallel_for<Shares::on_demand>(threads, g.V * blocks, [&](int64_t i) {
+    const int64_t v = i / blocks, end = std::min(g.M, (i % blocks + 1) * kRows);
+    int64_t m = i % blocks * kRows;
+    for (; m + R <= end; m += R) few_columns_rows<T, R, C>(g, terms, num_terms, v, m);
+    for (; m < end; ++m) few_columns_rows<T, 1, C>(g, terms, num_terms, v, m);
+  });
+}
+
+// Whether dot products along rows take it, done if so.
+template <class T>
+bool takes_few_columns(int threads, const Gemm<T>& g, const GemmTerm<T>* terms, int num_terms) {
+  if (g.N > kFewColumns || g.M < 2) return false;
+  for (int t = 0; t < num_terms; ++t) {
+    if (terms[t].a_col != 1 || terms[t].K < 2 * kLanes<T>) return false;
+  }
+  switch (g.N) {
+    case 1:
+      few_columns<T, 1>(threads, g, terms, num_terms);
+      return true;
+    case 2:
+      few_columns<T, 2>(threads, g, terms, num_terms);
+      return true;
+    case 3:
+      few_columns<T, 3>(threads, g, terms, num_terms);
+      return true;
+    default:
+      few_columns<T, 4>(threads, g, terms, num_terms);
+      return true;
+  }
+}
+
+// ---- The product ---------------------------------------------------------------------------------------------------------------------------
+
 // B of one term, packed in a form other than plain: all panels, from what was packed ahead or from where it lies.
 template <Form form>
 void round_matrices(int threads, int64_t num, int64_t N, const GemmTerm<float>& term, float* packed) {
@@ -418,6 +540,9 @@ void multiply(const Context& ctx, const Gemm<T>& g) {
   block = std::min<int64_t>(block, 16 * kRows);
   const double flops = 2.0 * g.V * g.M * g.N * longest * num_terms;
   const int threads = flops < 5e5 ? 1 : ctx.num_threads;
+  if constexpr (form == Form::plain) {
+    if (takes_few_columns<T>(threads, g, terms, num_terms)) return;
+  }
   // With several threads, split rows first, then panels, until there is work for everyone.
   if (threads > 1) block = std::min<int64_t>(block, std::max<int64_t>(2, (g.M / (2 * threads) + kRows - 1) / kRows) * kRows);
   const int64_t row_blocks = (g.M + block - 1) / block;

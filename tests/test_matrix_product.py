@@ -21,13 +21,16 @@ from influence_ext.testing import deviation
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# rows, terms, columns: ends of register tiles (12 and 6 rows), of panels (32, 16 and 8 columns), of vectors, of pairs, of runs (512 steps); few columns
-SHAPES = ((1, 1, 1), (1, 2, 33), (5, 3, 1), (12, 16, 32), (13, 17, 31), (7, 64, 2), (25, 31, 17), (40, 513, 9), (3, 1027, 40), (200, 5, 100), (97, 130, 66),
-          (50, 64, 2), (7, 100, 1), (70, 515, 3), (9, 33, 4), (66, 8200, 1))  # fmt: skip
+# rows, terms, columns: ends of register tiles (12 and 6 rows), of panels (32, 16 and 8 columns), of vectors, of pairs, of runs (512
+# steps); few columns
+SHAPES = (
+    (1, 1, 1), (1, 2, 33), (5, 3, 1), (12, 16, 32), (13, 17, 31), (7, 64, 2), (25, 31, 17), (40, 513, 9), (3, 1027, 40), (200, 5, 100),
+    (97, 130, 66), (50, 64, 2), (7, 100, 1), (70, 515, 3), (9, 33, 4), (66, 8200, 1),
+)  # fmt: skip
 
 
 def factors(rows: int, terms: int, columns: int, scale: float = 1.0) -> tuple[Tape, Tensor, Tensor, Tensor]:
-    """The tape of ``x Wᵀ`` in full precision, with x ``[rows, terms]``, a vector ``v [columns, terms]`` and a cotangent ``g [rows, columns]``."""
+    """The tape of ``x Wᵀ`` in full precision, with x ``[rows, terms]``, ``v [columns, terms]`` and ``g [rows, columns]``."""
     torch.manual_seed(rows + terms + columns)
     X, v, g = (torch.randn(*shape) * scale for shape in ((rows, terms), (columns, terms), (rows, columns)))
     return Plan.of(nn.Linear(terms, columns, bias=False), X).linearize(X), X, v, g
@@ -99,8 +102,8 @@ def test_bfloat16_takes_denormal_numbers_for_zero() -> None:
 @pytest.mark.parametrize("precision", ["full", "bfloat16"])
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 def test_any_number_of_threads_repeats_its_results(count: int, precision: Any, threads: Callable[[int], None]) -> None:
-    """Each element is summed by one thread in a fixed order: without an accumulator per thread, results do not even depend on their number."""
-    tape, X, v, g = factors(300, 257, 129)
+    """Each element is summed by one thread in a fixed order; without an accumulator per thread, their number does not matter either."""
+    tape, _, v, g = factors(300, 257, 129)
     tape = tape.at_precision(precision)
     tape.set_schedule("by_operator")
     expected = tape.jvp(v.reshape(1, -1)), tape.vjp(g[None])

@@ -1,8 +1,9 @@
-"""``precision="bfloat16"`` of the curvature operators on the CPU: what it costs in error, what stays exact, and that CG solves the exact system."""
+"""``precision="bfloat16"`` of the curvature operators on the CPU: its error, what stays exact, and that solvers solve the exact system."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ CLASSES = {"mlp": 5e-3, "lenet": 5e-3, "gpt": 1e-2, "lstm": 1e-2}
 def problem(*widths: int, num_examples: int = 60) -> tuple[nn.Module, nn.Module, tuple[Tensor, Tensor]]:
     torch.manual_seed(0)
     layers: list[nn.Module] = []
-    for num_in, num_out in zip(widths, widths[1:], strict=False):
+    for num_in, num_out in pairwise(widths):
         layers += [nn.Linear(num_in, num_out), nn.Tanh()]
     X, y = torch.randn(num_examples, widths[0]), torch.randint(widths[-1], (num_examples,))
     return nn.Sequential(*layers[:-1]), nn.CrossEntropyLoss(), (X, y)

@@ -16,7 +16,6 @@ from influence_ext.operators.base import LinearOperator
 from influence_ext.params import ParameterSpace, Selection
 from influence_ext.plan import Plan, Precision, Schedule, Tape
 
-
 _ROUNDED = {
     "bfloat16": "products: factors rounded to bfloat16 (8 bits), float32 sums; expect a relative error of about 3e-3, refined away by CG",
     "tf32": "products: factors rounded to TF32 (11 bits), float32 sums; expect a relative error of about 4e-4, refined away by CG",

@@ -21,8 +21,8 @@ REPLACED_AT = 0.1
 def refined(
     solver: CG, operator: CountedOperator, precondition: Callable[[Tensor], Tensor], B: Tensor, x0: Tensor | None = None
 ) -> Outcome:
-    r"""Solve ``A x = b`` where products with ``Ã ≈ A`` are cheap: steps of conjugate gradients on Ã, whose residual is replaced by the exact
-    ``b − A x`` whenever it has fallen tenfold or to the tolerance, and whose search directions go on.
+    r"""Solve ``A x = b`` where products with ``Ã ≈ A`` are cheap: steps of conjugate gradients on Ã, whose residual is replaced by the
+    exact ``b − A x`` whenever it has fallen tenfold or to the tolerance, and whose search directions go on.
 
     So the rounding of Ã acts on each tenfold by itself and cannot accumulate, and the Krylov space is not begun anew. A column whose exact
     residual has not halved by a replacement (its rounding is as large as the small eigenvalues that its residual is left in) takes the

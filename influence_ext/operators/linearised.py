@@ -40,8 +40,9 @@ class LinearisedOperator(LinearOperator):
         reduction: overrides the loss's own.
         precision: how products multiply float32 matrices. "full" is float32; "bfloat16" rounds both factors to 8 bits, for a relative error
             of a product of about 3e-3, and "tf32", on a CUDA device, to 11 bits, for about 4e-4; sums are float32 in all of them. What is
-            linearised (outputs, derivatives, the loss Hessian) is computed in full, so ``at_precision("full")`` is exact. CG and BlockCG
-            solve the exact system to the tolerance that is asked (:mod:`influence_ext.solvers.refinement`).
+            linearised (outputs, derivatives, the loss Hessian) is computed in full, so ``at_precision("full")`` is exact. Solvers solve
+            the exact system to the tolerance that is asked, CG with few exact products. On the CPU, linear layers and products between
+            activations are rounded.
         schedule: "auto", or "by_example" / "by_operator" to force how products run (see docs/design.md).
         weights: ``[N]``, w_n >= 0, multiplies the loss of example n: the matrix is that of ``c Σ w_n ℓ_n``. c stays what it is without
             them, ``1/N`` for a mean. None: ones.

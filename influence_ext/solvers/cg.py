@@ -32,6 +32,9 @@ class CG(Solver):
 
     A direction with ``pᵀA p ≤ ε ‖A‖ ‖p‖²`` (ε of the dtype, ``‖A‖`` as far as seen) ends its column as NOT_PSD.
 
+    On an operator at reduced precision it solves the exact system by cheap steps and a few exact products
+    (``solvers/refinement.py``); statistics are then also ``replacements`` per column and ``exact_products``.
+
     Attributes:
         rtol: Stop a column when ``‖b − A x‖ ≤ rtol ‖b‖``. ``None`` runs ``max_steps`` steps (truncated CG; the status
             is TRUNCATED).

@@ -7,18 +7,14 @@
 // At Precision::bfloat16 both operands are rounded as they are copied, B panel by panel before the product and A block by block, which costs an
 // element about a hundredth of what multiplying it does; what is packed ahead stays in full precision, so one packing serves every precision.
 #include <algorithm>
-#include <bit>
 #include <cstring>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
+#include "kernels/cpu/bfloat16.h"
 #include "kernels/cpu/parallel.h"
 #include "kernels/gemm.h"
-
-#if INFL_VECTOR_BYTES == 64
-#include <immintrin.h>
-#endif
 
 namespace infl {
 namespace INFL_ISA {
@@ -135,61 +131,13 @@ void gemm_pack(const Context& ctx, int64_t num, int64_t K, int64_t N, const T* b
 
 // ---- Rounded operands --------------------------------------------------------------------------------------------------------------------
 
-// The bits of x rounded to bfloat16, to nearest, ties to even; NaN stays NaN, and denormal numbers are zero, as the instructions have it.
-inline uint32_t bfloat16_bits(float x) {
-  const uint32_t bits = std::bit_cast<uint32_t>(x);
-  if ((bits & 0x7f800000) == 0) return bits >> 16 & 0x8000;
-  return x != x ? (bits >> 16) | 0x40 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-}
-
-inline float rounded(float x) { return std::bit_cast<float>(bfloat16_bits(x) << 16); }
-
-inline float pair_of(float low, float high) { return std::bit_cast<float>(bfloat16_bits(low) | bfloat16_bits(high) << 16); }
-
-#if INFL_VECTOR_BYTES == 64
-// Instructions of AVX512_BF16 by name: the file is compiled for processors without it, and Form::pairs runs only on those that have it.
-inline __attribute__((always_inline)) __m512i bfloat16s(__m512 low, __m512 high) {
-  __m512i result;
-  asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(result) : "v"(low), "v"(high));
-  return result;
-}
-
-inline __attribute__((always_inline)) __m512 add_pairs(__m512 sum, __m512 a, __m512 b) {
-  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
-  return sum;
-}
-#endif
-
-// out[i] = the pair (low[i], high[i]), or (low[i], 0) without `high`, for i < n.
-inline void interleave(int64_t n, const float* low, const float* high, float* out) {
-  int64_t i = 0;
-#if INFL_VECTOR_BYTES == 64
-  const __m512i order =
-      _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  for (; i + 16 <= n; i += 16) {
-    const __m512i both = bfloat16s(_mm512_loadu_ps(low + i), high ? _mm512_loadu_ps(high + i) : _mm512_setzero_ps());
-    _mm512_storeu_si512(out + i, _mm512_permutexvar_epi16(order, both));
-  }
-#endif
-  for (; i < n; ++i) out[i] = pair_of(low[i], high ? high[i] : 0.0f);
-}
-
-// out = the pairs of neighbours of in[0..n), the last with 0 if n is odd.
-inline void pair_neighbours(int64_t n, const float* in, float* out) {
-  int64_t i = 0;
-#if INFL_VECTOR_BYTES == 64
-  for (; i + 32 <= n; i += 32) _mm512_storeu_si512(out + i / 2, bfloat16s(_mm512_loadu_ps(in + i), _mm512_loadu_ps(in + i + 16)));
-#endif
-  for (; i < n; i += 2) out[i / 2] = pair_of(in[i], i + 1 < n ? in[i + 1] : 0.0f);
-}
-
 // One panel of B, [K, n] at b, in a form other than plain.
 template <Form form>
 void round_panel(int64_t K, int64_t n, const float* b, int64_t b_row, int64_t b_col, float* out) {
   constexpr int W = kPanel<float>;
   if (form == Form::rounded) {
     pack_panel<float>(K, n, b, b_row, b_col, out);
-    for (int64_t i = 0; i < K * W; ++i) out[i] = rounded(out[i]);
+    for (int64_t i = 0; i < K * W; i += kLanes<float>) store(out + i, rounded(load(out + i)));
     return;
   }
   if (b_col != 1 || n < W) {
@@ -216,7 +164,9 @@ const float* round_block(int64_t M, const GemmTerm<float>& term, const float* a,
     if (form == Form::rounded) {
       const float* from = a + i * (rows_first ? term.a_row : term.a_col);
       const int64_t stride = rows_first ? term.a_col : term.a_row;
-      for (int64_t j = 0; j < length; ++j) to[j] = rounded(from[j * stride]);
+      int64_t j = 0;
+      for (; stride == 1 && j + kLanes<float> <= length; j += kLanes<float>) store(to + j, rounded(load(from + j)));
+      for (; j < length; ++j) to[j] = rounded(from[j * stride]);
     } else if (!rows_first) {
       const float* from = a + 2 * i * term.a_col;
       interleave(M, from, 2 * i + 1 < K ? from + term.a_col : nullptr, to);
@@ -384,8 +334,18 @@ void gemm_block(const Gemm<T>& g, const GemmTerm<T>* terms, int num_terms, int64
 
 inline constexpr int64_t kFewColumns = 4;
 
-// Sums of R rows by C columns: sums[r][c] += a[r]ᵀ b[c] over K terms, all contiguous.
-template <class T, int R, int C>
+// x as the product takes it.
+template <bool rounds, class X>
+inline __attribute__((always_inline)) X taken(X x) {
+  if constexpr (rounds) {
+    return rounded(x);
+  } else {
+    return x;
+  }
+}
+
+// Sums of R rows by C columns: sums[r][c] += a[r]ᵀ b[c] over K terms, all contiguous; a is rounded here, b was.
+template <class T, int R, int C, bool rounds>
 inline __attribute__((always_inline)) void add_dots(int64_t K, const T* a, int64_t a_row, const T* b, int64_t b_column, T (*sums)[C]) {
   constexpr int L = kLanes<T>;
   for (int64_t k0 = 0; k0 < K; k0 += kRun * L) {
@@ -401,7 +361,7 @@ inline __attribute__((always_inline)) void add_dots(int64_t K, const T* a, int64
       for (int c = 0; c < C; ++c) bv[c] = load(b + c * b_column + k);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
-        const Vec<T> av = load(a + r * a_row + k);
+        const Vec<T> av = taken<rounds>(load(a + r * a_row + k));
 #pragma GCC unroll 4
         for (int c = 0; c < C; ++c) acc[r][c] += av * bv[c];
       }
@@ -419,7 +379,7 @@ inline __attribute__((always_inline)) void add_dots(int64_t K, const T* a, int64
           v += __builtin_shuffle(v, other);
         }
         T sum = v[0];
-        for (int64_t k = whole; k < k1; ++k) sum += a[r * a_row + k] * b[c * b_column + k];
+        for (int64_t k = whole; k < k1; ++k) sum += taken<rounds>(a[r * a_row + k]) * b[c * b_column + k];
         sums[r][c] += sum;
       }
     }
@@ -427,12 +387,12 @@ inline __attribute__((always_inline)) void add_dots(int64_t K, const T* a, int64
 }
 
 // R rows of C[v] from row m on; b: the columns of each term, for each v.
-template <class T, int R, int C>
+template <class T, int R, int C, bool rounds>
 void few_columns_rows(const Gemm<T>& g, const GemmTerm<T>* terms, int num_terms, int64_t v, int64_t m) {
   T sums[R][C] = {};
   for (int t = 0; t < num_terms; ++t) {
     const GemmTerm<T>& term = terms[t];
-    add_dots<T, R, C>(term.K, term.a + v * term.a_batch + m * term.a_row, term.a_row, term.b + v * term.b_batch, term.K, sums);
+    add_dots<T, R, C, rounds>(term.K, term.a + v * term.a_batch + m * term.a_row, term.a_row, term.b + v * term.b_batch, term.K, sums);
   }
   for (int r = 0; r < R; ++r) {
     T* out = g.c + v * g.c_batch + (m + r) * g.ldc;
@@ -446,7 +406,7 @@ void few_columns_rows(const Gemm<T>& g, const GemmTerm<T>* terms, int num_terms,
   }
 }
 
-template <class T, int C>
+template <class T, int C, bool rounds>
 void few_columns(int threads, const Gemm<T>& g, const GemmTerm<T>* given, int num_terms) {
   constexpr int R = 4;
   constexpr int64_t kRows = 64;
@@ -461,7 +421,7 @@ void few_columns(int threads, const Gemm<T>& g, const GemmTerm<T>* given, int nu
     const T* from = term.packed ? term.packed : term.b;
     for (int64_t v = 0; v < num; ++v) {
       for (int64_t c = 0; c < C; ++c) {
-        for (int64_t k = 0; k < term.K; ++k) columns[(v * C + c) * term.K + k] = from[v * batch + k * row + c * column];
+        for (int64_t k = 0; k < term.K; ++k) columns[(v * C + c) * term.K + k] = taken<rounds>(from[v * batch + k * row + c * column]);
       }
     }
     term.b = columns;
@@ -472,13 +432,13 @@ void few_columns(int threads, const Gemm<T>& g, const GemmTerm<T>* given, int nu
   parallel_for<Shares::on_demand>(threads, g.V * blocks, [&](int64_t i) {
     const int64_t v = i / blocks, end = std::min(g.M, (i % blocks + 1) * kRows);
     int64_t m = i % blocks * kRows;
-    for (; m + R <= end; m += R) few_columns_rows<T, R, C>(g, terms, num_terms, v, m);
-    for (; m < end; ++m) few_columns_rows<T, 1, C>(g, terms, num_terms, v, m);
+    for (; m + R <= end; m += R) few_columns_rows<T, R, C, rounds>(g, terms, num_terms, v, m);
+    for (; m < end; ++m) few_columns_rows<T, 1, C, rounds>(g, terms, num_terms, v, m);
   });
 }
 
 // Whether dot products along rows take it, done if so.
-template <class T>
+template <class T, bool rounds>
 bool takes_few_columns(int threads, const Gemm<T>& g, const GemmTerm<T>* terms, int num_terms) {
   if (g.N > kFewColumns || g.M < 2) return false;
   for (int t = 0; t < num_terms; ++t) {
@@ -486,16 +446,16 @@ bool takes_few_columns(int threads, const Gemm<T>& g, const GemmTerm<T>* terms, 
   }
   switch (g.N) {
     case 1:
-      few_columns<T, 1>(threads, g, terms, num_terms);
+      few_columns<T, 1, rounds>(threads, g, terms, num_terms);
       return true;
     case 2:
-      few_columns<T, 2>(threads, g, terms, num_terms);
+      few_columns<T, 2, rounds>(threads, g, terms, num_terms);
       return true;
     case 3:
-      few_columns<T, 3>(threads, g, terms, num_terms);
+      few_columns<T, 3, rounds>(threads, g, terms, num_terms);
       return true;
     default:
-      few_columns<T, 4>(threads, g, terms, num_terms);
+      few_columns<T, 4, rounds>(threads, g, terms, num_terms);
       return true;
   }
 }
@@ -540,9 +500,7 @@ void multiply(const Context& ctx, const Gemm<T>& g) {
   block = std::min<int64_t>(block, 16 * kRows);
   const double flops = 2.0 * g.V * g.M * g.N * longest * num_terms;
   const int threads = flops < 5e5 ? 1 : ctx.num_threads;
-  if constexpr (form == Form::plain) {
-    if (takes_few_columns<T>(threads, g, terms, num_terms)) return;
-  }
+  if (takes_few_columns<T, form != Form::plain>(threads, g, terms, num_terms)) return;
   // With several threads, split rows first, then panels, until there is work for everyone.
   if (threads > 1) block = std::min<int64_t>(block, std::max<int64_t>(2, (g.M / (2 * threads) + kRows - 1) / kRows) * kRows);
   const int64_t row_blocks = (g.M + block - 1) / block;

@@ -43,7 +43,7 @@ test: $(DONE)/extension $(DONE)/test ## the quick tests
 test-all: $(DONE)/extension $(DONE)/test $(DONE)/long $(DONE)/docs $(DONE)/lint ## all tests, with those of the documentation and the types
 	@$(PY) -m pytest -q $(ARGS)
 
-bench: $(DONE)/extension $(DONE)/bench ## against torch.func, torch.compile and curvlinops; adds to bench/results and redraws table and chart
+bench: $(DONE)/extension $(DONE)/bench ## against what else there is; adds to bench/results, redraws tables and charts (ARGS=--quick: the main rows, ARGS=--resume)
 	@$(PY) -m bench.run $(ARGS)
 	@$(PY) -m bench.plot
 

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from bench.cases import Case
+from bench.cases import EPOCHS, Case
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def fastest(function: Callable[[], object], seconds: float, wait: Callable[[], N
 
 
 def count(case: Case) -> tuple[float, float] | None:
-    """``(operations, bytes that must be written)`` of one call, ``None`` where no simple count is a floor (solves).
+    """``(operations, bytes that must be written)`` of one call, ``None`` where no simple count is a floor (solves, sweeps).
 
     One GGN product costs four forward passes less two of the first layer: the tangent through parameters and through
     inputs, the cotangent of inputs and of parameters, of which the first layer's inputs need neither. Its own forward
@@ -111,12 +111,14 @@ def count(case: Case) -> tuple[float, float] | None:
         return V * (4 * forward - 2 * first), V * case.workload.num_parameters * item
     if case.quantity == "hessian":
         return V * (6 * forward - 4 * first), V * case.workload.num_parameters * item
-    if case.quantity == "grads":
+    if case.quantity in ("grads", "grads-out"):
         return gradients, N * case.workload.num_parameters * item
     if case.quantity == "norms":
         return gradients, N * item
     if case.quantity == "dots":
         return min(gradients + V * forward, forward + V * (2 * forward - first)), N * V * item
+    if case.quantity == "retrain":  # as grads, and every layer's parameters besides
+        return V * EPOCHS * (gradients + forward), V * case.workload.num_parameters * item
     if case.quantity == "gram" and case.workload.gram_width is not None:
         return gradients + N * (N + 1) * case.workload.gram_width, N * N * item
     return None

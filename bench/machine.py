@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "numpy", "curvlinops-for-pytorch", "influence-ext")
+PACKAGES = ("torch", "numpy", "curvlinops-for-pytorch", "backpack-for-pytorch", "opacus", "scipy", "influence-ext")
 
 
 def cpu_model() -> str:

@@ -1,38 +1,103 @@
-"""Peak memory of one call, measured in a process of its own: ``python -m bench.memory CASE CONTENDER [SEED]``.
+"""Peak memory of one call: the bytes beyond network, data and vectors, what is kept between calls and what the call adds.
 
-Counted are the bytes beyond network, data and vectors: what is kept between calls and what the call adds. The high-water
-mark of the resident set is reset right before the call, and glibc is told to hand large buffers back to the system at
-once, so the mark does not hold what earlier calls left behind.
+Measured in a fork of the process that has just timed the call, so nothing is captured or compiled again. The fork drops the other
+contenders, hands free memory back to the system, and has new buffers mapped one by one, so that the high-water mark of its resident set
+holds what this call takes and nothing that earlier calls left behind. What is kept is what goes away when the call, its network and its
+data are dropped.
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import json
 import os
-import subprocess
-import sys
+import select
+import signal
+import threading
 from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.contender import Call
+from bench.problem import Problem
 
 RESET = Path("/proc/self/clear_refs")
 STATUS = Path("/proc/self/status")
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+
+
+class Prepared:
+    """The calls of a case and their problem; nothing else may hold either when memory is measured."""
+
+    def __init__(self, problem: Problem):
+        self.problem: Problem | None = problem
+        self.calls: dict[str, Call] = {}
 
 
 def available() -> bool:
-    """Whether this system can reset the high-water mark (Linux)."""
-    return STATUS.exists() and os.access(RESET, os.W_OK)
+    """Whether this system can reset the high-water mark and trim its heap (Linux with glibc)."""
+    return STATUS.exists() and os.access(RESET, os.W_OK) and hasattr(ctypes.CDLL(None), "malloc_trim")
 
 
-def measure(case_name: str, contender: str, *, seed: int = 0, timeout: float = 600.0) -> int | None:
-    """Bytes at the peak beyond network, data and vectors; ``None`` where it cannot be measured."""
+def peak(prepared: Prepared, name: str, timeout: float = 120.0) -> int | None:
+    """Bytes at the peak of ``prepared.calls[name]()``, a call that has been made before; ``None`` where it cannot be measured."""
     if not available():
         return None
-    environment = dict(os.environ, MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="0")
-    command = [sys.executable, "-m", "bench.memory", case_name, contender, str(seed)]
-    root = Path(__file__).resolve().parent.parent
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"bench.memory: {case_name}, {contender}: {done.stderr.strip().splitlines()[-1:]}")
-    return int(done.stdout.splitlines()[-1])
+    reading, writing = os.pipe()
+    threads = torch.get_num_threads()
+    child = os.fork()
+    if child == 0:
+        try:
+            # A thread of its own: the parent's OpenMP threads do not exist here, and only a new master starts new ones.
+            thread = threading.Thread(target=_report, args=(prepared, name, threads, writing))
+            thread.start()
+            thread.join()
+        finally:
+            os._exit(0)
+    os.close(writing)
+    try:
+        ready, _, _ = select.select([reading], [], [], timeout)
+        text = os.read(reading, 4096) if ready else b""
+        if not ready:
+            os.kill(child, signal.SIGKILL)
+    finally:
+        os.close(reading)
+        os.waitpid(child, 0)
+    return json.loads(text) if text else None
+
+
+def _report(prepared: Prepared, name: str, threads: int, writing: int) -> None:
+    os.write(writing, json.dumps(_measured(prepared, name, threads)).encode())
+
+
+def _measured(prepared: Prepared, name: str, threads: int) -> int:
+    torch.set_num_threads(threads)
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_THRESHOLD, 65536)
+    libc.mallopt(M_TRIM_THRESHOLD, 0)
+    call = prepared.calls[name]
+    prepared.calls.clear()
+    call()
+    _collect(libc)
+    RESET.write_text("5")
+    before = _resident("VmRSS")
+    result: Any = call()
+    added = _resident("VmHWM") - before
+    del result
+    _collect(libc)
+    assert prepared.problem is not None
+    known, held = prepared.problem.nbytes, _resident("VmRSS")
+    prepared.problem = None
+    del call
+    _collect(libc)
+    return max(0, added) + max(0, held - _resident("VmRSS") - known)
+
+
+def _collect(libc: ctypes.CDLL) -> None:
+    gc.collect()
+    libc.malloc_trim(0)
 
 
 def _resident(field: str) -> int:
@@ -40,30 +105,3 @@ def _resident(field: str) -> int:
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"bench.memory: no {field} in {STATUS}")
-
-
-def _main(case_name: str, contender_name: str, seed: int) -> None:
-    from bench.cases import SMOKE_CASES, by_name
-    from bench.peers import contenders
-
-    case = by_name(case_name)
-    contender = next(c for c in contenders(case) if c.name == contender_name)
-    # A miniature first: imported code and thread pools are not what is measured.
-    small = next(s for s in SMOKE_CASES if s.quantity == case.quantity and contender_name in [c.name for c in contenders(s)])
-    contender.prepare(small, small.problem(seed))()
-    problem = case.problem(seed)
-    gc.collect()
-    before = _resident("VmRSS")
-    call = contender.prepare(case, problem)
-    for _ in range(2):
-        call()
-    gc.collect()
-    RESET.write_text("5")
-    result = call()
-    peak = _resident("VmHWM")
-    del result
-    print(max(0, peak - before))
-
-
-if __name__ == "__main__":
-    _main(sys.argv[1], sys.argv[2], int(sys.argv[3]) if len(sys.argv) > 3 else 0)

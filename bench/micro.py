@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import influence_ext as ie
-from bench.cases import CLASSIFIER, LOSS_MODULES, REGRESSION, Case, Problem
+from bench.cases import Case
+from bench.problem import LOSS_MODULES, Problem
+from bench.workloads import CLASSIFIER, REGRESSION
 
 WORKLOADS = {"regression": Case("ggn", REGRESSION, 1000, 8), "classifier": Case("ggn", CLASSIFIER, 1024, 8)}
 

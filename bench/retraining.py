@@ -1,126 +1,118 @@
-"""Retraining without each of 20 examples: together (``retrain_many``), one by one (``retrain``), and a loop in plain PyTorch.
+"""Retraining without each of several examples: together (``retrain_many``), one by one (``retrain``), and in plain PyTorch.
 
-    python -m bench.retraining                      an MLP 784-128-10 on 1,280 images, batches of 128
-    python -m bench.retraining --float64 --sets 8   other sizes; --help lists them
-
-Every contender's parameters are compared with the plain loop's before anything is timed. The contenders take turns in one run; the table
-has medians, ratios, and the floor: the products of forward and backward pass over the fastest matrix product measured in the same run.
-Exit status: 0 the answers agree, 1 they do not.
+The warm start: a base training of one epoch, then five more for each removed example, in batches of 128. Whoever takes part is compared
+with a plain loop in float64 before anything is timed.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import sys
-from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call, grad, stack_module_state, vmap
 
 import influence_ext as ie
-from bench import machine
-from bench.floor import measure_rates
-from bench.timing import interleave
+from bench.cases import EPOCHS, Case
+from bench.contender import OURS, Call, Contender, compile_static, same
+from bench.problem import LOSS_MODULES, Problem
+
+BATCH_SIZE = 128
+LR, MOMENTUM = 0.01, 0.9
 
 
-@dataclass(frozen=True)
-class Task:
-    """What is trained and how often."""
-
-    num_examples: int
-    num_sets: int
-    epochs: int
-    batch_size: int
-    hidden: int
-    dtype: torch.dtype
-
-    @property
-    def flops(self) -> float:
-        """Of the products that cannot be left out: two of the first layer (its input needs no cotangent), three of the second."""
-        per_example = 2 * (2 * 784 * self.hidden + 3 * self.hidden * 10)
-        return float(per_example * self.num_examples * self.epochs * self.num_sets)
+def recipe_of(problem: Problem) -> ie.Recipe:
+    loss = LOSS_MODULES[problem.loss]()
+    return ie.Recipe(lambda: copy.deepcopy(problem.model), loss, lr=LR, momentum=MOMENTUM, epochs=1, batch_size=BATCH_SIZE)
 
 
-def build(task: Task) -> nn.Module:
-    return nn.Sequential(nn.Linear(784, task.hidden), nn.ReLU(), nn.Linear(task.hidden, 10)).to(task.dtype)
+def batches(problem: Problem, start: int, stop: int) -> list[Tensor]:
+    """The batches of the epochs ``start`` to ``stop``, in the order that the recipe draws."""
+    recipe, N = recipe_of(problem), len(problem.X)
+    orders = [recipe.batch_order(epoch, N).to(problem.X.device) for epoch in range(start, stop)]
+    return [batch for order in orders for batch in order.split(BATCH_SIZE)]
 
 
-def images(task: Task, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Standardised pixels and labels as dense as such data are; only their shapes matter to the time."""
-    g = torch.Generator().manual_seed(seed)
-    X = torch.randn(task.num_examples, 784, generator=g, dtype=task.dtype)
-    return X, (X @ torch.randn(784, 10, generator=g, dtype=task.dtype)).argmax(dim=1)
+def trained(problem: Problem) -> tuple[nn.Module, torch.optim.SGD]:
+    """The base training as a user writes it; the branches go on from here."""
+    model = copy.deepcopy(problem.model).train()
+    optimizer = torch.optim.SGD(model.parameters(), LR, MOMENTUM)
+    for batch in batches(problem, 0, 1):
+        _step(problem, model, optimizer, batch, len(batch))
+    return model, optimizer
 
 
-def plain(run: ie.Run, removed: int, epochs: int) -> Tensor:
-    """A user's loop over the warm start's epochs: an ``nn.Module`` and ``torch.optim.SGD``, the removed example masked out of its batch."""
-    recipe = run.recipe
-    model = copy.deepcopy(run.model).train()
-    optimizer = torch.optim.SGD(model.parameters(), recipe.lr, recipe.momentum)
-    with torch.no_grad():
-        start = dict(zip(run_names(run), run.final.moments[0].split([p.numel() for p in model.parameters()]), strict=True))
-    for name, p in model.named_parameters():
-        optimizer.state[p]["momentum_buffer"] = start[name].view_as(p).clone()
-    X, y = run.data.inputs[0], run.data.targets
-    for epoch in range(recipe.epochs, recipe.epochs + epochs):
-        for batch in recipe.batch_order(epoch, len(X)).split(recipe.batch_size):
-            kept = batch[batch != removed]
-            optimizer.zero_grad()
-            (F.cross_entropy(model(X[kept]), y[kept], reduction="sum") / len(batch)).backward()
-            optimizer.step()
-    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+def _step(problem: Problem, model: nn.Module, optimizer: torch.optim.SGD, kept: Tensor, size: int) -> None:
+    optimizer.zero_grad()
+    (F.cross_entropy(model(problem.X[kept]), problem.y[kept], reduction="sum") / size).backward()
+    optimizer.step()
 
 
-def run_names(run: ie.Run) -> list[str]:
-    return [name for name, _ in run.model.named_parameters()]
+def retrained(case: Case, problem: Problem) -> Tensor:
+    """``[V, P]``, one plain loop for each removed example: an ``nn.Module`` and ``torch.optim.SGD``, the example left out of its batch."""
+    return _plain(case, problem)()
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
-    task = Task(args.examples, args.sets, args.epochs, args.batch_size, args.hidden, torch.float64 if args.float64 else torch.float32)
-    recipe = ie.Recipe(lambda: build(task), nn.CrossEntropyLoss(), lr=0.01, epochs=1, batch_size=task.batch_size)
-    run = ie.train(recipe, images(task))
-    sets = [[i] for i in range(task.num_sets)]
-    calls = {
-        "plain PyTorch": lambda: [plain(run, i, task.epochs) for (i,) in sets],
-        "one by one (retrain)": lambda: [ie.retrain(run, group, "warm", epochs=task.epochs).params for group in sets],
-        "together (retrain_many)": lambda: [r.params for r in ie.retrain_many(run, sets, "warm", epochs=task.epochs)],
-    }
-    found = {name: torch.stack(call()) for name, call in calls.items()}
-    oracle, limit = found["plain PyTorch"], 1e-10 if args.float64 else 1e-4
-    errors = {name: float((theta - oracle).norm() / oracle.norm()) for name, theta in found.items()}
-    rates = measure_rates(task.dtype)
-    times = interleave(calls, seconds=args.seconds, max_rounds=15)
-    base, floor = times["plain PyTorch"].median, task.flops / rates.gemm
-    print(
-        f"{machine.cpu_model()}, {torch.get_num_threads()} threads, load {machine.description(torch.device('cpu'))['load']}; torch "
-        f"{torch.__version__}; {task.num_sets} x MLP 784-{task.hidden}-10 {task.dtype}, N = {task.num_examples}, batches of "
-        f"{task.batch_size}, {task.epochs} epochs; {rates.gemm / 1e9:.0f} GFLOP/s ({rates.gemm_route})"
-    )
-    for name, timing in times.items():
-        spread = f"{timing.q1:.3g} to {timing.q3:.3g}"
-        share = f"{100 * floor / timing.median:3.0f} % of the floor"
-        print(f"{name:24s} {timing.median:8.3g} s ({spread})  {base / timing.median:5.2f}x  {share}  relative error {errors[name]:.1e}")
-    print(f"{'floor':24s} {floor:8.3g} s  {base / floor:5.2f}x")
-    wrong = [name for name, e in errors.items() if not e <= limit]
-    if wrong:
-        print(f"bench.retraining: expected a relative error of at most {limit:g}, got more from {', '.join(wrong)}.", file=sys.stderr)
-    return 1 if wrong else 0
+def _plain(case: Case, problem: Problem) -> Call:
+    model, optimizer = trained(problem)
+    order = batches(problem, 1, 1 + EPOCHS)
+
+    def one(removed: int) -> Tensor:
+        branch = copy.deepcopy(model)
+        stepper = torch.optim.SGD(branch.parameters(), LR, MOMENTUM)
+        stepper.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        for batch in order:
+            _step(problem, branch, stepper, batch[batch != removed], len(batch))
+        return torch.cat([p.detach().flatten() for p in branch.parameters()])
+
+    return lambda: torch.stack([one(i) for i in range(case.num_vectors)])
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.retraining", description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--examples", type=int, default=1280, help="training examples (1280)")
-    parser.add_argument("--sets", type=int, default=20, help="removed examples, a training each (20)")
-    parser.add_argument("--epochs", type=int, default=5, help="epochs of each training (5)")
-    parser.add_argument("--batch-size", type=int, default=128, help="examples in a batch (128)")
-    parser.add_argument("--hidden", type=int, default=128, help="units of the hidden layer (128)")
-    parser.add_argument("--float64", action="store_true", help="in float64 instead of float32")
-    parser.add_argument("--seconds", type=float, default=60.0, help="time for all rounds together (60)")
-    return parser.parse_args(argv)
+def _vmapped(case: Case, problem: Problem, *, compiled: bool) -> Call:
+    """All sets in one batch of parameters under ``vmap``, as torch's guide to ensembles does it; the removed example has weight 0."""
+    model, optimizer = trained(problem)
+    theta, _ = stack_module_state([model] * case.num_vectors)
+    momenta = {name: optimizer.state[p]["momentum_buffer"] for name, p in model.named_parameters()}
+    order, removed = batches(problem, 1, 1 + EPOCHS), torch.arange(case.num_vectors, device=problem.X.device)
+
+    def cost(p: dict[str, Tensor], weights: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        return (weights * F.cross_entropy(functional_call(model, p, (x,)), t, reduction="none")).mean()
+
+    def step(p: Any, v: Any, weights: Tensor, x: Tensor, t: Tensor) -> tuple[Any, Any]:
+        g = vmap(grad(cost), in_dims=(0, 0, None, None))(p, weights, x, t)
+        v = {name: MOMENTUM * v[name] + g[name] for name in p}
+        return {name: p[name] - LR * v[name] for name in p}, v
+
+    function = compile_static(step) if compiled else step
+
+    def call() -> Tensor:
+        p = {name: t.detach() for name, t in theta.items()}
+        v = {name: m.expand(case.num_vectors, *m.shape) for name, m in momenta.items()}
+        for batch in order:
+            weights = (batch != removed[:, None]).to(case.dtype)
+            p, v = function(p, v, weights, problem.X[batch], problem.y[batch])
+        return torch.cat([t.flatten(1) for t in p.values()], dim=1)
+
+    return call
 
 
-if __name__ == "__main__":
-    raise SystemExit(main())
+def _ours(case: Case, problem: Problem, *, together: bool) -> Call:
+    run = ie.train(recipe_of(problem), (problem.X, problem.y))
+    sets = [[i] for i in range(case.num_vectors)]
+    if together:
+        return lambda: torch.stack([r.params for r in ie.retrain_many(run, sets, "warm", epochs=EPOCHS)])
+    return lambda: torch.stack([ie.retrain(run, group, "warm", epochs=EPOCHS).params for group in sets])
+
+
+def retraining_contenders(case: Case) -> list[Contender]:
+    limit = 1e-10 if case.dtype == torch.float64 else 1e-4
+    return [
+        Contender(f"{OURS} together", partial(_ours, together=True), same, limit),
+        Contender(f"{OURS} one by one", partial(_ours, together=False), same, limit),
+        Contender("plain PyTorch", _plain, same, limit),
+        Contender("torch.func, vmap", partial(_vmapped, compiled=False), same, limit),
+        Contender("torch.compile, vmap", partial(_vmapped, compiled=True), same, limit),
+    ]

@@ -18,6 +18,7 @@
 #include "layers/rule.h"
 #include "losses/class_indices.h"
 #include "losses/loss.h"
+#include "plan/ensemble.h"
 #include "plan/example_gradients.h"
 #include "plan/tape.h"
 
@@ -276,6 +277,25 @@ void bind(py::module_& m, const std::string& suffix) {
              f.gradients.square_norms(run.ctx, by_slot);
              return found;
            })
+      // offset of a parameter -> (activations [N, t, .], cotangents [V, N, t, .]) of each node that reads it
+      .def("outer_products",
+           [](const BoundFactors<T>& f) {
+             std::map<int64_t, std::vector<std::pair<at::Tensor, at::Tensor>>> found;
+             const int64_t V = f.gradients.num_vectors(), N = f.gradients.num_examples();
+             const Run run(f.tape->device, f.tape->precision);
+             const auto side = [&](const T* from, at::IntArrayRef sizes) {
+               at::Tensor out = empty<T>(sizes, f.tape->device);
+               copy<T>(run.ctx, out.numel(), from, out.mutable_data_ptr<T>());
+               return out;
+             };
+             f.gradients.outer_products(run.ctx, [&](int slot, const Factor<T>& factor) {
+               const bool flipped = factor.col_has_v;
+               const int64_t t = factor.positions, inputs = flipped ? factor.rows : factor.cols, outputs = flipped ? factor.cols : factor.rows;
+               found[f.tape->tape->plan().slots()[slot].offset].emplace_back(side(flipped ? factor.row : factor.col, {N, t, inputs}),
+                                                                             side(flipped ? factor.col : factor.row, {V, N, t, outputs}));
+             });
+             return found;
+           })
       .def("square_sum",
            [](const BoundFactors<T>& f) {
              at::Tensor out = empty<T>({f.tape->P()}, f.tape->device);
@@ -317,37 +337,52 @@ T* writable(const OptionalTensor& t, int64_t size, at::Device device, const char
   return t ? const_cast<T*>(data<T>(*t, size, device, what)) : nullptr;
 }
 
-// Fills the results that are given. z [N, C] or [N, K, positions]; weight by element, by example and element, or by class.
+// What a loss is of, without outputs and results, for outputs [N, *shape] = [N, C] or [N, K, positions]; weight by element, by example and element,
+// or by class.
 template <class T>
-void loss_evaluate(const std::string& name, double s, double parameter, const at::Tensor& z, const at::Tensor& target, const OptionalTensor& weight,
-                   const OptionalTensor& z_s, const std::map<std::string, at::Tensor>& results) {
-  const Loss<T>* loss = find_loss<T>(name);
-  TORCH_CHECK(loss != nullptr, "loss_evaluate: expected one of the native losses, got '", name, "'.");
+LossArguments<T> loss_arguments(const Loss<T>& loss, double s, double parameter, at::IntArrayRef shape, const at::Tensor& target,
+                                const OptionalTensor& weight, at::Device device) {
   LossArguments<T> a;
-  const bool by_class = loss->hessian_shape() == HessianShape::softmax;
-  const at::Device device = z.device();
-  a.N = z.size(0);
-  a.positions = z.dim() == 3 ? z.size(2) : 1;
-  a.C = z.size(1) * a.positions;
+  const bool by_class = loss.hessian_shape() == HessianShape::softmax;
+  a.N = shape[0];
+  a.positions = shape.size() == 3 ? shape[2] : 1;
+  a.C = shape[1] * a.positions;
   a.s = static_cast<T>(s);
   a.a = static_cast<T>(parameter);
-  a.z = data<T>(z, a.N * a.C, device, "loss output");
   if (by_class && target.scalar_type() == at::kLong) {
     TORCH_CHECK(target.is_contiguous() && target.numel() == a.N * a.positions && target.device() == device,
-                "loss_evaluate: expected int64 targets [N, positions] on ", device, ".");
+                "loss: expected int64 targets [N, positions] on ", device, ".");
     a.index = target.const_data_ptr<int64_t>();
     if (target.numel() > 0) {
       const auto [lowest, highest] = at::aminmax(target);
-      TORCH_CHECK(lowest.item<int64_t>() >= -1 && highest.item<int64_t>() < z.size(1), "loss_evaluate: expected class indices in [-1, ", z.size(1),
-                  "), got ", lowest.item<int64_t>(), " to ", highest.item<int64_t>(), ".");
+      TORCH_CHECK(lowest.item<int64_t>() >= -1 && highest.item<int64_t>() < shape[1], "loss: expected class indices in [-1, ", shape[1], "), got ",
+                  lowest.item<int64_t>(), " to ", highest.item<int64_t>(), ".");
     }
   } else {
     a.target = data<T>(target, a.N * a.C, device, "loss target");
   }
   if (weight) {
     a.weight_per_example = !by_class && weight->dim() == 2;
-    a.weight = data<T>(*weight, by_class ? z.size(1) : a.weight_per_example ? a.N * a.C : a.C, device, "loss weight");
+    a.weight = data<T>(*weight, by_class ? shape[1] : a.weight_per_example ? a.N * a.C : a.C, device, "loss weight");
   }
+  return a;
+}
+
+template <class T>
+const Loss<T>& native_loss(const std::string& name) {
+  const Loss<T>* loss = find_loss<T>(name);
+  TORCH_CHECK(loss != nullptr, "loss: expected one of the native losses, got '", name, "'.");
+  return *loss;
+}
+
+// Fills the results that are given. z [N, C] or [N, K, positions].
+template <class T>
+void loss_evaluate(const std::string& name, double s, double parameter, const at::Tensor& z, const at::Tensor& target, const OptionalTensor& weight,
+                   const OptionalTensor& z_s, const std::map<std::string, at::Tensor>& results) {
+  const Loss<T>& loss = native_loss<T>(name);
+  const at::Device device = z.device();
+  LossArguments<T> a = loss_arguments<T>(loss, s, parameter, z.sizes(), target, weight, device);
+  a.z = data<T>(z, a.N * a.C, device, "loss output");
   if (z_s) a.z_s = data<T>(*z_s, a.N * a.C, device, "reference output");
   const auto result = [&](const char* key, int64_t size) {
     const auto it = results.find(key);
@@ -359,7 +394,74 @@ void loss_evaluate(const std::string& name, double s, double parameter, const at
   a.mass = result("mass", a.N * a.positions);
   a.bregman = result("bregman", a.N);
   TORCH_CHECK((a.bregman == nullptr) == (a.z_s == nullptr), "loss_evaluate: expected reference outputs with a divergence, and only then.");
-  loss->evaluate(Run(device).ctx, a);
+  loss.evaluate(Run(device).ctx, a);
+}
+
+// A batch of training steps, one for each parameter set: see influence_ext/ensemble.py.
+template <class T>
+at::Tensor ensemble_step(Ensemble<T>& ensemble, const std::vector<at::Tensor>& inputs, const std::vector<OptionalTensor>& constants,
+                         const at::Tensor& theta, const std::vector<at::Tensor>& moments, const std::map<std::string, double>& descent,
+                         const OptionalTensor& anchor, const std::string& loss, double loss_scale, double loss_parameter,
+                         const std::vector<int64_t>& output_shape, const at::Tensor& target, const OptionalTensor& weight,
+                         std::vector<std::vector<int64_t>> dropped) {
+  const Plan<T>& plan = ensemble.plan();
+  const int64_t N = ensemble.num_examples(), S = theta.size(0), P = plan.num_parameters();
+  const at::Device device = theta.device();
+  EnsembleStep<T> step;
+  step.num_sets = S;
+  TORCH_CHECK(
+      constants.size() == plan.slots().size() && static_cast<int>(inputs.size()) == plan.num_inputs() && dropped.size() == static_cast<size_t>(S),
+      "Ensemble: expected ", plan.slots().size(), " slots, ", plan.num_inputs(), " inputs and ", S, " lists of dropped examples.");
+  for (size_t s = 0; s < constants.size(); ++s) {
+    TORCH_CHECK(constants[s] || plan.slots()[s].offset >= 0, "Ensemble: expected a value for slot ", s, ", got none.");
+    step.constants.push_back(constants[s] ? data<T>(*constants[s], plan.slots()[s].size, device, "Ensemble constant") : nullptr);
+  }
+  std::vector<const T*> rows;
+  for (size_t i = 0; i < inputs.size(); ++i) rows.push_back(data<T>(inputs[i], N * plan.input_widths()[i], device, "Ensemble input"));
+  const bool adam = descent.count("beta2") > 0;
+  TORCH_CHECK(moments.size() == (adam ? 2u : 1u), "Ensemble: expected the moments of the method, got ", moments.size(), ".");
+  step.theta = writable<T>(theta, S * P, device, "Ensemble parameters");
+  step.first = writable<T>(moments[0], S * P, device, "Ensemble moments");
+  if (adam) step.second = writable<T>(moments[1], S * P, device, "Ensemble moments");
+  const auto number = [&](const char* key) {
+    const auto it = descent.find(key);
+    return it == descent.end() ? T(0) : static_cast<T>(it->second);
+  };
+  step.descent = {.method = adam ? Method::adam : Method::sgd,
+                  .lr = number("lr"),
+                  .momentum = number("momentum"),
+                  .one_minus_beta1 = number("one_minus_beta1"),
+                  .beta2 = number("beta2"),
+                  .one_minus_beta2 = number("one_minus_beta2"),
+                  .root_correction = number("root_correction"),
+                  .eps = number("eps"),
+                  .decay = number("decay"),
+                  .damping = number("damping"),
+                  .anchor = anchor ? data<T>(*anchor, P, device, "Ensemble anchor") : nullptr};
+  TORCH_CHECK(step.descent.damping == 0 || anchor, "Ensemble: expected an anchor with damping, got none.");
+  step.loss = &native_loss<T>(loss);
+  step.arguments = loss_arguments<T>(*step.loss, loss_scale, loss_parameter, output_shape, target, weight, device);
+  TORCH_CHECK(step.arguments.N == N && step.arguments.C == plan.output_width(), "Ensemble: expected outputs [", N, ", ", plan.output_width(), "].");
+  for (const auto& rows_of_set : dropped) {
+    for (const int64_t n : rows_of_set) TORCH_CHECK(n >= 0 && n < N, "Ensemble: expected dropped examples in [0, ", N, "), got ", n, ".");
+  }
+  step.dropped = std::move(dropped);
+  at::Tensor total = empty<T>({S}, device);
+  step.total = total.mutable_data_ptr<T>();
+  const Run run(device);
+  py::gil_scoped_release release;
+  if (S > 0) ensemble.step(run.ctx, rows, step);
+  return total;
+}
+
+template <class T>
+void bind_ensemble(py::module_& m, const std::string& suffix) {
+  py::class_<Ensemble<T>>(m, ("Ensemble" + suffix).c_str())
+      .def(py::init<std::shared_ptr<Plan<T>>, int64_t>(), py::arg("plan"), py::arg("num_examples"))
+      .def_property_readonly("cached_bytes", &Ensemble<T>::cached_bytes)
+      .def("step", &ensemble_step<T>, py::arg("inputs"), py::arg("constants"), py::arg("theta"), py::arg("moments"), py::arg("descent"),
+           py::arg("anchor"), py::arg("loss"), py::arg("loss_scale"), py::arg("loss_parameter"), py::arg("output_shape"), py::arg("target"),
+           py::arg("weight"), py::arg("dropped"));
 }
 
 }  // namespace
@@ -367,6 +469,8 @@ void loss_evaluate(const std::string& name, double s, double parameter, const at
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   bind<float>(m, "32");
   bind<double>(m, "64");
+  bind_ensemble<float>(m, "32");
+  bind_ensemble<double>(m, "64");
   m.def("build_info", &build_info);
   // Kernels of a device, run on the CPU by another library: for tests of their arithmetic where there is no GPU.
   m.def(

@@ -151,6 +151,11 @@ class DerivedFactors:
         """``[P]``."""
         return self.materialise().square().sum(dim=(0, 1))
 
+    def outer_products(self) -> dict[int, Any]:
+        """Offset of a parameter -> both sides of its factors, of the parameters that are read as they are."""
+        P = self.point.parameters.space.num_parameters
+        return {offset: uses for offset, uses in self.native.outer_products().items() if offset < P}
+
     def gram(self, other: DerivedFactors) -> Tensor:
         """``[V·N, V'·N']``."""
         mine, theirs = self.materialise(), other.materialise()

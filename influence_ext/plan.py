@@ -17,9 +17,10 @@ from influence_ext.chunks import ChunkedTape
 from influence_ext.context import about_to_start_threads, exclusive
 from influence_ext.data import Examples, StreamedExamples
 from influence_ext.derived import DerivedFactors, DerivedParameters, DerivedPoint
+from influence_ext.ensemble import Ensemble
 from influence_ext.errors import ArgumentError, DataError, DeviceError, DTypeError, ShapeError, UnsupportedModelError
 from influence_ext.finite import all_finite
-from influence_ext.losses import OutputHessian
+from influence_ext.losses import Loss, OutputHessian
 from influence_ext.params import ParameterSpace, Selection, is_half, widened
 
 Schedule = Literal["auto", "by_example", "by_operator"]
@@ -167,6 +168,20 @@ class Plan:
             return Tape(self, make(self._inputs(examples.X, tensors)), theta, tensors, curved)
         return Tape(self, ChunkedTape(make, self._inputs, examples.blocks, examples.num_examples, chunk), theta, tensors, curved)
 
+    def ensemble(self, examples: Examples, loss: Loss) -> Ensemble | None:
+        """The network at several parameter sets that take training steps on batches of ``examples``.
+
+        None where a step needs torch: for a node without a native rule, a parameter that is computed from others, a loss without kernels.
+        Frozen parameters and buffers are read now. Cost: the prologue on all examples.
+        """
+        if self._derived is not None or any(node.operator is not None for node in self.graph.nodes):
+            return None
+        if loss.as_kernel(torch.zeros(1, *self.output_shape, dtype=self.space.dtype), examples.targets[:1]) is None:
+            return None
+        tensors = named_tensors(self._model)
+        inputs, constants = self._inputs(examples.X, tensors), self._constants(tensors)
+        return Ensemble(self._native, inputs, constants, self.output_shape, loss, examples.targets)
+
     def _copied(self, theta: Tensor) -> Tensor:
         """A copy of a user's θ, checked."""
         space = self.space
@@ -177,6 +192,11 @@ class Plan:
         if theta.dtype != space.dtype:
             raise DTypeError(f"Tape: expected theta of dtype {space.dtype}, got {theta.dtype}; convert it with .to({space.dtype}).")
         return theta.detach().clone(memory_format=torch.contiguous_format)
+
+    @property
+    def has_derived_parameters(self) -> bool:
+        """Whether nodes read expressions of trained parameters."""
+        return self._derived is not None
 
     @functools.cached_property
     def _second_order_native(self) -> Any:
@@ -429,10 +449,11 @@ class Tape:
         return self._pull(product).add_(self._derived.second_order(self._gradient, V))
 
     def factors(self, G: Tensor) -> Any:
-        """Per-example factors of ``J_nᵀ g[v, n]`` for ``G [V, N, *out]``.
+        """Per-example gradients ``J_nᵀ g[v, n]`` for ``G [V, N, *out]``, as factors.
 
-        Methods: ``materialise``, ``square_norms``, ``square_norms_by_parameter``, ``square_sum``, ``gram``. They point into the tape:
-        valid until ``relinearize``. Cost: one cotangent sweep; memory V·N times the widths of the trainable nodes.
+        Methods: ``materialise``, ``square_norms``, ``square_norms_by_parameter``, ``square_sum``, ``gram``, ``outer_products``. They read the
+        tape when they are called. Cost: one cotangent sweep each; factors are held for a tile of examples, by ``gram`` and
+        ``outer_products`` for all: V·N times the widths of the trainable nodes.
         """
         factors = self._native.factors(G.contiguous())
         return factors if self._derived is None else DerivedFactors(factors, self._derived)

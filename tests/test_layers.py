@@ -146,18 +146,20 @@ import sys, torch
 from influence_ext import _C
 from influence_ext.testing import assert_close
 from tests.cases import build, eager
+from tests.cases.convolution import WINOGRAD
 from tests.cases.models import NETWORKS
 import influence_ext as ie
 assert _C.build_info()["active_instruction_set"] == sys.argv[1], _C.build_info()
 for dtype in (torch.float64, torch.float32):
-    for id in ("linear-97-33", "linear-33-97", "mlp-odd", "mlp-many", "mixer", "tied-transpose", "head-ce-mean-33"):
-        n = build(NETWORKS[id], dtype)
+    ids = ("linear-97-33", "linear-33-97", "mlp-odd", "mlp-many", "mixer", "tied-transpose", "head-ce-mean-33")
+    for case in (*(NETWORKS[id] for id in ids), *WINOGRAD):
+        n = build(case, dtype)
         V = n.random("V", 3, n.P)
         G = ie.GGN(n.model, n.loss, n.data)
-        assert_close(G.matmat(V), n.ggn_matmat(V), eager=lambda: eager.ggn_products(n, V), what=id)
+        assert_close(G.matmat(V), n.ggn_matmat(V), eager=lambda: eager.ggn_products(n, V), what=case.id)
         gram = ie.grad_gram(n.model, n.loss, n.data)
         grads = eager.per_example_grads(n)
-        assert_close(gram, n.grads @ n.grads.T, eager=grads @ grads.T, what=id)
+        assert_close(gram, n.grads @ n.grads.T, eager=grads @ grads.T, what=case.id)
 """
 
 

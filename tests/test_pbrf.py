@@ -327,9 +327,10 @@ def test_linearized_pbrf_is_a_dense_solve(row: str) -> None:
     assert_close(response.displacement, change, factor=1e4, because="solved to 1e-9 and amplified by the condition number")
 
 
-def test_linearized_pbrf_in_float32_is_refined_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("solver", [ie.solvers.CG(), ie.solvers.BlockCG(), ie.solvers.Dual()], ids=lambda solver: solver.name)
+def test_linearized_pbrf_in_float32_is_refined_in_float64(solver: ie.solvers.Solver, monkeypatch: pytest.MonkeyPatch) -> None:
     case, model, X, y = problem("cross-entropy", torch.float32)
-    choice = ie.solvers.AutoChoice(solver=ie.solvers.CG(), reason="", costs={}, on_failure="return")
+    choice = ie.solvers.AutoChoice(solver=solver, reason="", costs={}, memory={}, on_failure="return")
     monkeypatch.setattr(ie.solvers, "auto", lambda *args, **options: choice)
     response = ie.linearized_pbrf(model, case.loss, (X, y), case.remove, 1e-3)
     double = copy.deepcopy(model).double()

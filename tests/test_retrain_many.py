@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import influence_ext as ie
-from influence_ext.bregman import together
+from influence_ext.bregman import stacks, together
 from influence_ext.bregman.training import Trainer
 from influence_ext.errors import ArgumentError, DivergenceError
 from influence_ext.testing import assert_close
 from tests.cases import generator
+from tests.emulation import emulated_device
 
 F64 = torch.float64
 N = 23  # not a multiple of the batch size
@@ -127,11 +128,55 @@ ROWS: dict[str, tuple[ie.Recipe, Callable[[], tuple[Tensor, Tensor]]]] = {
     "convolution": (replace(SGD, build_model=convolutional, loss=nn.CrossEntropyLoss()), images),
     "layer-norm": (replace(SGD, build_model=normalised), data),
 }
-rows = pytest.mark.parametrize("row", ROWS)
+IN_TORCH = {"callable", "shared-gradient"}
+"""Rows that the C++ core has not all of: the loss, and a parameter that is computed from others."""
 
 
-@rows
-def test_every_trajectory_is_the_one_by_itself(row: str) -> None:
+@pytest.fixture
+def routes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The stacks that take steps, in order."""
+    taken: list[str] = []
+    for kind in (stacks.NativeStack, stacks.MappedStack):
+
+        def step(self: Any, *args: Any, step: Any = kind.step) -> Tensor:
+            taken.append(type(self).__name__)
+            return step(self, *args)
+
+        monkeypatch.setattr(kind, "step", step)
+    return taken
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["native", "mapped"])
+@pytest.mark.parametrize("row", ROWS)
+def test_every_trajectory_is_the_one_by_itself(row: str, native: bool, routes: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    if not native:
+        monkeypatch.setattr(together, "_native", lambda *args: None)
+    check_trajectories(row)
+    assert set(routes) == {"NativeStack" if native and row not in IN_TORCH else "MappedStack"}
+
+
+@pytest.mark.parametrize("row", ["sgd-decay", "adam-decay", "tied", "convolution"])
+def test_every_trajectory_on_the_device_is_the_one_by_itself(row: str, routes: list[str]) -> None:
+    with emulated_device():
+        check_trajectories(row)
+    assert set(routes) == {"NativeStack"}
+
+
+@pytest.mark.parametrize("threads", [2, 5])
+def test_threads_take_sets_and_change_nothing(threads: int) -> None:
+    recipe, examples = ROWS["convolution"]
+    run, before = ie.train(recipe, examples()), torch.get_num_threads()
+    alone = ie.retrain_many(run, GROUPS)
+    torch.set_num_threads(threads)
+    try:
+        shared = ie.retrain_many(run, GROUPS)
+    finally:
+        torch.set_num_threads(before)
+    for a, b in zip(alone, shared, strict=True):
+        assert_close(a.params, b.params)
+
+
+def check_trajectories(row: str) -> None:
     recipe, examples = ROWS[row]
     run = ie.train(recipe, examples())
     for start in ("cold", "warm"):
@@ -177,8 +222,8 @@ def test_a_set_is_trained_by_the_textbook_loop(row: str, start: str) -> None:
 def test_the_sets_are_really_trained_together(monkeypatch: pytest.MonkeyPatch) -> None:
     run = ie.train(SGD, data())
     steps: list[int] = []
-    step = together._Stack._step
-    monkeypatch.setattr("influence_ext.bregman.together._Stack._step", lambda self, *args: steps.append(self.num_sets) or step(self, *args))
+    step = stacks.NativeStack.step
+    monkeypatch.setattr(stacks.NativeStack, "step", lambda self, *args: steps.append(self.num_sets) or step(self, *args))
     monkeypatch.setattr("influence_ext.bregman.training.Trainer.advance", lambda *args, **options: pytest.fail("one by one"))
     ie.retrain_many(run, GROUPS, "warm")
     assert steps == [4] * (3 * 4)  # epochs times batches
@@ -254,8 +299,8 @@ def test_a_memory_budget_decides_how_many_go_together(monkeypatch: pytest.Monkey
     run = ie.train(SGD, data())
     free = ie.retrain_many(run, [[i] for i in range(5)], "warm")
     sizes: set[int] = set()
-    step = together._Stack._step
-    monkeypatch.setattr("influence_ext.bregman.together._Stack._step", lambda self, *args: sizes.add(self.num_sets) or step(self, *args))
+    step = stacks.NativeStack.step
+    monkeypatch.setattr(stacks.NativeStack, "step", lambda self, *args: sizes.add(self.num_sets) or step(self, *args))
     each = together._probe(trainer_of(run), run.final).bytes_per_set
     for budget, expected in ((10 * each, {5}), (4 * each, {3, 2}), (2 * each, {2, 1})):
         sizes.clear()

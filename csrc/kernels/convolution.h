@@ -11,19 +11,10 @@
 #include <cstdint>
 
 #include "common/dispatch.h"
+#include "kernels/convolution_shape.h"
+#include "kernels/winograd.h"
 
 namespace infl {
-
-struct Convolution {
-  int64_t groups = 1, x_channels = 0, y_channels = 0;
-  int64_t x_size[3] = {1, 1, 1}, y_size[3] = {1, 1, 1};
-  int64_t kernel[3] = {1, 1, 1}, stride[3] = {1, 1, 1}, dilation[3] = {1, 1, 1}, padding[3] = {0, 0, 0};
-
-  int64_t taps() const { return kernel[0] * kernel[1] * kernel[2]; }
-  int64_t x_plane() const { return x_size[0] * x_size[1] * x_size[2]; }
-  int64_t y_plane() const { return y_size[0] * y_size[1] * y_size[2]; }
-  int64_t weight_size() const { return y_channels * (x_channels / groups) * taps(); }
-};
 
 // Rows of a packed block of weights: at most as many as the register tile has, blocks of nearly equal height.
 struct RowBlocks {
@@ -39,6 +30,7 @@ inline RowBlocks convolution_row_blocks(int64_t rows) {
 // Number of elements convolution_pack writes for one kernel.
 inline int64_t convolution_packed_size(const Convolution& c, bool up) {
   const int64_t rows = (up ? c.x_channels : c.y_channels) / c.groups, inner = (up ? c.y_channels : c.x_channels) / c.groups;
+  if (takes_winograd(c)) return kWinogradElements * inner * winograd_channels(rows);
   const RowBlocks blocks = convolution_row_blocks(rows);
   return c.groups * blocks.count * blocks.height * inner * c.taps();
 }

@@ -9,7 +9,8 @@
 //   vjp_params   g_W += Σ_n Σ_q g_y[o, q] x[c, ...],  g_b += Σ_n Σ_q g_y
 //   second_order S_x = convᵀ(g_y, T_W),  S_W = Σ_n Σ_q g_y[o, q] t_x[c, ...]; curved if W is trained and x has a tangent
 //   per_example  W: outer products of g_y and the columns of x if there are few positions, else dense;  b: dense
-//   tape         x if W is differentiated, prepared as the kernels read it unless `transposed`; W packed both ways, shared by all tiles
+//   tape         x if W is differentiated, prepared as the kernels read it unless `transposed`; W packed both ways, shared by all tiles, and once
+//   more for values where products take Winograd's algorithm
 #include "kernels/convolution.h"
 #include "kernels/convolution_weights.h"
 #include "kernels/movement.h"
@@ -26,7 +27,8 @@ class ConvolutionRule final : public Rule<T> {
     const Shape s(node);
     Storage storage{.keeps_input = {node.is_trainable(0) && s.transposed}, .state_widths = {}};
     if (prepares(node, s)) storage.state_widths = {s.images * prepared_size(s)};
-    storage.packed_size = convolution_packed_size(s.conv, false) + convolution_packed_size(s.conv, true);
+    storage.packed_size = packed_both(s);
+    if (takes_winograd(s.conv)) storage.packed_size += convolution_packed_size(s.direct(), s.transposed);
     if (node.is_trainable(0)) storage.tangent_packed_size = convolution_packed_size(s.conv, s.transposed);
     if (node.curved) storage.tangent_packed_size += convolution_packed_size(s.conv, !s.transposed);
     return storage;
@@ -40,6 +42,7 @@ class ConvolutionRule final : public Rule<T> {
     const Shape s(tile.node);
     convolution_pack_stub<T>(tile.ctx, s.conv, false, 1, tile.theta[0], 0, tile.packed);
     convolution_pack_stub<T>(tile.ctx, s.conv, true, 1, tile.theta[0], 0, tile.packed + convolution_packed_size(s.conv, false));
+    if (takes_winograd(s.conv)) convolution_pack_stub<T>(tile.ctx, s.direct(), s.transposed, 1, tile.theta[0], 0, tile.packed + packed_both(s));
   }
 
   void pack_tangents(const Tile<T>& tile, const ParameterTangents<T>& t_theta, T* packed) const override {
@@ -54,10 +57,14 @@ class ConvolutionRule final : public Rule<T> {
     const Shape s(tile.node);
     ConvolutionProduct<T> p = product(s, tile, s.transposed, 1, y);
     if (prepares(tile.node, s)) convolution_prepare_stub<T>(tile.ctx, s.conv, p.n, tile.x[0], prepared_size(s), tile.state[0]);
-    p.terms[0] = input(s, tile);
-    p.terms[0].packed = packed(s, tile, s.transposed);
     p.bias = tile.theta[1];
-    convolution_product_stub<T>(tile.ctx, s.conv, p);
+    if (takes_winograd(s.conv)) {
+      p.terms[0] = {.in = tile.x[0], .packed = tile.packed + packed_both(s)};
+    } else {
+      p.terms[0] = input(s, tile);
+      p.terms[0].packed = packed(s, tile, s.transposed);
+    }
+    convolution_product_stub<T>(tile.ctx, s.direct(), p);
   }
 
   void jvp(const Tile<T>& tile, const T* const* t_x, const ParameterTangents<T>& t_theta, const T* scale, T* t_y) const override {
@@ -107,7 +114,8 @@ class ConvolutionRule final : public Rule<T> {
     if (tile.node.is_trainable(0)) {
       // A position's outer product takes the columns of x and the cotangent; all positions of an example must cost less than their sum does.
       const int64_t size = s.conv.weight_size(), cols = s.conv.x_channels * s.conv.taps(), positions = s.images * s.conv.y_plane();
-      if (s.conv.groups == 1 && !s.transposed && positions <= kFewPositions && 2 * positions * (cols + V * s.out_channels) <= V * size) {
+      const bool few = positions <= kFewPositions && 2 * positions * (cols + V * s.out_channels) <= V * size;
+      if (s.conv.groups == 1 && !s.transposed && (few || factors.outer())) {
         T* col = factors.allocate(n * positions * cols);
         convolution_columns_stub<T>(tile.ctx, s.conv, n * s.images, tile.state[0], prepared_size(s), col);
         const T* row = g_y;
@@ -164,6 +172,12 @@ class ConvolutionRule final : public Rule<T> {
       for (int a = 0; a < 3; ++a) c.x_size[a] = c.y_size[a] = transposed ? conv.x_size[a] : conv.y_size[a];
       return c;
     }
+    // For values: their rounding errors move kinks of later activations, those of products only themselves.
+    Convolution direct() const {
+      Convolution c = conv;
+      c.direct = true;
+      return c;
+    }
     Convolution conv;
     bool transposed;
     int64_t out_channels, out_plane;
@@ -214,6 +228,9 @@ class ConvolutionRule final : public Rule<T> {
     if (prepares(tile.node, s)) return {.in = tile.state[0], .prepared = prepared_size(s)};
     return {.in = tile.x[0]};
   }
+
+  // Elements of W packed both ways for products; W for values comes after them where it is packed otherwise.
+  static int64_t packed_both(const Shape& s) { return convolution_packed_size(s.conv, false) + convolution_packed_size(s.conv, true); }
 
   static const T* packed(const Shape& s, const Tile<T>& tile, bool up) { return tile.packed + (up ? convolution_packed_size(s.conv, false) : 0); }
 

@@ -5,7 +5,7 @@
 //   vjp_params   g_W += Σ_{n,t} g_y xᵀ,  g_b += Σ_{n,t} g_y
 //   second_order S_x = g_y T_W,  S_W = Σ_{n,t} g_y t_xᵀ; curved if W is trained and x has a tangent
 //   per_example  W: outer product of g_y and x;  b: dense g_y
-//   tape         x if W is differentiated; W packed both ways (each O·I elements, shared by all tiles)
+//   tape         x if W is differentiated; W packed, both ways if x has a cotangent (each O·I elements, shared by all tiles)
 //
 // With M = n·t rows the products cost 2 M·O·I operations each; nothing is spent on absent tangents or frozen parameters.
 #include "kernels/elementwise.h"
@@ -27,7 +27,7 @@ class Linear final : public Rule<T> {
     }
     return {.keeps_input = {node.is_trainable(0)},
             .state_widths = {},
-            .packed_size = gemm_packed_size<T>(I, O) + gemm_packed_size<T>(O, I),
+            .packed_size = gemm_packed_size<T>(I, O) + (node.needs_tangent[0] ? gemm_packed_size<T>(O, I) : 0),
             .tangent_packed_size = node.is_trainable(0) ? gemm_packed_size<T>(I, O) + (node.curved ? gemm_packed_size<T>(O, I) : 0) : 0};
   }
 
@@ -37,8 +37,9 @@ class Linear final : public Rule<T> {
 
   void pack(const Tile<T>& tile) const override {
     const Shape s(tile);
-    // as the right factor of x Wᵀ [I, O], then of g W [O, I]
+    // as the right factor of x Wᵀ [I, O], then, where x has a cotangent, of g W [O, I]
     gemm_pack_stub<T>(tile.ctx, 1, s.I, s.O, tile.theta[0], 0, s.in_stride, s.out_stride, tile.packed);
+    if (!tile.node.needs_tangent[0]) return;
     gemm_pack_stub<T>(tile.ctx, 1, s.O, s.I, tile.theta[0], 0, s.out_stride, s.in_stride, tile.packed + gemm_packed_size<T>(s.I, s.O));
   }
 

@@ -37,7 +37,10 @@ struct Factor {
 template <class T>
 class FactorSink {
  public:
-  FactorSink(const Context& ctx, Arena<T>& storage) : ctx_(ctx), storage_(storage) {}
+  // `outer`: whoever reads the factors needs the two sides of each outer product, so a rule does not sum over positions to save work.
+  FactorSink(const Context& ctx, Arena<T>& storage, bool outer) : ctx_(ctx), storage_(storage), outer_(outer) {}
+
+  bool outer() const { return outer_; }
 
   // What lies in [begin, begin + size) will be overwritten: factors that point there get a copy, one for all of them.
   void passing(const T* begin, int64_t size) {
@@ -71,6 +74,7 @@ class FactorSink {
   const T* copy_ = nullptr;
   Arena<T>& storage_;
   std::vector<Factor<T>> factors_;
+  bool outer_;
 };
 
 }  // namespace infl

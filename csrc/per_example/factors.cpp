@@ -89,6 +89,15 @@ void FactorSet<T>::square_norms(const Context& ctx, int slot, T* out) const {
 }
 
 template <class T>
+std::map<int, std::vector<Factor<T>>> FactorSet<T>::outer_products() const {
+  std::map<int, Group> found = groups_;
+  std::erase_if(found, [](const auto& entry) {
+    return std::any_of(entry.second.begin(), entry.second.end(), [](const Factor<T>& f) { return f.is_dense() || f.is_scatter(); });
+  });
+  return found;
+}
+
+template <class T>
 void FactorSet<T>::add_square_norms(const Context& ctx, int slot, const Group& group, T* out) const {
   if (is_simple(group)) {
     // ‖row colᵀ‖² = ‖row‖² ‖col‖²

@@ -23,6 +23,8 @@ class FactorSet {
 
   int64_t num_vectors() const { return V_; }
   int64_t num_examples() const { return N_; }
+  // The factors of every parameter that has nothing but outer products.
+  std::map<int, std::vector<Factor<T>>> outer_products() const;
   // [V, N, P], examples and right-hand sides so far apart; `stream`: written past the caches.
   void materialise(const Context& ctx, T* out, int64_t stride, int64_t v_stride, bool stream) const;
   void square_norms(const Context& ctx, T* out) const;                  // [V, N]

@@ -70,11 +70,11 @@ void ExampleGradients<T>::square_sum(const Context& ctx, T* out) const {
 
 template <class T>
 struct ExampleGradients<T>::Whole {
-  Whole(const Context& ctx, const ExampleGradients& of)
+  Whole(const Context& ctx, const ExampleGradients& of, bool outer = false)
       : workspace(ctx, of.tape_.factor_workspace(of.V_, of.num_examples())),
         storage(ctx),
         set(of.V_, of.num_examples(), of.tape_.plan().num_parameters(), of.tape_.plan().slots(),
-            of.tape_.factors(ctx, of.V_, of.g_, 0, of.num_examples(), workspace.data(), storage)) {}
+            of.tape_.factors(ctx, of.V_, of.g_, 0, of.num_examples(), workspace.data(), storage, outer)) {}
 
   Scratch<T> workspace;
   Arena<T> storage;
@@ -86,6 +86,14 @@ void ExampleGradients<T>::gram(const Context& ctx, const ExampleGradients& other
   const Whole mine(ctx, *this);
   if (&other == this) return mine.set.gram(ctx, mine.set, out);
   mine.set.gram(ctx, Whole(ctx, other).set, out);
+}
+
+template <class T>
+void ExampleGradients<T>::outer_products(const Context& ctx, const std::function<void(int slot, const Factor<T>&)>& body) const {
+  const Whole mine(ctx, *this, true);
+  for (const auto& [slot, factors] : mine.set.outer_products()) {
+    for (const Factor<T>& factor : factors) body(slot, factor);
+  }
 }
 
 template class ExampleGradients<float>;

@@ -4,6 +4,8 @@
 // cache), over all examples at once for the Gram matrix, which compares every example with every other.
 #pragma once
 
+#include <functional>
+
 #include "per_example/factors.h"
 #include "plan/tape.h"
 
@@ -24,6 +26,9 @@ class ExampleGradients {
   void square_norms(const Context& ctx, const std::vector<T*>& by_slot) const;  // [V, N] each, of slots(); in one sweep
   void square_sum(const Context& ctx, T* out) const;                            // [P]: Σ over v and n of the squared entries
   void gram(const Context& ctx, const ExampleGradients& other, T* out) const;   // [V N, V' N'] inner products
+  // The factors of every parameter that has nothing but outer products, those of a convolution at each position: body(slot, factor), for all
+  // examples at once. They are gone when the call returns.
+  void outer_products(const Context& ctx, const std::function<void(int slot, const Factor<T>&)>& body) const;
 
  private:
   struct Whole;  // factors of all examples, and their memory

@@ -34,6 +34,7 @@ Tape<T>::Tape(const Context& ctx, std::shared_ptr<const Plan<T>> plan, int64_t N
       states_(plan_->nodes().size()),
       packed_(plan_->nodes().size()),
       theta_(plan_->slots().size()),
+      theta_at_(plan_->slots().size()),
       cotangents_(plan_->nodes().size()) {
   for (int id = 0; id < plan_->num_values(); ++id) {
     if (plan_->canonical(id) == id && plan_->is_kept(id)) values_[id].resize(ctx, N_ * plan_->width(id));
@@ -89,7 +90,7 @@ struct Tape<T>::Sweep {
     for (size_t k = 0; k < storage.state_widths.size(); ++k) {
       state.push_back(const_cast<T*>(tape.states_[index][k].data()) + n0 * storage.state_widths[k]);
     }
-    for (int slot : node.slots) theta.push_back(slot >= 0 ? tape.theta_[slot].data() : nullptr);
+    for (int slot : node.slots) theta.push_back(slot >= 0 ? tape.theta_at_[slot] : nullptr);
     tile.x = x.data();
     tile.state = state.data();
     tile.theta = theta.data();
@@ -102,8 +103,12 @@ struct Tape<T>::Sweep {
 };
 
 template <class T>
-void Tape<T>::linearize(const Context& ctx, const std::vector<const T*>& theta) {
-  for (size_t s = 0; s < theta_.size(); ++s) copy<T>(ctx, plan_->slots()[s].size, theta[s], theta_[s].data());
+void Tape<T>::linearize(const Context& ctx, const std::vector<const T*>& theta, bool borrow) {
+  theta_at_ = theta;
+  for (size_t s = 0; s < theta_.size() && !borrow; ++s) {
+    copy<T>(ctx, plan_->slots()[s].size, theta[s], theta_[s].data());
+    theta_at_[s] = theta_[s].data();
+  }
   for (size_t i = 0; i < packed_.size(); ++i) {
     Sweep sweep(*this, ctx, static_cast<int>(i), 1, 0, 0);
     plan_->rule(static_cast<int>(i)).pack(sweep.tile);
@@ -381,11 +386,12 @@ void Tape<T>::product(const Context& ctx, int64_t V, const T* v, const OutputHes
 }
 
 template <class T>
-std::vector<Factor<T>> Tape<T>::factors(const Context& ctx, int64_t V, const T* g, int64_t n0, int64_t n, T* workspace, Arena<T>& storage) const {
+std::vector<Factor<T>> Tape<T>::factors(const Context& ctx, int64_t V, const T* g, int64_t n0, int64_t n, T* workspace, Arena<T>& storage,
+                                        bool outer) const {
   const Schedules& s = plan_->schedules();
   const int64_t C = plan_->output_width();
   copy_rows_stub<T>(ctx, V, n * C, g + n0 * C, N_ * C, workspace + s.output * V * n, n * C, false);
-  FactorSink<T> sink(ctx, storage);
+  FactorSink<T> sink(ctx, storage, outer);
   for (const CotangentStep& step : s.cotangent) {
     if (step.params) {
       Sweep sweep(*this, ctx, step.node, V, n0, n);

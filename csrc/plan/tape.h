@@ -36,8 +36,8 @@ class Tape {
   // The same number of other examples; linearize is to follow.
   void rebind(std::vector<const T*> inputs) { inputs_ = std::move(inputs); }
 
-  // The forward pass at θ, given per slot; copies what it needs of θ.
-  void linearize(const Context& ctx, const std::vector<const T*>& theta);
+  // The forward pass at θ, given per slot; copies what it needs of θ, or with `borrow` reads it where it is, which must then outlive what follows.
+  void linearize(const Context& ctx, const std::vector<const T*>& theta, bool borrow = false);
 
   const Plan<T>& plan() const { return *plan_; }
   int64_t num_examples() const { return N_; }
@@ -58,7 +58,9 @@ class Tape {
   void hvp(const Context& ctx, int64_t V, const T* v, const OutputHessian<T>& h, T* out) const;
 
   // The cotangent sweep of g [V, N, C] for examples [n0, n0 + n): each node's factors. They point into the tape, `workspace` and `storage`.
-  std::vector<Factor<T>> factors(const Context& ctx, int64_t V, const T* g, int64_t n0, int64_t n, T* workspace, Arena<T>& storage) const;
+  // `outer`: as outer products wherever the rule has them (FactorSink).
+  std::vector<Factor<T>> factors(const Context& ctx, int64_t V, const T* g, int64_t n0, int64_t n, T* workspace, Arena<T>& storage,
+                                 bool outer = false) const;
   int64_t factor_workspace(int64_t V, int64_t n) const { return plan_->schedules().sweep_width * V * n; }
   // The same for all examples, a tile at a time, tiles side by side where that pays: body(context, first example, number of examples, factors,
   // sum). `out` [P] receives the sum of what the tiles add to their `sum` (null: none wanted, and none given).
@@ -90,7 +92,8 @@ class Tape {
   std::vector<Buffer<T>> values_;               // per value: kept outputs [N, width]
   std::vector<std::vector<Buffer<T>>> states_;  // per node
   std::vector<Buffer<T>> packed_;               // per node
-  std::vector<Buffer<T>> theta_;                // per slot
+  std::vector<Buffer<T>> theta_;                // per slot, unless borrowed
+  std::vector<const T*> theta_at_;              // per slot
   std::vector<Buffer<T>> cotangents_;           // per node: of the outputs of curved ones [N, width]
   ScheduleChoice choice_ = ScheduleChoice::automatic;
 };

@@ -188,12 +188,13 @@ def linear_responses(
 
 
 def _solve_exactly(reference: Reference, damping: float, B: Tensor) -> solvers.Solution:
-    """By a factorisation in float64 where one is cheaper; else by CG in the network's dtype, refined by the residual in float64."""
+    """By a factorisation in float64 where one is cheaper; else by conjugate gradients in the network's dtype, refined in float64."""
     exact = reference.exact_curvature(damping)
     goal = EXACT[reference.network.theta.dtype]
-    solver = solvers.auto(exact, len(B), rtol=goal, on_failure="return")
-    if reference.is_double or not isinstance(solver.solver, solvers.CG):
+    solver = solvers.auto(exact, len(B), rtol=goal, on_failure="return").solver
+    if reference.is_double or isinstance(solver, solvers.FactorisingSolver):
         return solver.solve(exact, B)
+    assert isinstance(solver, (solvers.CG, solvers.BlockCG))
     fast = reference.curvature(damping)
     X, num_products, norms = torch.zeros_like(B), 0, B.norm(dim=1).clamp(min=torch.finfo(B.dtype).tiny)
     R, residual = B, B.norm(dim=1) / norms
@@ -201,7 +202,7 @@ def _solve_exactly(reference: Reference, damping: float, B: Tensor) -> solvers.S
         worst = float(residual.max())
         if not worst > goal:
             break
-        correction = solvers.CG(rtol=min(max(0.5 * goal / worst, 1e-4), 0.5), on_failure="return").solve(fast, R.to(fast.dtype))
+        correction = replace(solver, rtol=min(max(0.5 * goal / worst, 1e-4), 0.5), on_failure="return").solve(fast, R.to(fast.dtype))
         X += correction.value.double()
         R = B - exact.matmat(X)
         residual = R.norm(dim=1) / norms

@@ -91,11 +91,11 @@ def retrain_many(
 ) -> list[Response]:
     r"""Train again without each of several removed sets, all sets together: :func:`retrain` for every set of ``remove``.
 
-    The trainings step in time through products that serve them all, each set with its own mask on the batch. Every trajectory is that of
-    :func:`retrain` on the set by itself (batches, their order, the divisor of a batch, the optimiser's arithmetic) up to the order of
-    summation. A network whose trainings cannot share a step (batch norm in training mode, dropout, operators that ``torch.vmap``
-    refuses) is found by a probe before training and trained one by one: ``one_by_one`` of the response and a line at INFO level of the
-    logger ``influence_ext`` say so and why.
+    The trainings step in time, each set with its own mask on the batch: in the C++ core, a set to a thread at a time, where network and
+    loss run there on a CPU, else under ``torch.vmap``. Every trajectory is that of :func:`retrain` on the set by itself (batches, their
+    order, the divisor of a batch, the optimiser's arithmetic) up to the order of summation. A network whose trainings cannot share a step
+    (batch norm in training mode, dropout, operators that the core has not and ``torch.vmap`` refuses) is found by a probe before training
+    and trained one by one: ``one_by_one`` of the response and a line at INFO level of the logger ``influence_ext`` say so and why.
 
     Args:
         run: The base run.
@@ -117,8 +117,8 @@ def retrain_many(
         DivergenceError: training left the finite numbers.
 
     Cost:
-        The arithmetic of the trainings one by one; what PyTorch spends on a step beside that is spent once for all sets. Memory: for each
-        set trained at a time, its parameters with gradient and moments, and the activations of a batch.
+        The arithmetic of the trainings one by one; what a step costs beside that is paid once for all sets. Memory: for each set trained at
+        a time, its parameters with gradient and moments, and the activations of a batch (in the C++ core the latter for each thread).
     """
     if start not in ("cold", "warm"):
         raise ArgumentError(f"retrain_many: expected start to be 'cold' or 'warm', got {start!r}; choose one.")
@@ -296,8 +296,8 @@ class Branches:
             norms_s = [_norm(g) for g in self._trainer.gradients_without(self.run.final, groups)]  # the proximity term has none at θs
         else:
             norms_s = [_norm(self._trainer.gradient(self.run.final, removed=removed, proximity=proximity)) for removed in groups]
-        for removed, trained, norm_s in zip(groups, found, norms_s, strict=True):
-            norm = _norm(self._trainer.gradient(trained.point, removed=removed, proximity=proximity))
+        norms = self._trainers.gradient_norms(found, groups, proximity=proximity)
+        for removed, trained, norm, norm_s in zip(groups, found, norms, norms_s, strict=True):
             responses.append(
                 Response(
                     kind,

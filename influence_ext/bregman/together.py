@@ -7,17 +7,18 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
-from torch.overrides import TorchFunctionMode
 
 from influence_ext.bregman.progress import Progress
-from influence_ext.bregman.training import Proximity, Trainer, TrainingPoint, descend, isolated_random_state, no_moments, rows
+from influence_ext.bregman.stacks import MappedStack, NativeStack, Stack, first_line, kept_examples, outputs, positions
+from influence_ext.bregman.training import Proximity, Trainer, TrainingPoint, isolated_random_state, rows
 from influence_ext.data import ModelInput, call_arguments
+from influence_ext.ensemble import Ensemble
+from influence_ext.errors import InfluenceExtError
+from influence_ext.plan import Plan
 
 MEMORY_BUDGET = 2**30
 """Bytes that sets which are trained together may take where no budget is given."""
@@ -44,12 +45,13 @@ class Trained:
 class TogetherTrainer:
     """Trains several parameter sets from one point in step, each without examples of its own.
 
-    A step evaluates the network once under ``torch.vmap`` over parameters ``[k, *shape]`` on the full batch; the output gradients
-    of a set's removed examples are zero, the divisor stays that of the full batch, and the recipe's update is by elements. So each
-    set's trajectory is the one that :class:`Trainer` gives, up to the order of summation.
+    A step evaluates every set's network on the full batch; the output gradients of a set's removed examples are zero, the divisor stays
+    that of the full batch, and the recipe's update is by elements. So each set's trajectory is the one that :class:`Trainer` gives, up to
+    the order of summation. The C++ core takes the steps where it has all of network and loss (:class:`NativeStack`), ``torch.vmap``
+    elsewhere (:class:`MappedStack`).
 
     This holds for networks that treat each example by itself, draw no random numbers and change no buffers. Others, and whatever
-    ``torch.vmap`` refuses, are found by a probe on the first batch and trained one by one, with the reason logged.
+    both refuse, are found by a probe on the first batch and trained one by one, with the reason logged.
 
     Args:
         trainer: Trains one set; its private network serves here too.
@@ -108,7 +110,7 @@ class TogetherTrainer:
         found: list[Trained] = []
         for first in range(0, len(groups), at_once):
             members = groups[first : first + at_once]
-            stack = _Stack(self._trainer, point, members, proximity)
+            stack = self._stack(point, members, proximity)
             problem: str | None = None
             for epoch in epochs:
                 report(label, first * len(epochs) + len(members) * (epoch - epochs.start), total)
@@ -123,6 +125,39 @@ class TogetherTrainer:
         report(label, total, total)
         return found
 
+    def gradient_norms(
+        self, found: Sequence[Trained], groups: Sequence[Sequence[int]], *, proximity: Proximity | None = None
+    ) -> list[float]:
+        """Norm of :meth:`Trainer.gradient` where each set ended, in the C++ core if that took the set's steps."""
+        trainer, ensemble = self._trainer, None if self._probed is None else self._probed.ensemble
+        if ensemble is None or len(found) == 1 or any(trained.one_by_one is not None for trained in found):
+            by_one = (trainer.gradient(end.point, removed=g, proximity=proximity) for end, g in zip(found, groups, strict=True))
+            return [float(gradient.double().norm()) for gradient in by_one]
+        _, at_once = self._room(found[0].point, len(found))
+        examples, recipe = trainer.examples, trainer.recipe
+        batches = torch.arange(examples.num_examples).split(recipe.batch_size)
+        norms: list[float] = []
+        for first in range(0, len(found), at_once):
+            part = slice(first, first + at_once)
+            dropped = ~kept_examples(groups[part], examples.num_examples)
+            gradients = ensemble.gradients(
+                torch.stack([trained.point.theta for trained in found[part]]),
+                batches,
+                scale=trainer.loss.factor(examples.targets),
+                dropped=[positions(dropped[:, batch]) for batch in batches],
+                decay=recipe.weight_decay,
+                damping=0.0 if proximity is None else proximity.damping,
+                anchor=None if proximity is None else proximity.anchor,
+            )
+            norms += [float(gradient.double().norm()) for gradient in gradients]
+        return norms
+
+    def _stack(self, point: TrainingPoint, members: Sequence[Sequence[int]], proximity: Proximity | None) -> Stack:
+        ensemble = None if self._probed is None else self._probed.ensemble
+        if ensemble is None:
+            return MappedStack(self._trainer, point, members, proximity)
+        return NativeStack(self._trainer, point, members, proximity, ensemble)
+
     def _room(self, point: TrainingPoint, num_sets: int) -> tuple[str | None, int]:
         """Why sets cannot be trained together, or how many at a time, in parts as equal as they can be."""
         if self._probed is None:
@@ -135,164 +170,20 @@ class TogetherTrainer:
         return None, math.ceil(num_sets / math.ceil(num_sets / most))
 
 
-class _Stack:
-    """Parameter sets ``{name: [k, *shape]}`` on their way, with the optimiser's state of each."""
-
-    def __init__(self, trainer: Trainer, point: TrainingPoint, groups: Sequence[Sequence[int]], proximity: Proximity | None):
-        self.trainer, self.point = trainer, point
-        self.num_sets, self.num_steps = len(groups), point.num_steps
-        self.theta = {name: value.requires_grad_() for name, value in self._stacked(point.theta).items()}
-        moments = [self._stacked(m) for m in point.moments]
-        self.moments = {
-            name: tuple(m[name] for m in moments) or no_moments(trainer.recipe, value.detach()) for name, value in self.theta.items()
-        }
-        self.scale = trainer.loss.factor(trainer.examples.targets) * trainer.examples.num_examples
-        self.damping = 0.0 if proximity is None else proximity.damping
-        self.anchor = {} if proximity is None else trainer.space.unflatten(proximity.anchor)
-        self.kept = torch.ones(self.num_sets, trainer.examples.num_examples, dtype=torch.bool)
-        for k, removed in enumerate(groups):
-            self.kept[k, list(removed)] = False
-
-    def _stacked(self, flat: Tensor) -> dict[str, Tensor]:
-        values = self.trainer.space.unflatten(flat)
-        return {
-            name: value.expand(self.num_sets, *value.shape).clone(memory_format=torch.contiguous_format) for name, value in values.items()
-        }
-
-    def points(self) -> list[TrainingPoint]:
-        """Where each set stands."""
-        flatten, count = self.trainer.space.flatten, len(no_moments(self.trainer.recipe, self.point.theta[:0]))
-        theta = flatten({name: value.detach() for name, value in self.theta.items()})
-        moments = [flatten({name: m[i] for name, m in self.moments.items()}) for i in range(count)]
-        buffers = self.point.buffers
-        return [TrainingPoint(theta[k], buffers, tuple(m[k] for m in moments), self.num_steps) for k in range(self.num_sets)]
-
-    def walk(self, epoch: int) -> str | None:
-        """Take the steps of one epoch; returns why this cannot go on together, if so.
-
-        What fails for one set says nothing about the others, and a removed example, which is evaluated here and would not be one by one,
-        may be what failed: training one by one tells.
-        """
-        trainer = self.trainer
-        recipe, N = trainer.recipe, trainer.examples.num_examples
-        device = self.point.theta.device
-        trainer.load_buffers(self.point.buffers)
-        trainer.model.train()
-        total = torch.zeros(self.num_sets, dtype=torch.float64, device=device)
-        lr = recipe.lr * recipe.lr_factor(epoch)
-        try:
-            with isolated_random_state(device), torch.enable_grad():
-                for batch in recipe.batch_order(epoch, N).split(recipe.batch_size):
-                    total += self._step(batch, lr)
-        except Exception as error:
-            return _first_line(error)
-        # A finite sum says as much as finite elements, in one pass; a sum that is not may have overflowed.
-        finite = torch.isfinite(total).all() and all(v.detach().sum().isfinite() or v.isfinite().all() for v in self.theta.values())
-        return None if finite else "a parameter or a training loss left the finite numbers"
-
-    def _step(self, batch: Tensor, lr: float) -> Tensor:
-        """One step of every set; ``[k]``, the sums of the losses over the kept examples."""
-        trainer, k = self.trainer, self.num_sets
-        kept = self.kept[:, batch]
-        dropped = None if kept.all() else ~kept.to(self.point.theta.device)
-        index = batch.to(self.point.theta.device)
-        t = trainer.examples.targets[index]
-        z = outputs(trainer, self.theta, rows(trainer.examples.X, index))
-        flat = z.detach().reshape(k * len(batch), *z.shape[2:])
-        t = t.expand(k, *t.shape).reshape(k * len(batch), *t.shape[1:])
-        losses = trainer.loss.value(flat, t).view(k, len(batch))
-        g = (trainer.loss.gradient(flat, t) * (self.scale / len(batch))).view(z.shape)
-        if dropped is not None:
-            losses.masked_fill_(dropped, 0)
-            g.masked_fill_(dropped.view(*dropped.shape, *[1] * (g.dim() - 2)), 0)
-        grads = torch.autograd.grad(z, list(self.theta.values()), g, allow_unused=True)
-        self.num_steps += 1
-        decay = trainer.recipe.weight_decay
-        with torch.no_grad():
-            for (name, theta), found in zip(self.theta.items(), grads, strict=True):
-                # What autograd returns may be shared between parameters, so nothing is added to it in place.
-                grad = torch.zeros_like(theta) if found is None else found
-                if decay:
-                    grad = grad.add(theta, alpha=decay)
-                if self.anchor:
-                    grad = grad.add(theta - self.anchor[name], alpha=self.damping)
-                descend(trainer.recipe, theta, grad, self.moments[name], self.num_steps, lr)
-        return losses.sum(dim=1, dtype=torch.float64)
-
-
-def outputs(trainer: Trainer, theta: dict[str, Tensor], X: ModelInput) -> Tensor:
-    """``[k, B, *out]``: the trainer's network at parameters ``{name: [k, *shape]}``, on one batch for all."""
-    args, kwargs = call_arguments(X)
-
-    def network(parameters: dict[str, Tensor]) -> Tensor:
-        with _StackedProducts():
-            z: Tensor = functional_call(trainer.model, parameters, args, kwargs)
-        return z
-
-    z: Tensor = torch.vmap(network)(theta)
-    return z
-
-
-class _StackedProducts(TorchFunctionMode):
-    """Sends ``torch.nn.functional.linear`` to :class:`_Linear`."""
-
-    def __torch_function__(self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if func is F.linear:
-            return _linear(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    z: Tensor = _Linear.apply(input, weight)
-    return z if bias is None else z + bias
-
-
-class _Linear(torch.autograd.Function):
-    """``x Wᵀ``, whose rule for stacked weights makes one product of all where they share ``x``.
-
-    PyTorch's own rule forms ``x Wᵀ`` set by set and ``(xᵀ g)ᵀ`` as the gradient of W, strided across each weight, for which the update
-    pays. ``W xᵀ`` gives that gradient as ``g x``, in the order in which W lies.
-    """
-
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x, weight)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        g_weight = g.reshape(-1, g.shape[-1]).mT @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None
-        return g @ weight if ctx.needs_input_grad[0] else None, g_weight
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, int | None], x: Tensor, weight: Tensor) -> tuple[Tensor, int]:
-        """Differentiated as it stands, outside of the map."""
-        if in_dims[1] is None:  # weights that are not trained
-            return F.linear(x.movedim(in_dims[0] or 0, 0), weight), 0
-        k, (outputs, features) = info.batch_size, weight.movedim(in_dims[1], 0).shape[1:]
-        weight = weight.movedim(in_dims[1], 0)
-        if in_dims[0] is None:
-            z = (weight.reshape(k * outputs, features) @ x.reshape(-1, features).mT).view(k, outputs, -1)
-            return z.mT.unflatten(1, x.shape[:-1]) if x.dim() > 1 else z[:, :, 0], 0
-        x = x.movedim(in_dims[0], 0)
-        z = weight @ x.reshape(k, -1, features).mT
-        return z.mT.unflatten(1, x.shape[1:-1]) if x.dim() > 2 else z[:, :, 0], 0
-
-
 @dataclass(frozen=True)
 class _Probe:
-    """Why a network's trainings cannot run together (``None``: they can), and what memory one of them takes."""
+    """Why a network's trainings cannot run together (``None``: they can), what memory one of them takes, and what takes the steps."""
 
     obstacle: str | None
     bytes_per_set: int = 0
+    ensemble: Ensemble | None = None
 
 
 def _probe(trainer: Trainer, point: TrainingPoint) -> _Probe:
-    """Compares two sets together, one without the batch's first example, with each by itself, on the first batch and at two points."""
+    """Compares two sets together, one without the batch's first example, with each by itself, on the first batch and at two points.
+
+    "Together" is first tried as the C++ core does it, in evaluation mode, then as ``torch.vmap`` does.
+    """
     space, N = trainer.space, trainer.examples.num_examples
     batch = trainer.recipe.batch_order(0, N)[: trainer.recipe.batch_size].to(space.device)
     X = rows(trainer.examples.X, batch)
@@ -326,6 +217,10 @@ def _probe(trainer: Trainer, point: TrainingPoint) -> _Probe:
         by_one.append((z.detach(), _gradient(trainer, parameters, z, g[first:])))
         gs = g.expand(2, *g.shape).clone()
         gs[1, :first] = 0
+        native = _native(trainer, X, thetas, gs)
+        if native is not None and _agree(by_one, native.together, first, space.dtype):
+            return _Probe(None, native.bytes_per_set, native.ensemble)
+        trainer.model.train()
         theta = {name: value.clone().requires_grad_() for name, value in space.unflatten(thetas).items()}
         try:
             with warnings.catch_warnings(record=True) as caught:
@@ -333,16 +228,58 @@ def _probe(trainer: Trainer, point: TrainingPoint) -> _Probe:
                 z = outputs(trainer, theta, X)
                 gradients = _gradient(trainer, theta, z, gs)
         except Exception as error:
-            return _Probe(f"torch.vmap refuses it ({_first_line(error)})")
+            return _Probe(f"torch.vmap refuses it ({first_line(error)})")
     missing = [str(w.message) for w in caught if "batching rule" in str(w.message)]
     if missing:
         return _Probe(f"torch.vmap has no rule for one of its operators ({missing[0].splitlines()[0]})")
-    together = [(z[0].detach(), gradients[0]), (z[1, first:].detach(), gradients[1])]
-    for one, many in zip(by_one, together, strict=True):
-        for a, b in zip(one, many, strict=True):
-            if a.shape != b.shape or not float((a - b).norm()) <= AGREEMENT[space.dtype] * float(a.norm()):
-                return _Probe("together it gives other results, as where an example's output depends on the others in its batch")
+    if not _agree(by_one, [(z[k].detach(), gradients[k]) for k in range(2)], first, space.dtype):
+        return _Probe("together it gives other results, as where an example's output depends on the others in its batch")
     return _Probe(None, bytes_per_set)
+
+
+_Results = Sequence[tuple[Tensor, Tensor]]
+"""Outputs and gradient at either point."""
+
+
+def _agree(by_one: _Results, together: _Results, first: int, dtype: torch.dtype) -> bool:
+    """Whether outputs and gradients are the same; the second set's outputs count from example ``first`` on."""
+    for one, many in zip(by_one, [together[0], (together[1][0][first:], together[1][1])], strict=True):
+        for a, b in zip(one, many, strict=True):
+            if a.shape != b.shape or not float((a - b).norm()) <= AGREEMENT[dtype] * float(a.norm()):
+                return False
+    return True
+
+
+@dataclass(frozen=True)
+class _Native:
+    """The core's ensemble, what it takes for each set, and what it gives at the two points of the probe."""
+
+    ensemble: Ensemble
+    bytes_per_set: int
+    together: _Results
+
+
+def _native(trainer: Trainer, X: ModelInput, thetas: Tensor, gs: Tensor) -> _Native | None:
+    """None where the core has not all that a step needs, and on devices: there a kernel for each set would be many small launches."""
+    space = trainer.space
+    if space.device.type != "cpu" or space.dtype not in AGREEMENT:
+        return None
+    trainer.model.eval()
+    try:
+        plan = Plan.of(trainer.model, X)
+        ensemble = plan.ensemble(trainer.examples, trainer.loss)
+        if ensemble is None or plan.space.names != space.names:
+            return None
+        together = []
+        tape = plan.linearize(X, thetas[0])
+        for theta, g in zip(thetas, gs, strict=True):
+            tape.relinearize(theta)
+            together.append((tape.outputs, tape.vjp(g[None])[0]))
+    except InfluenceExtError as error:
+        _log.debug("together: not in the C++ core: %s", error)
+        return None
+    # Parameters, moments and gradient, and what a thread that takes a set has besides.
+    return _Native(ensemble, tape.cached_bytes + tape.workspace_bytes(1) + 4 * space.num_parameters * space.dtype.itemsize, together)
 
 
 def _gradient(trainer: Trainer, theta: dict[str, Tensor], z: Tensor, g: Tensor) -> Tensor:
@@ -355,7 +292,3 @@ def _random_state(device: torch.device) -> Tensor:
     """The state of the generators a network on ``device`` may draw from."""
     state = torch.get_rng_state()
     return torch.cat([state, torch.cuda.get_rng_state(device)]) if device.type == "cuda" else state
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}".removesuffix(": ").rstrip(".")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +17,10 @@ from influence_ext.operators.fisher import EmpiricalFisher
 from influence_ext.operators.ggn import GGN
 from influence_ext.operators.per_example import ExampleGradients
 from influence_ext.params import Selection
-from influence_ext.solvers import AutoChoice, Direct, Dual, Solution, Solver, auto
+from influence_ext.solvers import CG, AutoChoice, BlockCG, Factorisation, FactorisingSolver, Solution, Solver, auto
 
 BLOCK_BYTES = 256 * 2**20
 """Right-hand sides solved for at a time take about this much memory."""
-
-
-class _Solve(Protocol):
-    def solve(self, B: Tensor) -> Solution: ...
 
 
 CURVATURES: dict[str, type[GGN] | type[EmpiricalFisher]] = {"ggn": GGN, "empirical_fisher": EmpiricalFisher}
@@ -83,7 +79,8 @@ class Influence:
         self.factor = self.operator.loss.factor(self.operator.examples.targets)
         self.solver = solver
         self._chosen: Solver | None = None
-        self._prepared: _Solve | None = None
+        self._prepared: Solver | None = None  # with its preconditioner made
+        self._factorisation: Factorisation | None = None
         tape, targets = self.operator.tape, self.operator.examples.targets
         self._train_gradients = ExampleGradients.on(tape, self.operator.loss, targets, "Influence")
         self._train_norms: Tensor | None = None
@@ -185,16 +182,18 @@ class Influence:
         return [(start, min(start + size, num_rhs)) for start in range(0, num_rhs, size)]
 
     def _solve(self, B: Tensor, num_rhs: int) -> Solution:
-        """Solve for rows of B; a factorisation, once made, serves every later call."""
-        if self._prepared is None:
-            chosen = self.solver or auto(self.operator, num_rhs)
+        """Solve for rows of B; a factorisation or a preconditioner, once made, serves every later call."""
+        if self._factorisation is not None:
+            return self._factorisation.solve(B)
+        if self.solver is None or self._chosen is None:
+            self._chosen = chosen = self.solver or auto(self.operator, num_rhs, at_once=len(B))
             inner = chosen.solver if isinstance(chosen, AutoChoice) else chosen
-            self._chosen = chosen
-            if isinstance(inner, (Direct, Dual)):
-                self._prepared = inner.factorise(self.operator)
-            else:
-                return chosen.solve(self.operator, B)
-        return self._prepared.solve(B)
+            if isinstance(inner, FactorisingSolver):
+                self._factorisation = inner.factorise(self.operator)
+                return self._factorisation.solve(B)
+            self._prepared = inner.prepared(self.operator) if isinstance(inner, (CG, BlockCG)) else chosen
+        assert self._prepared is not None
+        return self._prepared.solve(self.operator, B)
 
     def _info(self, num_test: int) -> dict[str, Any]:
         operator = self.operator

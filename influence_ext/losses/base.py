@@ -4,12 +4,34 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from influence_ext.errors import ArgumentError, DataError, DTypeError, ShapeError, UnsupportedLossError
 from influence_ext.losses.hessian import OutputHessian
+
+
+@dataclass(frozen=True)
+class KernelLoss:
+    """A loss on some targets, as the kernels take it.
+
+    Attributes:
+        name: of the kernel's loss.
+        scale: weight of each element in its example's loss.
+        parameter: the loss's own.
+        shape: of the outputs as rows, ``[N, C]`` or ``[N, K, positions]``.
+        target: ``[N, C]``, or class indices ``[N, positions]`` with −1 where a position does not count.
+        weight: of elements ``[C]`` or ``[N, C]``, or of classes ``[K]``.
+    """
+
+    name: str
+    scale: float
+    parameter: float
+    shape: tuple[int, ...]
+    target: Tensor
+    weight: Tensor | None
 
 
 class Loss(ABC):
@@ -89,6 +111,13 @@ class Loss(ABC):
     @abstractmethod
     def check(self, z: Tensor, target: Tensor, who: str) -> None:
         """Raise with the caller's name if the target does not fit the output, or the loss there is not finite."""
+
+    def as_kernel(self, z: Tensor, target: Tensor) -> KernelLoss | None:
+        """What the kernels take for these targets and any outputs shaped like ``z``, up to terms of the value that depend on targets alone.
+
+        None where there is no kernel, or where outputs have to be checked before it. Raises as :meth:`value`.
+        """
+        return None
 
     def checked_gradient(self, z: Tensor, target: Tensor, who: str) -> Tensor:
         """:meth:`gradient` of data that comes from outside, checked as :meth:`check` does. A loss may do both in one pass."""

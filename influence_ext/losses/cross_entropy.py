@@ -9,7 +9,7 @@ from torch import Tensor
 
 import influence_ext._C as _C
 from influence_ext.errors import ArgumentError, DataError, DTypeError, ShapeError, UnsupportedLossError
-from influence_ext.losses.base import Loss, check_outputs, check_weights, count
+from influence_ext.losses.base import KernelLoss, Loss, check_outputs, check_weights, count
 from influence_ext.losses.hessian import SOFTMAX, OutputHessian
 from influence_ext.params import widened
 
@@ -163,6 +163,12 @@ class CrossEntropy(ClassLoss):
         out = z.new_empty(z.shape[0])
         self._evaluate(rows, checked, self._rows(z_s), bregman=out)
         return out
+
+    def as_kernel(self, z: Tensor, target: Tensor) -> KernelLoss | None:
+        """See :meth:`Loss.as_kernel`."""
+        rows, checked = self._prepare(z, target, self.name)
+        weight = self._class_weights(rows, self.name)
+        return KernelLoss(self.native, self._scale(rows), self.label_smoothing, tuple(rows.shape), checked, weight)
 
     def _evaluate(self, rows: Tensor, target: Tensor, z_s: Tensor | None = None, **results: Tensor) -> None:
         weight = self._class_weights(rows, self.name)

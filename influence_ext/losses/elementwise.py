@@ -11,7 +11,7 @@ from torch import Tensor
 import influence_ext._C as _C
 from influence_ext.errors import DataError, DTypeError, ShapeError, UnsupportedLossError
 from influence_ext.finite import all_finite
-from influence_ext.losses.base import Loss, check_outputs, check_weights, count
+from influence_ext.losses.base import KernelLoss, Loss, check_outputs, check_weights, count
 from influence_ext.losses.hessian import DIAGONAL, SCALED_IDENTITY, OutputHessian
 from influence_ext.params import widened_dtype
 
@@ -87,6 +87,14 @@ class ElementwiseLoss(Loss):
                 f"{who}: expected finite values of {self.name}, got NaN or infinity for example {int(bad[0])} ({len(bad)} of {z.shape[0]} "
                 f"examples); {self._remedy()}."
             )
+
+    def as_kernel(self, z: Tensor, target: Tensor) -> KernelLoss | None:
+        """See :meth:`Loss.as_kernel`: None where the loss is not defined for all outputs."""
+        if self.native in ("probability_cross_entropy", "poisson_rate"):
+            return None
+        prepared = self._prepare(z, target, self.name)
+        rows = prepared.rows
+        return KernelLoss(self.native, self._scale(rows), self.parameter, tuple(rows.shape), prepared.target, prepared.weight)
 
     def with_reduction(self, reduction: str) -> Loss:
         """See :meth:`Loss.with_reduction`."""

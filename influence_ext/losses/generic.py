@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from influence_ext.errors import ArgumentError, DataError, ShapeError, UnsupportedLossError
-from influence_ext.losses.base import Loss, check_outputs, check_weights, count
+from influence_ext.losses.base import KernelLoss, Loss, check_outputs, check_weights, count
 from influence_ext.losses.hessian import GENERIC, BlockHessian, GraphHessian, OutputHessian
 
 _log = logging.getLogger("influence_ext")
@@ -91,6 +91,11 @@ class CallableLoss(Loss):
         if (known := self._known(z, target)) is not None:
             return known.gradient(z, target)
         return self._gradient(z, target, create_graph=False)[1].detach()
+
+    def as_kernel(self, z: Tensor, target: Tensor) -> KernelLoss | None:
+        """See :meth:`Loss.as_kernel`."""
+        known = self._known(z, target)
+        return None if known is None else known.as_kernel(z, target)
 
     def hessian(self, z: Tensor, target: Tensor, weights: Tensor | None = None) -> OutputHessian:
         """See :meth:`Loss.hessian`. Cost: for C ≤ ``MAX_BLOCK``, C reverse passes now; else one for every product with a vector."""

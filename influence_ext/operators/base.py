@@ -6,6 +6,7 @@ Rows are right-hand sides: ``matmat`` takes and returns ``[V, P]``.
 from __future__ import annotations
 
 import abc
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -74,6 +75,10 @@ class LinearOperator(abc.ABC):
             )
         self._check(v, "[P] or [P, V]", v.dim() in (1, 2) and v.shape[0] == self.num_parameters)
         return self.matvec(v) if v.dim() == 1 else self.matmat(v.T).T
+
+    def product_operations(self, V: int) -> float:
+        """Counted arithmetic of a product with V vectors, what ``solvers.auto`` weighs solvers by: ``2 P² V`` unless a subclass knows."""
+        return 2.0 * self.num_parameters**2 * V
 
     @standalone
     def diagonal(self) -> Tensor:
@@ -183,6 +188,14 @@ class CurvatureOperator(LinearOperator):
     damping: float
     num_roots: int
 
+    def product_operations(self, V: int) -> float:
+        """Counted arithmetic of a product with V vectors: ``4 R P V``, U and Uᵀ as they stand, unless a subclass knows better."""
+        return 4.0 * max(self.num_roots, 1) * self.num_parameters * V
+
+    def gram_operations(self) -> float:
+        """Counted arithmetic of ``root_gram``: ``2 R² P`` unless a subclass knows better."""
+        return 2.0 * self.num_roots**2 * self.num_parameters
+
     @abc.abstractmethod
     def damped(self, damping: float) -> CurvatureOperator:
         """The same curvature with another damping; the cached state is shared, not copied."""
@@ -198,3 +211,60 @@ class CurvatureOperator(LinearOperator):
     @abc.abstractmethod
     def root_gram(self) -> Tensor:
         """``U Uᵀ``, ``[R, R]``, without forming ``U``."""
+
+
+@dataclass(frozen=True)
+class KroneckerBlock:
+    """The weight of a linear map, a matrix ``[O, I]``, and the map's bias as one more input that is always one.
+
+    Attributes:
+        weight: Where it begins in the flat vectors.
+        bias: Where the bias begins; None if there is none, or it is treated by itself.
+        num_outputs: O.
+        num_inputs: I, without the bias.
+        transposed: Whether the weight lies in memory as ``[I, O]``.
+    """
+
+    weight: int
+    bias: int | None
+    num_outputs: int
+    num_inputs: int
+    transposed: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(O, I)``, with the bias ``(O, I + 1)``."""
+        return self.num_outputs, self.num_inputs + (self.bias is not None)
+
+    def take(self, V: Tensor) -> Tensor:
+        """The block of each flat vector: ``[V, P] -> [V, *shape]``."""
+        O, I = self.num_outputs, self.num_inputs
+        flat = V[:, self.weight : self.weight + O * I]
+        matrices = flat.view(-1, I, O).mT if self.transposed else flat.view(-1, O, I)
+        return matrices if self.bias is None else torch.cat([matrices, V[:, self.bias : self.bias + O, None]], dim=2)
+
+    def put(self, matrices: Tensor, V: Tensor) -> None:
+        """Write ``[V, *shape]`` to its place in the flat vectors ``[V, P]``."""
+        O, I = self.num_outputs, self.num_inputs
+        weights = matrices[:, :, :I]
+        V[:, self.weight : self.weight + O * I] = (weights.mT if self.transposed else weights).reshape(-1, O * I)
+        if self.bias is not None:
+            V[:, self.bias : self.bias + O] = matrices[:, :, I]
+
+
+@dataclass(frozen=True, eq=False)
+class KroneckerFactors:
+    """``G ≈ B ⊗ A`` for one block: ``A [I, I]`` (``[I + 1, I + 1]`` with the bias) and ``B [O, O]``, in float64."""
+
+    block: KroneckerBlock
+    A: Tensor
+    B: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """An orthogonal change of basis of one block, ``M -> outputsᵀ M inputs``; columns of ``outputs`` and ``inputs`` are the new axes."""
+
+    block: KroneckerBlock
+    outputs: Tensor
+    inputs: Tensor

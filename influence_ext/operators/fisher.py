@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,12 +12,12 @@ from influence_ext.context import standalone
 from influence_ext.errors import ArgumentError
 from influence_ext.losses import Loss, LossLike
 from influence_ext.operators.base import CurvatureOperator
-from influence_ext.operators.linearised import LinearisedOperator
+from influence_ext.operators.kronecker import KroneckerFactored
 from influence_ext.params import Selection
 from influence_ext.plan import Schedule
 
 
-class _OuterProducts(LinearisedOperator, CurvatureOperator):
+class _OuterProducts(KroneckerFactored, CurvatureOperator):
     """``c Σ_k w Σ_n g_{k,n} g_{k,n}ᵀ + λI`` with ``g_{k,n} = J_nᵀ r_{k,n}``: a root ``U`` of ``K·N`` rows ``√(c w) g``."""
 
     _rows: Tensor  # [K, N, *out], √(c w) r
@@ -56,6 +57,13 @@ class _OuterProducts(LinearisedOperator, CurvatureOperator):
         factors = self._tape.factors(self._rows)
         gram: Tensor = factors.gram(factors)
         return (gram + gram.T).div_(2)
+
+    def _root_cotangents(
+        self, outputs: Tensor, start: int, size: int, num_samples: int | None, generator: torch.Generator
+    ) -> Iterator[Tensor]:
+        # its rows are samples already, so there is nothing to be drawn
+        for first in range(0, self._num_draws, size):
+            yield self._rows[first : first + size, start : start + outputs.shape[0]].contiguous()
 
 
 class EmpiricalFisher(_OuterProducts):

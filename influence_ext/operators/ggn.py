@@ -10,10 +10,10 @@ from torch import Tensor
 from influence_ext.context import standalone
 from influence_ext.losses import OutputHessian
 from influence_ext.operators.base import CurvatureOperator
-from influence_ext.operators.linearised import LinearisedOperator
+from influence_ext.operators.kronecker import KroneckerFactored
 
 
-class GGN(LinearisedOperator, CurvatureOperator):
+class GGN(KroneckerFactored, CurvatureOperator):
     r"""The damped generalised Gauss-Newton matrix at the model's present parameters.
 
     .. math:: G + \lambda I, \qquad G = c \sum_n J_n^T H_n J_n
@@ -75,10 +75,22 @@ class GGN(LinearisedOperator, CurvatureOperator):
 
     def _roots(self, start: int, stop: int) -> Tensor:
         """Columns ``start..stop`` of each ``√c S_n``, as cotangents ``[stop − start, N, *out]``."""
-        N, C = self.num_examples, self.num_roots // self.num_examples
-        unit = torch.zeros(stop - start, N, C, dtype=self.dtype, device=self.device)
-        unit[torch.arange(stop - start), :, torch.arange(start, stop)] = 1
-        return self._hessian.root_matmat(unit.view(stop - start, N, *self._tape.plan.output_shape))
+        return _root_columns(self._hessian, self._tape.outputs, start, stop)
+
+    def _root_cotangents(
+        self, outputs: Tensor, start: int, size: int, num_samples: int | None, generator: torch.Generator
+    ) -> Iterator[Tensor]:
+        N, C = outputs.shape[0], outputs[0].numel()
+        rows = slice(start, start + N)
+        weights = None if self.weights is None else self.weights[rows]
+        hessian = self.loss.hessian(outputs, self.examples.targets[rows], weights).scaled(self._factor / (num_samples or 1))
+        for first in range(0, num_samples or C, size):
+            last = min(first + size, num_samples or C)
+            if num_samples is None:
+                yield _root_columns(hessian, outputs, first, last)
+            else:  # on the CPU, so that every device draws the same
+                noise = torch.randn(last - first, *outputs.shape, generator=generator, dtype=torch.float64)
+                yield hessian.root_matmat(noise.to(dtype=self.dtype, device=self.device))
 
     def _root_blocks(self, limit_bytes: int = 256 * 2**20) -> Iterator[Tensor]:
         """All of them, a block of output elements at a time."""
@@ -87,3 +99,11 @@ class GGN(LinearisedOperator, CurvatureOperator):
         block = max(1, min(C, limit_bytes // max(1, self.num_examples * width * self.dtype.itemsize)))
         for start in range(0, C, block):
             yield self._roots(start, min(start + block, C))
+
+
+def _root_columns(hessian: OutputHessian, outputs: Tensor, start: int, stop: int) -> Tensor:
+    """Columns ``start..stop`` of the root of each example's Hessian, as cotangents ``[stop − start, N, *out]`` of the outputs."""
+    N, C = outputs.shape[0], outputs[0].numel()
+    unit = torch.zeros(stop - start, N, C, dtype=outputs.dtype, device=outputs.device)
+    unit[torch.arange(stop - start), :, torch.arange(start, stop)] = 1
+    return hessian.root_matmat(unit.view(stop - start, *outputs.shape))

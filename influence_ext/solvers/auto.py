@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,12 +10,15 @@ from torch import Tensor
 from influence_ext.errors import ArgumentError
 from influence_ext.operators.base import CurvatureOperator, LinearOperator
 from influence_ext.solvers.base import CountedOperator, OnFailure, Outcome, Solver
+from influence_ext.solvers.block_cg import BlockCG
 from influence_ext.solvers.cg import CG
 from influence_ext.solvers.direct import Direct
 from influence_ext.solvers.dual import Dual
 
 EXPECTED_CG_STEPS = 100
-"""Steps CG is taken to need per right-hand side; 65 to 90 were seen on small trained networks at usual dampings."""
+"""Steps CG is taken to need per right-hand side; 10 to 160 were seen on small trained networks at dampings of 1e-2 to 1e-4."""
+BLOCK_EXPONENT = 0.3
+"""BlockCG is taken to need ``V^-0.3`` of them for V right-hand sides; exponents of 0.2 to 0.5 were seen on the same networks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,14 +28,19 @@ class AutoChoice(Solver):
     Attributes:
         solver: The one that does the work.
         reason: One sentence with the counted costs.
-        costs: Solver name to its estimated cost in products per column; solvers that cannot be used are absent.
+        costs: Solver name to its estimated cost in products with one vector; solvers that cannot be used are absent.
+        memory: Solver name to the bytes that it keeps beside the operator.
     """
 
     solver: Solver
     reason: str
     costs: dict[str, float] = field(hash=False)
+    memory: dict[str, int] = field(hash=False)
 
-    _refines: ClassVar[bool] = True
+    @property
+    def _refines(self) -> bool:
+        """Can it use products at reduced precision and still solve the exact system? Others are given the exact operator."""
+        return self.solver._refines
 
     @property
     def name(self) -> str:
@@ -44,18 +51,29 @@ class AutoChoice(Solver):
         return self.solver._solve(operator, B)
 
 
-def auto(operator: LinearOperator, num_rhs: int, *, rtol: float | None = None, on_failure: OnFailure = "raise") -> AutoChoice:
-    """Choose between Direct, Dual and CG for ``num_rhs`` right-hand sides.
+def auto(
+    operator: LinearOperator,
+    num_rhs: int,
+    *,
+    rtol: float | None = None,
+    on_failure: OnFailure = "raise",
+    at_once: int | None = None,
+    memory_budget: int | None = None,
+) -> AutoChoice:
+    """Choose between Direct, Dual, CG and BlockCG for ``num_rhs`` right-hand sides, ``V`` of them at a time.
 
-    Costs are counted in products with one vector, taken as 4 R P operations (one application of U and of Uᵀ; 2 P²
-    without a root):
+    Arithmetic is counted: of products by the operator (``product_operations(V)``, which for a network knows what V vectors share), of
+    the dense algebra here. It is told in products with one vector.
 
-    - Direct: P to assemble, P³/3 operations to factorise, 4 products' and 4 P² operations' worth per right-hand side;
-    - Dual: R for the Gram matrix, R³/3 operations to factorise, 4 per right-hand side with one round of refinement;
-    - CG: 100, or 2 P if that is less, per right-hand side.
+    - Direct: P products, P³/3 operations to factorise, 2 products' and 4 P² operations' worth per right-hand side;
+    - Dual: the operator's ``gram_operations()``, R³/3 to factorise, 4 products' and 4 R² operations' worth per right-hand side, with
+      one round of refinement;
+    - CG: 100 steps, or 2 P if that is less, of a product with V vectors and 12 P V operations;
+    - BlockCG: ``V^-0.3`` of these steps, of a product with V vectors and 10 P V² operations; no more than R/V + 2 of them.
 
-    Direct is out beyond its ``max_parameters``, Dual beyond its ``max_roots``, without a root or without damping;
-    Direct is also out without damping where R < P, as the matrix is singular then.
+    Direct is out beyond its ``max_parameters``, Dual beyond its ``max_roots``, without a root or without damping; Direct and BlockCG
+    are also out without damping where R < P, as the matrix is singular then; whatever takes more than ``memory_budget`` is out,
+    but CG stays. LiSSA, Neumann and EKFAC are approximations by choice and never chosen for you.
 
     Args:
         operator: ``A``.
@@ -63,33 +81,51 @@ def auto(operator: LinearOperator, num_rhs: int, *, rtol: float | None = None, o
         rtol: Handed to the chosen solver; ``None`` leaves its default, but asks of CG no more than 1000 ε of the dtype
             (1.2e-4 in float32), since its default is more than float32 can give on an ill-conditioned matrix.
         on_failure: As in every solver.
+        at_once: V, where they come in parts; None: all.
+        memory_budget: Bytes that the solver may keep beside the operator; None: no limit.
 
     Returns:
         An :class:`AutoChoice`, itself a solver.
 
     Raises:
-        ArgumentError: ``num_rhs`` is below 1 or the operator is not one.
+        ArgumentError: ``num_rhs`` is below 1, ``at_once`` is not in between, or the operator is not one.
     """
     if not isinstance(operator, LinearOperator):
         raise ArgumentError(f"auto: expected a LinearOperator, got {type(operator).__name__}; pass a curvature such as GGN(...).")
     if num_rhs < 1:
         raise ArgumentError(f"auto: expected num_rhs of at least 1, got {num_rhs}; pass the number of right-hand sides.")
+    V = num_rhs if at_once is None else at_once
+    if not 1 <= V <= num_rhs:
+        raise ArgumentError(f"auto: expected at_once in [1, {num_rhs}], got {at_once}; it is a part of the right-hand sides.")
     P = operator.num_parameters
+    itemsize = operator.dtype.itemsize
     root = operator if isinstance(operator, CurvatureOperator) else None
-    product = 4.0 * max(root.num_roots, 1) * P if root else 2.0 * P * P
+    product = operator.product_operations(1)
+    together = operator.product_operations(V) * num_rhs / V / product  # all right-hand sides once
+    steps = min(2 * P, EXPECTED_CG_STEPS)
     cg_rtol = max(CG.rtol or 0.0, 1000 * torch.finfo(operator.dtype).eps) if rtol is None else rtol
     options: dict[str, Solver] = {"CG": CG(rtol=cg_rtol, on_failure=on_failure)}
-    costs: dict[str, float] = {"CG": float(num_rhs * min(2 * P, EXPECTED_CG_STEPS))}
+    costs: dict[str, float] = {"CG": (steps + 1) * together + steps * num_rhs * 12.0 * P / product}
+    memory = {"CG": 6 * V * P * itemsize}
     ruled_out = []
+
+    singular = root is not None and root.damping == 0 and root.num_roots < P
+    if V > 1 and not singular:
+        rank = min(P, root.num_roots + 1) if root and root.num_roots else P
+        block_steps = min(steps * V**-BLOCK_EXPONENT, rank / V + 2)
+        options["BlockCG"] = BlockCG(rtol=cg_rtol, on_failure=on_failure)
+        costs["BlockCG"] = (block_steps + 1) * together + block_steps * num_rhs * 10.0 * P * V / product
+        memory["BlockCG"] = 7 * V * P * itemsize
 
     direct = Direct(rtol=rtol, on_failure=on_failure)
     if direct.max_parameters < P:
         ruled_out.append(f"Direct takes at most {direct.max_parameters} parameters")
-    elif root and root.damping == 0 and root.num_roots < P:
-        ruled_out.append("Direct would meet a singular matrix without damping")
+    elif singular:
+        ruled_out.append("Direct and BlockCG would meet a singular matrix without damping")
     else:
         options["Direct"] = direct
-        costs["Direct"] = P + num_rhs * 4 + (P**3 / 3 + num_rhs * 4.0 * P**2) / product
+        costs["Direct"] = P * operator.product_operations(64) / 64 / product + 2 * together + (P**3 / 3 + num_rhs * 4.0 * P**2) / product
+        memory["Direct"] = 2 * P * P * itemsize
 
     dual = Dual(rtol=rtol, on_failure=on_failure)
     if root is None:
@@ -101,12 +137,16 @@ def auto(operator: LinearOperator, num_rhs: int, *, rtol: float | None = None, o
     else:
         R = root.num_roots
         options["Dual"] = dual
-        costs["Dual"] = R + num_rhs * 4 + (R**3 / 3 + num_rhs * 4.0 * R**2) / product
+        costs["Dual"] = 4 * together + (root.gram_operations() + R**3 / 3 + num_rhs * 4.0 * R**2) / product
+        memory["Dual"] = 2 * R * R * itemsize
 
+    for name in [name for name in options if name != "CG" and memory_budget is not None and memory[name] > memory_budget]:
+        del options[name], costs[name]
+        ruled_out.append(f"{name} would take {memory[name] / 2**20:,.0f} MiB")
     name = min(costs, key=lambda key: costs[key])
     size = f"P = {P} parameters" + (f", R = {root.num_roots} roots" if root else "") + f" and V = {num_rhs} right-hand sides"
-    others = [f"{other} about {cost:,.0f}" for other, cost in costs.items() if other != name]
-    reason = f"{name}: for {size} it costs about {costs[name]:,.0f} products"
-    reason += f", against {' and '.join(others)}" if others else ""
+    others = [f"{other} about {cost:,.0f}" for other, cost in sorted(costs.items(), key=lambda item: item[1]) if other != name]
+    reason = f"{name}: for {size} it costs about {costs[name]:,.0f} products and {memory[name] / 2**20:,.0f} MiB"
+    reason += f", against {', '.join(others)}" if others else ""
     reason += f" ({'; '.join(ruled_out)})." if ruled_out else "."
-    return AutoChoice(solver=options[name], reason=reason, costs=costs, on_failure=on_failure)
+    return AutoChoice(solver=options[name], reason=reason, costs=costs, memory=memory, on_failure=on_failure)

@@ -6,14 +6,14 @@ import abc
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from influence_ext.context import standalone
 from influence_ext.errors import ArgumentError, DataError, DeviceError, DTypeError, ShapeError, SolverFailure
-from influence_ext.operators.base import LinearOperator
+from influence_ext.operators.base import CurvatureOperator, LinearOperator
 
 OnFailure = Literal["raise", "return"]
 
@@ -23,7 +23,9 @@ class Status(enum.Enum):
 
     CONVERGED = "converged"
     TRUNCATED = "truncated"
+    APPROXIMATE = "approximate"
     MAX_STEPS = "max_steps"
+    STALLED = "stalled"
     BREAKDOWN = "breakdown"
     NON_FINITE = "non_finite"
     NOT_PSD = "not_psd"
@@ -31,8 +33,8 @@ class Status(enum.Enum):
 
     @property
     def success(self) -> bool:
-        """Whether the solver did what it was asked to do: CONVERGED, or TRUNCATED because no ``rtol`` was set."""
-        return self in (Status.CONVERGED, Status.TRUNCATED)
+        """Whether the solver did what it was asked to do: CONVERGED, or TRUNCATED or APPROXIMATE because no ``rtol`` was set."""
+        return self in (Status.CONVERGED, Status.TRUNCATED, Status.APPROXIMATE)
 
     @property
     def explanation(self) -> str:
@@ -49,15 +51,24 @@ _EXPLANATIONS = {
         "The iteration ran the steps it was given, and no rtol was set to measure it by. Truncation acts as extra "
         "damping: look at residual_norm, and set rtol or more steps where it is too large."
     ),
+    Status.APPROXIMATE: (
+        "The inverse of an approximation of the matrix was applied, and no rtol was set to measure it by. Look at "
+        "residual_norm, recomputed from the operator, and use the approximation as the preconditioner of CG where it "
+        "is too large."
+    ),
     Status.MAX_STEPS: (
         "The steps ran out before the residual reached rtol, because the matrix is too ill-conditioned for so "
         "few. Allow more steps, raise the damping or rtol, use a preconditioner, or solve exactly with Dual or "
         "Direct."
     ),
+    Status.STALLED: (
+        "The residual stopped falling above rtol: the solution is as precise as products rounded to this dtype "
+        "allow on so ill-conditioned a matrix, or for EKFAC as its approximation is. Use float64, raise the damping "
+        "or rtol, or go on from EKFAC with CG(preconditioner=EKFAC())."
+    ),
     Status.BREAKDOWN: (
-        "The residual stopped falling above rtol: rounding in this dtype limits it on so ill-conditioned a "
-        "matrix, or the preconditioner is not symmetric positive definite. Use float64, raise the damping or "
-        "rtol, or drop the preconditioner."
+        "A residual has no positive length in the preconditioner, which is therefore not symmetric positive definite. "
+        "Use another preconditioner or none, or in float32 one with more damping."
     ),
     Status.NON_FINITE: (
         "A product with the operator, or the solution itself, holds NaN or infinity although the right-hand side "
@@ -70,8 +81,8 @@ _EXPLANATIONS = {
     ),
     Status.DIVERGED: (
         "The iterates grew instead of settling: the scale is at most half the top eigenvalue of the matrix (for "
-        "sampled batches, of the worst batch), or an eigenvalue is negative. Raise scale or leave it to be "
-        "estimated, use larger batches, or use CG."
+        "sampled batches, of the worst batch; Neumann's is at least 2 over it), or an eigenvalue is negative. Raise scale "
+        "(lower that of Neumann) or leave it to be estimated, use larger batches, or use CG."
     ),
 }
 
@@ -102,7 +113,7 @@ class Solution:
 
     @property
     def success(self) -> bool:
-        """Whether no column failed: each is CONVERGED or TRUNCATED on request."""
+        """Whether no column failed: each is CONVERGED, or TRUNCATED or APPROXIMATE on request."""
         return all(status.success for status in self.status)
 
     def __repr__(self) -> str:
@@ -130,6 +141,18 @@ class Outcome:
         return cls(torch.zeros_like(B), [status] * num_columns, B.new_ones(num_columns), stats or {}, columns)
 
 
+class Counted(Protocol):
+    """What has cost products."""
+
+    @property
+    def num_products(self) -> int:
+        """Applications of the operator, a block of V vectors counting V."""
+
+    @property
+    def num_calls(self) -> int:
+        """Block applications."""
+
+
 class CountedOperator(LinearOperator):
     """The operator as one solve sees it: every application is counted, and a block without vectors costs nothing."""
 
@@ -147,6 +170,11 @@ class CountedOperator(LinearOperator):
         exact = self.operator.exact
         return self if exact is self.operator else CountedOperator(exact)
 
+    @property
+    def lower_bound(self) -> float:
+        """What no eigenvalue is below by the operator's construction: the damping of ``UᵀU + λI``, else 0 (nothing is known)."""
+        return self.operator.damping if isinstance(self.operator, CurvatureOperator) else 0.0
+
     def _matmat(self, V: Tensor) -> Tensor:
         return self.apply(self.operator, V)
 
@@ -158,7 +186,7 @@ class CountedOperator(LinearOperator):
         self.num_calls += 1
         return operator.matmat(V).detach()
 
-    def absorb(self, other: CountedOperator) -> None:
+    def absorb(self, other: Counted) -> None:
         """Add what ``other`` has counted to one's own."""
         self.num_products += other.num_products
         self.num_calls += other.num_calls
@@ -180,6 +208,15 @@ class CountedOperator(LinearOperator):
         return B - self.apply(self.operator.exact, X)
 
 
+def dot(X: Tensor, Y: Tensor) -> Tensor:
+    """Inner product of each pair of rows, ``[V, P], [V, P] -> [V]`` in float64: blocks in the rows' dtype, their sum in float64."""
+    block = 1024
+    whole = X.shape[1] // block * block
+    tail = torch.linalg.vecdot(X[:, whole:], Y[:, whole:]).double()
+    blocks = torch.linalg.vecdot(X[:, :whole].unflatten(1, (-1, block)), Y[:, :whole].unflatten(1, (-1, block)))
+    return blocks.sum(dim=1, dtype=torch.float64) + tail
+
+
 def norm(X: Tensor) -> Tensor:
     """Euclidean norm of each row, ``[V, P] -> [V]``."""
     return torch.linalg.vector_norm(X, dim=1)
@@ -196,8 +233,10 @@ class Solver(abc.ABC):
 
     on_failure: OnFailure = field(default="raise", kw_only=True)
 
-    _refines: ClassVar[bool] = False
-    """Can it use products at reduced precision and still solve the exact system? Others are given the exact operator."""
+    @property
+    def _refines(self) -> bool:
+        """Can it use products at reduced precision and still solve the exact system? Others are given the exact operator."""
+        return False
 
     def __post_init__(self) -> None:
         self._require(self.on_failure in ("raise", "return"), "on_failure to be 'raise' or 'return'", self.on_failure)

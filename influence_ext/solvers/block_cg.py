@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
 
 from influence_ext.operators.base import LinearOperator
 from influence_ext.solvers.base import CountedOperator, Outcome, Solution, Solver, Status, norm, run
+from influence_ext.solvers.preconditioners import InverseFunction, Preconditioner, inverse_of, is_preconditioner
 
 
 @dataclass(frozen=True)
 class BlockCG(Solver):
     """Block conjugate gradients with orthonormalised residuals (BCGrQ).
 
-    With the residuals as columns ``R = Q C``, Q orthonormal, and ``T = (DᵀA D)⁻¹``: ``X += D T C``, ``Q S = Q − A D T`` by
-    QR, ``C ← S C``, ``D ← Q + D Sᵀ``. Each step minimises the energy error of every column over the Krylov spaces of all
-    of them, so many related right-hand sides need far fewer steps than CG takes for one. Directions that differ by
-    rounding alone (repeated or dependent right-hand sides, more of them than parameters) are taken out at the start.
+    With the residuals as columns ``R = Q C``, ``QᵀM⁻¹Q = I``, and ``T = (DᵀA D)⁻¹``: ``X += D T C``, ``Q S = Q − A D T`` by QR
+    (and, with a preconditioner, a Cholesky factor of M⁻¹ in the basis that it gives), ``C ← S C``, ``D ← M⁻¹Q + D Sᵀ``. Each
+    step minimises the energy error of every column over the Krylov spaces of all of them, so many related right-hand sides
+    need far fewer steps than CG takes for one. Directions that differ by rounding alone (repeated or dependent right-hand
+    sides, more of them than parameters) are taken out at the start.
 
     A block ends when the recurrence says that all its columns have converged. Their true residuals are then computed;
     the columns where rounding has let the two drift apart start again from the true residual, for as long as that at
-    least halves it, and are a BREAKDOWN after that. Where ``DᵀA D`` has no Cholesky factor, the columns still above
-    their tolerance are NOT_PSD.
+    least halves it, and are STALLED after that: as precise as products in this dtype allow. Where ``DᵀA D`` has no Cholesky
+    factor, the columns still above their tolerance are NOT_PSD; a matrix that is positive definite by construction,
+    ``UᵀU + λI`` with λ > 0, shows no more than rounding there, and they start again from the true residual.
 
     Attributes:
         rtol: Stop when ``‖b − A x‖ ≤ rtol ‖b‖`` for every column.
         max_steps: Steps of the block, restarts included.
         check_every: Steps between two looks at the residuals. More than 1 saves host synchronisations on a device, and
             takes up to ``check_every − 1`` steps too many.
+        preconditioner: As in :class:`CG`; a function gets all V rows.
 
     Statistics: ``iterations`` (steps until the column had converged) and ``restarts`` per column; ``rank``, the
     directions of the first block.
@@ -37,9 +42,9 @@ class BlockCG(Solver):
     Raises:
         ArgumentError: an option makes no sense.
 
-    Cost: per step one product for each direction and about 10 P V² operations; seven ``[V, P]`` buffers; one product
-    per column to verify. Worth it where V is well below the number of roots; a column that converges early goes on
-    to cost its product.
+    Cost: per step one product for each direction and about 10 P V² operations; seven ``[V, P]`` buffers; one product per
+    column to verify; with a preconditioner two ``[V, P]`` buffers and about 6 P V² operations a step more. Worth it where V is
+    well below the number of roots; a column that converges early goes on to cost its product.
 
     Reference: Dubrulle, "Retooling the method of block conjugate gradients", ETNA 12 (2001); O'Leary, "The block
     conjugate gradient algorithm and related methods", Linear Algebra and its Applications 29 (1980).
@@ -48,6 +53,7 @@ class BlockCG(Solver):
     rtol: float = 1e-5
     max_steps: int = 1000
     check_every: int = 1
+    preconditioner: Preconditioner | InverseFunction | Literal["jacobi"] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,14 +61,25 @@ class BlockCG(Solver):
         self._require_tolerance(self.rtol)
         self._require_count("max_steps", self.max_steps)
         self._require_count("check_every", self.check_every)
+        known = is_preconditioner(self.preconditioner)
+        self._require(known, "preconditioner to be None, 'jacobi', a Preconditioner or a function [V, P] -> [V, P]", self.preconditioner)
 
     def solve(self, operator: LinearOperator, B: Tensor, x0: Tensor | None = None) -> Solution:
         """As :meth:`Solver.solve`, from ``x0`` of the shape of ``B`` (default: zero); one more product per column."""
         return run(self, operator, B, self._solve, x0)
 
+    def prepared(self, operator: LinearOperator) -> Self:
+        """The same solver with its preconditioner made for ``operator``, to solve with again and again."""
+        if not isinstance(self.preconditioner, Preconditioner):
+            return self
+        return replace(self, preconditioner=self.preconditioner.factorise(operator))
+
     def _solve(self, operator: CountedOperator, B: Tensor, x0: Tensor | None = None) -> Outcome:
         num_columns = B.shape[0]
+        precondition = None if self.preconditioner is None else inverse_of(self.preconditioner, operator, self.name)
         iterations, restarts = [0] * num_columns, [0] * num_columns
+        if isinstance(precondition, Status):
+            return Outcome.failed(B, precondition, {"rank": 0}, ("iterations", "restarts"))
         B_norm = norm(B)
         target = self.rtol * B_norm
         X = torch.zeros_like(B) if x0 is None else x0.clone()
@@ -73,7 +90,7 @@ class BlockCG(Solver):
         steps_left, rank, first = self.max_steps, 0, True
         while pending:
             index = torch.tensor(pending, dtype=torch.long, device=B.device)
-            descent = _BlockDescent(operator, R[index], target[index])
+            descent = _BlockDescent(operator, precondition, R[index], target[index])
             if first:
                 rank, first = descent.rank, False
             ended = descent.run(steps_left, self.check_every)
@@ -91,8 +108,8 @@ class BlockCG(Solver):
                 iterations[column] += int(count)
                 verdict = _judge(new, goal)
                 status[column] = ended if verdict is Status.MAX_STEPS else verdict
-                if status[column] is Status.CONVERGED and verdict is Status.MAX_STEPS:
-                    status[column] = Status.BREAKDOWN
+                if ended in (Status.CONVERGED, Status.STALLED) and verdict is Status.MAX_STEPS:
+                    status[column] = Status.STALLED
                     if new <= before / 2:
                         if steps_left > 0:
                             again.append(position)
@@ -115,8 +132,9 @@ def _judge(residual: float, target: float) -> Status:
 class _BlockDescent:
     """The recurrence from residuals ``R [V, P]``; columns are vectors here, ``[P, V]``, as in the formulas."""
 
-    def __init__(self, operator: CountedOperator, R: Tensor, target: Tensor):
+    def __init__(self, operator: CountedOperator, precondition: InverseFunction | None, R: Tensor, target: Tensor):
         self.operator = operator
+        self.precondition = precondition
         self.target = target
         self.change = torch.zeros_like(R)
         self.count = torch.zeros(R.shape[0], dtype=torch.long, device=R.device)
@@ -127,17 +145,19 @@ class _BlockDescent:
         # residuals of unit length: what is dropped here is rounding of the right-hand sides themselves
         keep = singular > torch.finfo(R.dtype).eps * max(factor.shape) * singular[0]
         self.Q = Q @ U[:, keep]
-        self.C = (singular[:, None] * Wh)[keep] * size
+        self.C = (singular[:, None] * Wh)[keep] * size  # in the Euclidean basis Q, until run() changes to that of M⁻¹
         self.rank = self.Q.shape[1]
 
     def run(self, max_steps: int, check_every: int) -> Status:
         """Iterate until all columns have converged or none can go on, and say which."""
-        Q, C = self.Q, self.C
-        D = Q
-        definite = finite = torch.ones((), dtype=torch.bool, device=Q.device)
+        Q, D, change_of_basis, definite = self._conjugate(self.Q)
+        C = change_of_basis @ self.C
+        finite = torch.ones_like(definite)
+        lower = self.operator.lower_bound
         eps = torch.finfo(Q.dtype).eps
         top = torch.zeros((), dtype=Q.dtype, device=Q.device)
         is_above = torch.ones_like(self.target, dtype=torch.bool)
+        counted, symmetric = is_above, definite
         for step in range(1, max_steps + 1):
             self.steps = step
             AD = self.operator.matmat(D.T).T
@@ -148,24 +168,45 @@ class _BlockDescent:
             quotient = M.diagonal() / D.square().sum(dim=0)
             top = torch.maximum(top, quotient.max())
             finite = finite & M.isfinite().all()
-            definite = definite & (info == 0) & (quotient > eps * top).all()
+            definite = definite & (info == 0) & (quotient > (0.5 * lower if lower > 0 else eps * top)).all()
             usable = finite & definite
             unit = torch.eye(self.rank, dtype=factor.dtype, device=factor.device)
             T = torch.cholesky_inverse(torch.where(usable, factor, unit)).to(Q.dtype)  # which raises on a factor that is none
             # a block that fails keeps the X it had, also between two checks
             self.change += torch.where(usable, (D @ (T @ C)).T, 0.0)
-            Q, S = torch.linalg.qr(torch.where(usable, Q - AD @ T, Q))
+            basis, S = torch.linalg.qr(torch.where(usable, Q - AD @ T, Q))
+            is_above = torch.where(usable, torch.linalg.vector_norm(S @ C, dim=0) > self.target, is_above)
+            self.count += counted
+            counted = is_above
+            Q, Z, change_of_basis, still = self._conjugate(basis)
+            S = change_of_basis @ S
             C = S @ C
-            D = Q + D @ S.T
-            self.count += is_above
-            is_above = torch.linalg.vector_norm(C, dim=0) > self.target
+            D = Z + D @ S.T
+            symmetric = symmetric & (still | ~usable)
+            definite = definite & still
             if step % check_every and step < max_steps:
                 continue
-            is_finite, is_definite, is_open = torch.stack([finite, definite, is_above.any()]).tolist()
+            is_finite, is_symmetric, is_definite, is_open = torch.stack([finite, symmetric, definite, is_above.any()]).tolist()
             if not is_finite:
                 return Status.NON_FINITE
-            if not is_definite:
-                return Status.NOT_PSD
             if not is_open:
                 return Status.CONVERGED
+            if not is_symmetric:
+                return Status.BREAKDOWN
+            if not is_definite:
+                return Status.STALLED if lower > 0 and float(quotient.min()) > -1000 * eps * float(top) else Status.NOT_PSD
         return Status.MAX_STEPS
+
+    def _conjugate(self, basis: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``Q, M⁻¹Q, S, definite`` with ``QᵀM⁻¹Q = I`` and ``Q S`` the orthonormal ``basis``; ``definite`` tells whether M⁻¹ allows it."""
+        if self.precondition is None:
+            unit = torch.eye(self.rank, dtype=basis.dtype, device=basis.device)
+            return basis, basis, unit, torch.ones((), dtype=torch.bool, device=basis.device)
+        Z = self.precondition(basis.T.contiguous()).T
+        gram = (basis.T @ Z).double()
+        factor, info = torch.linalg.cholesky_ex((gram + gram.T) / 2)
+        definite = info == 0
+        factor = torch.where(definite, factor, torch.eye(self.rank, dtype=factor.dtype, device=factor.device))
+        inverse = torch.linalg.solve_triangular(factor, torch.eye(self.rank, dtype=factor.dtype, device=factor.device), upper=False).T
+        inverse = inverse.to(basis.dtype)
+        return basis @ inverse, Z @ inverse, factor.T.to(basis.dtype), definite

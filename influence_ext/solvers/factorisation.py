@@ -12,14 +12,17 @@ from torch import Tensor
 from influence_ext.context import standalone
 from influence_ext.operators.base import LinearOperator
 from influence_ext.solvers.base import CountedOperator, Outcome, Solution, Solver, Status, norm, run
+from influence_ext.solvers.preconditioners import Inverse, Preconditioner
 
 
 @dataclass(frozen=True)
-class FactorisingSolver(Solver):
+class FactorisingSolver(Solver, Preconditioner):
     """A solver that does its work once per matrix; ``factorise`` gives that work to keep, ``solve`` uses it once.
 
+    As a preconditioner, of CG or BlockCG, it makes sense where the factorisation is of another matrix or precision.
+
     Attributes:
-        rtol: The recomputed relative residual that a column must meet; otherwise it is a BREAKDOWN. ``None`` means the
+        rtol: The recomputed relative residual that a column must meet; otherwise it is STALLED. ``None`` means the
             cube root of the dtype's ε, 6e-6 in float64 and 5e-3 in float32. Refinement does not stop there but goes on
             for as long as it helps: rounding alone leaves about ε times the condition number.
     """
@@ -36,13 +39,12 @@ class FactorisingSolver(Solver):
 
     def _solve(self, operator: CountedOperator, B: Tensor) -> Outcome:
         factorisation = self.factorise(operator.operator)
-        operator.num_products += factorisation.num_products
-        operator.num_calls += factorisation.num_calls
+        operator.absorb(factorisation)
         return factorisation.refined(operator, B)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Factorisation(abc.ABC):
+class Factorisation(Inverse):
     """A factorised matrix.
 
     Attributes:
@@ -56,9 +58,6 @@ class Factorisation(abc.ABC):
 
     operator: LinearOperator = field(repr=False)
     solver: FactorisingSolver
-    status: Status
-    num_products: int
-    num_calls: int
 
     max_refinements = 1
 
@@ -70,9 +69,11 @@ class Factorisation(abc.ABC):
         """
         return run(self.solver, self.operator, B, self.refined)
 
-    @abc.abstractmethod
-    def _inverse(self, B: Tensor) -> Tensor:
-        """``A⁻¹ B`` up to rounding, ``[V, P] -> [V, P]``."""
+    def judge(self, residual: float, dtype: torch.dtype) -> Status:
+        """How a column ended that was brought to this relative residual."""
+        if not math.isfinite(residual):
+            return Status.NON_FINITE
+        return Status.CONVERGED if residual <= (self.solver.rtol or torch.finfo(dtype).eps ** (1 / 3)) else Status.STALLED
 
     def refined(self, operator: CountedOperator, B: Tensor) -> Outcome:
         """``x ← x + A⁻¹(b − A x)`` for the columns it still improves by half, keeping the better of old and new."""
@@ -80,7 +81,6 @@ class Factorisation(abc.ABC):
         if self.status is not Status.CONVERGED:
             return Outcome.failed(B, self.status, counts=("refinements",))
         eps = torch.finfo(B.dtype).eps
-        rtol = self.solver.rtol or eps ** (1 / 3)
         enough = 8 * eps  # what is left below this is rounding of the residual itself
         refinements = [0] * num_columns
         B_norm = norm(B)
@@ -102,14 +102,8 @@ class Factorisation(abc.ABC):
             for column in active:
                 refinements[column] += 1
             active = [column for column, useful in zip(active, go_on, strict=True) if useful]
-        status = [_judge(residual, rtol) for residual in R_norm.tolist()]
+        status = [self.judge(residual, B.dtype) for residual in R_norm.tolist()]
         return Outcome(X, status, R_norm, columns={"refinements": refinements})
-
-
-def _judge(residual: float, rtol: float) -> Status:
-    if not math.isfinite(residual):
-        return Status.NON_FINITE
-    return Status.CONVERGED if residual <= rtol else Status.BREAKDOWN
 
 
 def cholesky(A: Tensor, rounding: float = 0.0) -> tuple[Tensor, Status]:

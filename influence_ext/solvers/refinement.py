@@ -19,7 +19,7 @@ REPLACED_AT = 0.1
 
 
 def refined(
-    solver: CG, operator: CountedOperator, precondition: Callable[[Tensor], Tensor], B: Tensor, x0: Tensor | None = None
+    solver: CG, operator: CountedOperator, precondition: Callable[[Tensor], Tensor] | None, B: Tensor, x0: Tensor | None = None
 ) -> Outcome:
     r"""Solve ``A x = b`` where products with ``Ã ≈ A`` are cheap: steps of conjugate gradients on Ã, whose residual is replaced by the
     exact ``b − A x`` whenever it has fallen tenfold or to the tolerance, and whose search directions go on.
@@ -31,7 +31,7 @@ def refined(
     Args:
         solver: its ``rtol`` is what the exact residual is held to; ``max_steps`` bounds all steps.
         operator: ``Ã``; ``operator.exact`` is ``A``.
-        precondition: ``M⁻¹``.
+        precondition: ``M⁻¹``; None: without.
         B: ``[V, P]``.
         x0: ``[V, P]``, default zero.
 
@@ -59,7 +59,7 @@ def refined(
     for step in range(1, solver.max_steps + 1):
         if not left:
             break
-        z = precondition(r)
+        z = r if precondition is None else precondition(r)
         rz_new = torch.linalg.vecdot(r, z)
         p = z.clone() if step == 1 else torch.addcmul(z, p, (rz_new / rz)[:, None])
         rz = rz_new

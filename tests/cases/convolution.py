@@ -31,6 +31,11 @@ def pooled(*pools: nn.Module, channels: int = 2, dims: int = 2) -> Callable[[], 
     return lambda: nn.Sequential(kind(1, channels, 2), *pools, nn.Flatten())
 
 
+def averaged(*layers: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    """Layers of many channels, of whose outputs only means remain: Jacobians of all of them would be large."""
+    return lambda: nn.Sequential(*(layer() for layer in layers), nn.Tanh(), nn.AdaptiveAvgPool2d((2, 1)), nn.Flatten())
+
+
 def stack(*layers: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     """The layers one after the other."""
     return lambda: nn.Sequential(*(layer() for layer in layers))
@@ -60,9 +65,9 @@ class SharedKernel(nn.Module):
 class Residual(nn.Module):
     """Two branches of one input, below which there is a parameter."""
 
-    def __init__(self, *branches: nn.Module) -> None:
+    def __init__(self, *branches: nn.Module, channels: int = 2) -> None:
         super().__init__()
-        self.below = nn.Conv2d(2, 2, 1)
+        self.below = nn.Conv2d(channels, channels, 1)
         self.branches = nn.ModuleList(branches)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -184,6 +189,31 @@ CONVOLUTIONS = (
     row("lenet", "convolution", lenet, "convolutions, both kinds of pooling, linear layers", normal(1, 10, 10)),
 )  # fmt: skip
 
+# Enough channels and positions for Winograd's algorithm (takes_winograd in csrc/kernels/winograd.h).
+WINOGRAD = (
+    conv_row("winograd", averaged(lambda: nn.Conv2d(16, 16, 3, padding=1)), "whole tiles", normal(16, 8, 8), num_examples=3),
+    conv_row("winograd-edges", averaged(lambda: nn.Conv2d(20, 24, 3, padding=1)), "tiles and channels left over", normal(20, 11, 15),
+             num_examples=2),
+    conv_row("winograd-valid", averaged(lambda: nn.Conv2d(16, 16, 3)), "no padding: two zeros around the cotangent", normal(16, 10, 10),
+             num_examples=2),
+    conv_row("winograd-padding", averaged(lambda: nn.Conv2d(16, 20, 3, padding=(2, 0))), "different padding along each axis",
+             normal(16, 10, 9), num_examples=2),
+    conv_row("winograd-bands", averaged(lambda: nn.Conv2d(16, 16, 3, padding=1)), "images larger than a unit of tiles", normal(16, 40, 37),
+             num_examples=1),
+    conv_row("winograd-many", averaged(lambda: nn.Conv2d(16, 16, 3, padding=1)), "several units of images, the last smaller",
+             normal(16, 8, 8), num_examples=19),
+    conv_row("winograd-two", averaged(lambda: nn.Conv2d(16, 16, 3, padding=1), nn.ReLU, lambda: nn.Conv2d(16, 16, 3, padding=1)),
+             "both terms of the tangent, and the activation's derivative as epilogue", normal(16, 8, 8), num_examples=2),
+    conv_row("winograd-curved", averaged(lambda: nn.Conv2d(16, 16, 3, padding=1), nn.Tanh, lambda: nn.Conv2d(16, 16, 3, padding=1)),
+             "second derivatives: shared cotangents, kernels of each right-hand side", normal(16, 5, 8), num_examples=2),
+    conv_row("winograd-residual", lambda: Residual(nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1), channels=16),
+             "cotangents add up in an input", normal(16, 4, 5), num_examples=2),
+    conv_row("winograd-transposed", averaged(lambda: nn.ConvTranspose2d(16, 20, 3, padding=1)), "the transposed layer", normal(16, 8, 8),
+             num_examples=2),
+    conv_row("winograd-folded", lambda: Folded(nn.Conv2d(16, 16, 3, padding=1)), "several images an example", normal(3, 16, 4, 4),
+             num_examples=2),
+)  # fmt: skip
+
 POOLING = (
     row("max-pool2d", "max_pool", pooled(nn.MaxPool2d(2)), "the plain layer", normal(1, 5, 7)),
     row("max-pool2d-overlap", "max_pool", pooled(nn.MaxPool2d(3, 1)), "an input may win several windows", normal(1, 5, 6)),
@@ -214,4 +244,4 @@ POOLING = (
         "cotangents of several pools add up in one input", normal(1, 5, 5)),
 )  # fmt: skip
 
-CONVOLUTION = CONVOLUTIONS + POOLING
+CONVOLUTION = CONVOLUTIONS + WINOGRAD + POOLING

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from influence_ext.operators.base import CurvatureOperator, LinearOperator
-from influence_ext.solvers import CG, BlockCG, Direct, Dual, LiSSA, Solver, auto
+from influence_ext.operators.base import CurvatureOperator, KroneckerBlock, KroneckerFactors, LinearOperator, Rotation
+from influence_ext.solvers import CG, EKFAC, BlockCG, Direct, Dual, LiSSA, Neumann, Nystrom, Solver, auto
 from tests.cases import generator
 
 
@@ -51,6 +51,15 @@ class RootOperator(CurvatureOperator):
 
     def root_gram(self) -> Tensor:
         return self.U @ self.U.T
+
+    def kronecker_factors(self, num_samples: int | None = None, seed: int = 0) -> list[KroneckerFactors]:
+        """All parameters as one matrix of one row, whose factor A is G: what EKFAC is exact for."""
+        U = self.U.double()
+        return [KroneckerFactors(KroneckerBlock(0, None, 1, self.num_parameters), U.T @ U, torch.ones(1, 1, dtype=torch.float64))]
+
+    def rotated_diagonal(self, rotations: list[Rotation], num_samples: int | None = None, seed: int = 0) -> Tensor:
+        U = self.U @ rotations[0].inputs if rotations else self.U
+        return U.square().sum(dim=0)
 
     def sample(self, generator: Generator, batch_size: int) -> RootOperator:
         rows = torch.randint(self.num_roots, (batch_size,), generator=generator)
@@ -143,7 +152,11 @@ SOLVERS = [
     SolverCase("CG-jacobi", lambda _: CG(rtol=1e-11, preconditioner="jacobi"), 1e-8),
     SolverCase("CG-custom", lambda _: CG(rtol=1e-11, preconditioner=_halve), 1e-8, "scales the recurrence, not the answer"),
     SolverCase("BlockCG", lambda _: BlockCG(rtol=1e-11), 1e-8, "one search space for all columns"),
+    SolverCase("BlockCG-nystrom", lambda _: BlockCG(rtol=1e-11, preconditioner=Nystrom(5)), 1e-8, "conjugate in M⁻¹"),
+    SolverCase("CG-nystrom", lambda _: CG(rtol=1e-11, preconditioner=Nystrom(5)), 1e-8, "more directions than parameters, too"),
     SolverCase("LiSSA", lambda _: LiSSA(num_steps=10_000, rtol=1e-10), 1e-8, "full matrix, automatic scale"),
+    SolverCase("Neumann", lambda _: Neumann(num_terms=10_000, rtol=1e-10), 1e-8, "LiSSA by another name"),
+    SolverCase("EKFAC", lambda _: EKFAC(rtol=1e-5), 1e-10, "exact for one block of one row"),
     SolverCase("Direct", lambda _: Direct(), 1e-12),
     SolverCase("Dual", lambda _: Dual(), 1e-11),
     SolverCase("Dual-spectral", lambda _: Dual(spectral=True), 1e-11),

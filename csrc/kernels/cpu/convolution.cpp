@@ -1,12 +1,9 @@
-// Products: a sum over channels and taps of broadcast weight times vector of positions, read from the padded copy (convolution_geometry.h), in
-// register tiles of up to 12 channels by 2 vectors, or fewer channels by more vectors (depthwise: 1 by 8).
+// Products, where they are not Winograd's: a sum over channels and taps of broadcast weight times vector of positions, read from the padded copy
+// (convolution_geometry.h), in register tiles of up to 12 channels by 2 vectors, or fewer channels by more vectors (depthwise: 1 by 8).
 #include "kernels/convolution.h"
 
 #include "kernels/cpu/convolution_geometry.h"
-
-#if INFL_VECTOR_BYTES == 64
-#include <immintrin.h>
-#endif
+#include "kernels/cpu/winograd.h"
 
 namespace infl {
 namespace INFL_ISA {
@@ -17,38 +14,11 @@ constexpr int kSums = INFL_VECTOR_BYTES == 64 ? 24 : 12;  // accumulators of a r
 constexpr int64_t kRun = 512;                             // terms summed in registers before they are added up
 constexpr int64_t kBlockBytes = 24 << 10;                 // input of the lines handled together: stays in the first-level cache
 
-#if INFL_VECTOR_BYTES == 64
-inline Vec<float> load_lanes(const float* p, int64_t lanes) {
-  return reinterpret_cast<Vec<float>>(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << lanes) - 1), p));
-}
-inline Vec<double> load_lanes(const double* p, int64_t lanes) {
-  return reinterpret_cast<Vec<double>>(_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << lanes) - 1), p));
-}
-inline void store_lanes(float* p, Vec<float> v, int64_t lanes) {
-  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << lanes) - 1), reinterpret_cast<__m512>(v));
-}
-inline void store_lanes(double* p, Vec<double> v, int64_t lanes) {
-  _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << lanes) - 1), reinterpret_cast<__m512d>(v));
-}
-#else
-template <class T>
-inline Vec<T> load_lanes(const T* p, int64_t lanes) {
-  T buffer[kLanes<T>] = {};
-  for (int64_t i = 0; i < lanes; ++i) buffer[i] = p[i];
-  return load(buffer);
-}
-template <class T>
-inline void store_lanes(T* p, Vec<T> v, int64_t lanes) {
-  T buffer[kLanes<T>];
-  store(buffer, v);
-  for (int64_t i = 0; i < lanes; ++i) p[i] = buffer[i];
-}
-#endif
-
 // ---- Packed weights: [phase][group][block of rows][inner channel][tap of the phase][height] ------------------------------------------------
 
 template <class T>
 void convolution_pack(const Context& ctx, const Convolution& conv, bool up, int64_t num, const T* w, int64_t w_batch, T* packed) {
+  if (takes_winograd(conv)) return winograd_pack(ctx, conv, up, num, w, w_batch, packed);
   const Geometry<T> geometry(conv, up);
   const int64_t rows = geometry.out_channels / conv.groups, inner = geometry.in_channels / conv.groups, taps = conv.taps();
   const int64_t x_channels = conv.x_channels / conv.groups, y_channels = conv.y_channels / conv.groups;
@@ -342,6 +312,7 @@ struct Product {
 
 template <class T>
 void convolution_product(const Context& ctx, const Convolution& conv, const ConvolutionProduct<T>& p) {
+  if (takes_winograd(conv) && (p.terms[0].in || p.terms[1].in)) return winograd_product(ctx, conv, p);
   const Geometry<T> geometry(conv, p.up);
   ConvolutionTerm<T> terms[2];
   int num_terms = 0;
@@ -379,11 +350,13 @@ void convolution_product(const Context& ctx, const Convolution& conv, const Conv
 template <class T>
 void convolution_prepared_size(const Context&, const Convolution& conv, int64_t* size) {
   constexpr int64_t kLine = 64 / sizeof(T);
-  *size = std::max(Geometry<T>(conv, false).prepared(), ceil_div(conv.x_channels * conv.x_plane(), kLine) * kLine);
+  *size = std::max(takes_winograd(conv) ? winograd_prepared_size(conv) : Geometry<T>(conv, false).prepared(),
+                   ceil_div(conv.x_channels * conv.x_plane(), kLine) * kLine);
 }
 
 template <class T>
 void convolution_prepare(const Context& ctx, const Convolution& conv, int64_t n, const T* x, int64_t size, T* prepared) {
+  if (takes_winograd(conv)) return winograd_prepare(ctx, conv, n, x, size, prepared);
   const Geometry<T> geometry(conv, false);
   const int64_t in_width = geometry.in_channels * geometry.in_plane;
   const int threads = threads_for(ctx, n * geometry.padded);

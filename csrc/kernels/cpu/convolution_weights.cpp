@@ -3,6 +3,7 @@
 #include "kernels/convolution_weights.h"
 
 #include "kernels/cpu/convolution_geometry.h"
+#include "kernels/cpu/winograd.h"
 
 namespace infl {
 namespace INFL_ISA {
@@ -135,6 +136,9 @@ struct Lines {
 template <class T>
 void convolution_weights(const Context& ctx, const Convolution& conv, int64_t V, int64_t n, const T* x, int64_t x_batch, int64_t prepared, const T* y,
                          int64_t y_batch, int64_t images, T* out, int64_t out_batch, int64_t out_example) {
+  if (takes_winograd(conv)) {
+    return winograd_weights(ctx, conv, V, n, x, x_batch, prepared, y, y_batch, images, out, out_batch, out_example);
+  }
   const Geometry<T> geometry(conv, false);
   const Phase& phase = geometry.phases[0];
   const Lines<T> lines(geometry, phase.count);

@@ -14,6 +14,7 @@
 
 #include "kernels/cpu/bfloat16.h"
 #include "kernels/cpu/parallel.h"
+#include "kernels/cpu/transpose.h"
 #include "kernels/gemm.h"
 
 namespace infl {
@@ -53,29 +54,14 @@ T* scratch(int64_t size, int which) {
   return buffer.data() + (((address + 63) & ~uintptr_t{63}) - address) / sizeof(T);
 }
 
-// out[j][i] = in[i][j] for a square of one vector's lanes: interleaving rows i and i + L / 2, log2(L) times.
+// out[j][i] = in[i][j] for a square of one vector's lanes.
 template <class T>
 inline __attribute__((always_inline)) void transpose_square(const T* in, int64_t in_stride, T* out, int64_t out_stride) {
   constexpr int L = kLanes<T>;
-  using Mask = decltype(Vec<T>{} < Vec<T>{});  // integers of the lanes' size
-  Mask low, high;
-  for (int i = 0; i < L; ++i) {
-    low[i] = i / 2 + (i % 2) * L;
-    high[i] = low[i] + L / 2;
-  }
-  Vec<T> rows[L], mixed[L];
+  Vec<T> rows[L];
 #pragma GCC unroll 16
   for (int i = 0; i < L; ++i) rows[i] = load(in + i * in_stride);
-#pragma GCC unroll 4
-  for (int stage = 1; stage < L; stage *= 2) {
-#pragma GCC unroll 8
-    for (int i = 0; i < L / 2; ++i) {
-      mixed[2 * i] = __builtin_shuffle(rows[i], rows[i + L / 2], low);
-      mixed[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + L / 2], high);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < L; ++i) rows[i] = mixed[i];
-  }
+  transpose_square<T>(rows);
 #pragma GCC unroll 16
   for (int i = 0; i < L; ++i) store(out + i * out_stride, rows[i]);
 }

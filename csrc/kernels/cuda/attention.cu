@@ -11,7 +11,8 @@
 //
 // Operations for each element of P and right-hand side: jvp 4 E + 4 F, g_q and g_k 2 E + 2 F, g_v 2 F. A block takes two right-hand sides together:
 // they share P (2 E operations where it is computed, 4 bytes where it is read) and o (2 F); all others of them find q, k and v in the second-level
-// cache.
+// cache. The products run in registers or on tensor cores, as the precision says (attention_products.h), and all else in float32 or float64: only
+// factors of products are rounded. Five tiles of 16 sums a thread leave room for one block of eight warps on a processor.
 #include "kernels/attention.h"
 
 #include "kernels/cuda/attention_cotangents.h"
@@ -24,10 +25,10 @@ namespace {
 
 // ---- Outputs and tangents --------------------------------------------------------------------------------------------------------------------
 
-template <class T, int kSides>
+template <class Tile, int kSides, class T = typename Tile::Value>
 __global__ void __launch_bounds__(kThreads) tangents_kernel(const Attention<T> a, const AttentionTangents<T> t, const RowSum<T>* sums, T* t_o) {
   INFL_DYNAMIC_SHARED(T, shared);
-  T *p_tile = tile_at(shared, 0), *t_tile = tile_at(shared, 1);
+  auto *p_tile = tile_at<Tile>(shared, 0), *t_tile = tile_at<Tile>(shared, 1);
   Grid grid;
   Scores b{};
   const int64_t v0 = grid.next((a.V + kSides - 1) / kSides) * kSides, f0 = grid.next((a.F + kBlock - 1) / kBlock) * kBlock;
@@ -35,27 +36,28 @@ __global__ void __launch_bounds__(kThreads) tangents_kernel(const Attention<T> a
   b.head = grid.next(a.heads);
   b.n = grid.rest;
   const bool moves = scores_move(t);
-  Tile<T> o, out[kSides];
-  T dot[kSides][Tile<T>::kTileCols] = {};
+  Tile o, out[kSides];
+  T dot[kSides][Tile::kTileCols] = {};
   o.clear();
   INFL_UNROLL(2)
   for (int side = 0; side < kSides; ++side) out[side].clear();
   for (; b.s0 < end_of_keys(a, b.l0); b.s0 += kBlock) {
-    Tile<T> s;
-    probabilities<true>(a, b, sums, s, shared);
-    put(s, p_tile);
+    Tile p;
+    probabilities<true>(a, b, sums, p, shared);
+    put(p, p_tile);
     if (moves) multiply_tile(o, p_tile, values(a, a.v, b.n, b), f0, a.F, shared);
     INFL_UNROLL(2)
     for (int side = 0; side < kSides; ++side) {
       const int64_t v = v0 + side, e = v * a.n + b.n;
       if (v >= a.V) continue;
       if (moves) {
+        Tile s;
         score_tangents<true>(a, t, b, v, s, shared);
         INFL_UNROLL(4)
-        for (int j = 0; j < Tile<T>::kTileCols; ++j) {
+        for (int j = 0; j < Tile::kTileCols; ++j) {
           INFL_UNROLL(4)
-          for (int i = 0; i < Tile<T>::kTileRows; ++i) {
-            s.sum[i][j] *= p_tile[Tile<T>::row(i) * kPitch<T> + Tile<T>::col(j)];  // written by this thread
+          for (int i = 0; i < Tile::kTileRows; ++i) {
+            s.sum[i][j] *= p.sum[i][j];
             dot[side][j] += s.sum[i][j];
           }
         }
@@ -66,23 +68,23 @@ __global__ void __launch_bounds__(kThreads) tangents_kernel(const Attention<T> a
     }
   }
   // d: the threads that share a query add up what each has met of it.
-  constexpr int kSharing = kThreads / Tile<T>::kAcross;
+  static_assert(Tile::kDown * kBlock * sizeof(T) <= shared_bytes<Tile>(0));
   INFL_UNROLL(2)
   for (int side = 0; side < kSides; ++side) {
     const int64_t v = v0 + side;
     __syncthreads();
     INFL_UNROLL(4)
-    for (int j = 0; j < Tile<T>::kTileCols; ++j) t_tile[threadIdx.x / Tile<T>::kAcross * kBlock + Tile<T>::col(j)] = dot[side][j];
+    for (int j = 0; j < Tile::kTileCols; ++j) shared[Tile::down() * kBlock + Tile::col(j)] = dot[side][j];
     __syncthreads();
     if (v >= a.V) continue;
     INFL_UNROLL(4)
-    for (int i = 0; i < Tile<T>::kTileRows; ++i) {
+    for (int i = 0; i < Tile::kTileRows; ++i) {
       T d = 0;
-      for (int k = 0; k < kSharing; ++k) d += t_tile[k * kBlock + Tile<T>::row(i)];
-      const int64_t query = b.l0 + Tile<T>::row(i);
+      for (int k = 0; k < Tile::kDown; ++k) d += shared[k * kBlock + Tile::row(i)];
+      const int64_t query = b.l0 + Tile::row(i);
       INFL_UNROLL(4)
-      for (int j = 0; j < Tile<T>::kTileCols; ++j) {
-        const int64_t f = f0 + Tile<T>::col(j);
+      for (int j = 0; j < Tile::kTileCols; ++j) {
+        const int64_t f = f0 + Tile::col(j);
         if (query >= a.L || f >= a.F) continue;
         t_o[(v * a.n + b.n) * a.o_at.example + b.head * a.o_at.head + query * a.o_at.row + f] = out[side].sum[i][j] - d * o.sum[i][j];
       }
@@ -92,18 +94,18 @@ __global__ void __launch_bounds__(kThreads) tangents_kernel(const Attention<T> a
 
 // ---- Cotangents ------------------------------------------------------------------------------------------------------------------------------
 
-template <class T, Wanted kWanted, int kSides>
+template <class Tile, Wanted kWanted, int kSides, class T = typename Tile::Value>
 __global__ void __launch_bounds__(kThreads)
     cotangents_kernel(const Attention<T> a, const T* g_o, const RowSum<T>* sums, const T* dots, T* to, bool accumulate) {
   INFL_DYNAMIC_SHARED(T, shared);
   constexpr bool kKeysFirst = kWanted == Wanted::query;
-  T* tile = tile_at(shared, 0);
+  auto* tile = tile_at<Tile>(shared, 0);
   const Part<T, kWanted> part(a, kSides);
-  Tile<T> sum[kSides];
+  Tile sum[kSides];
   INFL_UNROLL(2)
   for (int side = 0; side < kSides; ++side) sum[side].clear();
   walk<kWanted>(a, part.n, part.head, part.row0, [&](const Scores& b) {
-    Tile<T> p;
+    Tile p;
     probabilities<kKeysFirst>(a, b, sums, p, shared);
     if (kWanted == Wanted::value) put(p, tile);
     INFL_UNROLL(2)
@@ -113,7 +115,7 @@ __global__ void __launch_bounds__(kThreads)
       if constexpr (kWanted == Wanted::value) {
         multiply_tile(sum[side], tile, outputs(a, g_o, v * a.n + b.n, b), part.col0, part.width, shared);
       } else {
-        Tile<T> g;
+        Tile g;
         centred_cotangents<kKeysFirst>(a, b, v, g_o, dots, g, shared);
         weigh(g, p);
         put(g, tile);
@@ -133,8 +135,9 @@ struct ScoreCotangents {
   const T* g_o;
   const RowSum<T>* sums;
   const T* dots;
-  __device__ void operator()(const Attention<T>& a, const Scores& b, int64_t v, Tile<T>& g, T* shared) const {
-    Tile<T> p;
+  template <class Tile>
+  __device__ void operator()(const Attention<T>& a, const Scores& b, int64_t v, Tile& g, T* shared) const {
+    Tile p;
     probabilities<false>(a, b, sums, p, shared);
     centred_cotangents<false>(a, b, v, g_o, dots, g, shared);
     weigh(g, p);
@@ -148,41 +151,49 @@ void attention_forward(const Context& ctx, const Attention<T>& given, T* o) {
   if (given.n == 0) return;
   Attention<T> a = given;
   a.p = nullptr;  // to be computed
-  const Buffer<RowSum<T>> sums = row_sums(ctx, a);
-  start(ctx, "attention_forward", &outputs_kernel<T>, blocks_of(a, a.heads, a.L, a.F), 1, a, sums.data(), given.p, a.o_at, o);
+  with_tile<T>(ctx, [&]<class Tile>() {
+    const Buffer<RowSum<T>> sums = row_sums<Tile>(ctx, a);
+    start<Tile>(ctx, "attention_forward", &outputs_kernel<Tile>, blocks_of(a, a.heads, a.L, a.F), 1, a, sums.data(), given.p, a.o_at, o);
+  });
 }
 
 template <class T>
 void attention_jvp(const Context& ctx, const Attention<T>& a, const AttentionTangents<T>& t, T* t_o) {
   if (a.n == 0 || a.V == 0) return;
-  const Buffer<RowSum<T>> sums = a.p ? Buffer<RowSum<T>>() : row_sums(ctx, a);
-  const int64_t blocks = blocks_of(a, a.heads, a.L, a.F);
-  if (a.V == 1) return start(ctx, "attention_jvp", &tangents_kernel<T, 1>, blocks, 2, a, t, sums.data(), t_o);
-  start(ctx, "attention_jvp", &tangents_kernel<T, kShared>, blocks * ceil_div(a.V, kShared), 2, a, t, sums.data(), t_o);
+  constexpr const char* kWho = "attention_jvp";
+  with_tile<T>(ctx, [&]<class Tile>() {
+    const Buffer<RowSum<T>> sums = a.p ? Buffer<RowSum<T>>() : row_sums<Tile>(ctx, a);
+    const int64_t blocks = blocks_of(a, a.heads, a.L, a.F);
+    if (a.V == 1) return start<Tile>(ctx, kWho, &tangents_kernel<Tile, 1>, blocks, 2, a, t, sums.data(), t_o);
+    start<Tile>(ctx, kWho, &tangents_kernel<Tile, kShared>, blocks * ceil_div(a.V, kShared), 2, a, t, sums.data(), t_o);
+  });
 }
 
-template <class T, Wanted kWanted>
+template <class Tile, Wanted kWanted, class T>
 void cotangents(const Context& ctx, const Attention<T>& a, const T* g_o, const RowSum<T>* sums, const T* dots, T* to, bool accumulate) {
   if (to == nullptr) return;
   const int64_t width = kWanted == Wanted::value ? a.F : a.E, rows = kWanted == Wanted::query ? a.L : a.S;
   const int64_t blocks = blocks_of(a, kWanted == Wanted::query ? a.heads : a.key_heads, rows, width);
-  if (a.V == 1) return start(ctx, "attention_vjp", &cotangents_kernel<T, kWanted, 1>, blocks, 1, a, g_o, sums, dots, to, accumulate);
-  start(ctx, "attention_vjp", &cotangents_kernel<T, kWanted, kShared>, blocks * ceil_div(a.V, kShared), 1, a, g_o, sums, dots, to, accumulate);
+  constexpr const char* kWho = "attention_vjp";
+  if (a.V == 1) return start<Tile>(ctx, kWho, &cotangents_kernel<Tile, kWanted, 1>, blocks, 1, a, g_o, sums, dots, to, accumulate);
+  start<Tile>(ctx, kWho, &cotangents_kernel<Tile, kWanted, kShared>, blocks * ceil_div(a.V, kShared), 1, a, g_o, sums, dots, to, accumulate);
 }
 
 template <class T>
 void attention_vjp(const Context& ctx, const Attention<T>& a, const T* g_o, const AttentionCotangents<T>& g) {
   if (a.n == 0 || a.V == 0) return;
-  const Buffer<RowSum<T>> sums = a.p ? Buffer<RowSum<T>>() : row_sums(ctx, a);
-  cotangents<T, Wanted::value>(ctx, a, g_o, sums.data(), nullptr, g.v, g.accumulate);
-  if (g.q == nullptr && g.k == nullptr && g.mask == nullptr) return;
-  const Buffer<T> dots = row_dots(ctx, a, a.V, g_o, sums.data());
-  cotangents<T, Wanted::query>(ctx, a, g_o, sums.data(), dots.data(), g.q, g.accumulate);
-  cotangents<T, Wanted::key>(ctx, a, g_o, sums.data(), dots.data(), g.k, g.accumulate);
-  if (g.mask && !g.accumulate) {
-    copy_rows_stub<T>(ctx, a.V, g.mask_example ? a.n * g.mask_example : g.mask_size, nullptr, 0, g.mask, g.mask_stride, false);
-  }
-  add_to_mask(ctx, "attention_vjp", a, ScoreCotangents<T>{g_o, sums.data(), dots.data()}, g);
+  with_tile<T>(ctx, [&]<class Tile>() {
+    const Buffer<RowSum<T>> sums = a.p ? Buffer<RowSum<T>>() : row_sums<Tile>(ctx, a);
+    cotangents<Tile, Wanted::value>(ctx, a, g_o, sums.data(), static_cast<const T*>(nullptr), g.v, g.accumulate);
+    if (g.q == nullptr && g.k == nullptr && g.mask == nullptr) return;
+    const Buffer<T> dots = row_dots<Tile>(ctx, a, a.V, g_o, sums.data());
+    cotangents<Tile, Wanted::query>(ctx, a, g_o, sums.data(), dots.data(), g.q, g.accumulate);
+    cotangents<Tile, Wanted::key>(ctx, a, g_o, sums.data(), dots.data(), g.k, g.accumulate);
+    if (g.mask && !g.accumulate) {
+      copy_rows_stub<T>(ctx, a.V, g.mask_example ? a.n * g.mask_example : g.mask_size, nullptr, 0, g.mask, g.mask_stride, false);
+    }
+    add_to_mask<Tile>(ctx, "attention_vjp", a, ScoreCotangents<T>{g_o, sums.data(), dots.data()}, g);
+  });
 }
 
 INFL_REGISTER_CUDA(attention_forward_stub, attention_forward)

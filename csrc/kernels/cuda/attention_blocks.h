@@ -1,122 +1,25 @@
-// What the attention kernels are made of: products of 64 rows by 64 rows and of 64 by 64 scores by 64 columns, scores that are masked, and blocks of
-// P, of its tangents and of its cotangents.
+// What the attention kernels are made of: scores that are masked, and blocks of P, of its tangents and of its cotangents.
 #pragma once
 
 #include <limits>
 
 #include "kernels/attention.h"
-#include "kernels/cuda/tile.h"
+#include "kernels/cuda/attention_products.h"
 #include "math/exp.h"
 
 namespace infl::cuda {
 namespace {
 
-constexpr int kBlock = 64, kStep = 16, kThreads = 256, kShared = 2;  // kShared: right-hand sides of a block of threads
-constexpr int kEach = kBlock * kStep / kThreads;
-
-template <class T>
-using Tile = RegisterTile<T, kBlock, kBlock, 4, 4>;
-template <class T>
-constexpr int kPitch = kBlock + kVectorWidth<T>;  // of panels and tiles in shared memory
+constexpr int kShared = 2;  // right-hand sides of a block of threads
 
 // The score of a hidden key.
 template <class T>
 constexpr T kHidden = -std::numeric_limits<T>::infinity();
 
-static_assert(Tile<float>::kThreads == kThreads && Tile<double>::kThreads == kThreads);
-
-// Elements of shared memory: two panels for what is multiplied next, and some tiles of scores.
-template <class T>
-size_t shared_bytes(int tiles) {
-  return static_cast<size_t>(2 * kStep + tiles * kBlock) * kPitch<T> * sizeof(T);
-}
-
-template <class T>
-__device__ T* tile_at(T* shared, int tile) {
-  return shared + (2 * kStep + tile * kBlock) * kPitch<T>;
-}
-
-// Rows of a matrix, `step` apart, their features contiguous; beyond `count` they are zeros.
-template <class T>
-struct Rows {
-  const T* data;
-  int64_t step;
-  int64_t count;
-};
-
 // Up to 64 rows from row `first` of one head.
 template <class T>
 __device__ Rows<T> rows_of(const T* data, const HeadStrides& at, int64_t example, int64_t head, int64_t first, int64_t all) {
   return {data + example * at.example + head * at.head + first * at.row, at.row, all - first};
-}
-
-// sum[i][j] += left_i · right_j over K features.
-template <class T>
-__device__ void multiply_rows(Tile<T>& sum, const Rows<T>& left, const Rows<T>& right, int64_t K, T* shared) {
-  T *a = shared, *b = shared + kStep * kPitch<T>;
-  T next_a[kEach], next_b[kEach];
-  const int k = static_cast<int>(threadIdx.x) % kStep, row = static_cast<int>(threadIdx.x) / kStep;
-  const auto fetch = [&](int64_t k0) {
-    INFL_UNROLL(4)
-    for (int i = 0; i < kEach; ++i) {
-      const int64_t r = row + i * (kThreads / kStep);
-      next_a[i] = r < left.count && k0 + k < K ? left.data[r * left.step + k0 + k] : T(0);
-      next_b[i] = r < right.count && k0 + k < K ? right.data[r * right.step + k0 + k] : T(0);
-    }
-  };
-  fetch(0);
-  for (int64_t k0 = 0; k0 < K; k0 += kStep) {
-    __syncthreads();
-    INFL_UNROLL(4)
-    for (int i = 0; i < kEach; ++i) {
-      a[k * kPitch<T> + row + i * (kThreads / kStep)] = next_a[i];
-      b[k * kPitch<T> + row + i * (kThreads / kStep)] = next_b[i];
-    }
-    __syncthreads();
-    if (k0 + kStep < K) fetch(k0 + kStep);
-    sum.template add<kStep>(a, kPitch<T>, b, kPitch<T>);
-  }
-}
-
-// sum[i][j] += Σ_k tile[k][i] right_k[col0 + j]
-template <class T>
-__device__ void multiply_tile(Tile<T>& sum, const T* tile, const Rows<T>& right, int64_t col0, int64_t cols, T* shared) {
-  T next[kEach];
-  const int col = static_cast<int>(threadIdx.x) % kBlock, line = static_cast<int>(threadIdx.x) / kBlock;
-  const auto fetch = [&](int k0) {
-    INFL_UNROLL(4)
-    for (int i = 0; i < kEach; ++i) {
-      const int64_t k = k0 + line + i * (kThreads / kBlock);
-      next[i] = k < right.count && col0 + col < cols ? right.data[k * right.step + col0 + col] : T(0);
-    }
-  };
-  const int count = right.count < kBlock ? static_cast<int>(right.count) : kBlock;
-  fetch(0);
-  for (int k0 = 0; k0 < count; k0 += kStep) {
-    __syncthreads();
-    INFL_UNROLL(4)
-    for (int i = 0; i < kEach; ++i) shared[(line + i * (kThreads / kBlock)) * kPitch<T> + col] = next[i];
-    __syncthreads();
-    if (k0 + kStep < count) fetch(k0 + kStep);
-    sum.template add<kStep>(tile + k0 * kPitch<T>, kPitch<T>, shared, kPitch<T>);
-  }
-}
-
-// The tile's rows to shared memory, once nobody reads what was there. Whoever reads them waits for the panel that it multiplies them with.
-template <class T>
-__device__ void put(const Tile<T>& tile, T* to) {
-  constexpr int W = Tile<T>::kWidth;
-  __syncthreads();
-  INFL_UNROLL(4)
-  for (int i = 0; i < Tile<T>::kTileRows; ++i) {
-    INFL_UNROLL(4)
-    for (int j = 0; j < Tile<T>::kTileCols; j += W) {
-      Vector<T, W> value;
-      INFL_UNROLL(4)
-      for (int k = 0; k < W; ++k) value.v[k] = tile.sum[i][j + k];
-      store<W>(to + Tile<T>::row(i) * kPitch<T> + Tile<T>::col(j), value);
-    }
-  }
 }
 
 // A block of scores.
@@ -174,8 +77,8 @@ struct RowSum {
 };
 
 // P of a block, keys along the tile's rows (kKeysFirst) or along its columns. `sums` [n, heads, L] where P is not kept.
-template <bool kKeysFirst, class T>
-__device__ void probabilities(const Attention<T>& a, const Scores& b, const RowSum<T>* sums, Tile<T>& p, T* shared) {
+template <bool kKeysFirst, class Tile, class T>
+__device__ void probabilities(const Attention<T>& a, const Scores& b, const RowSum<T>* sums, Tile& p, T* shared) {
   p.clear();
   if (a.p == nullptr) {
     const Rows<T> q = queries(a, a.q, b.n, b), k = keys(a, a.k, b.n, b);
@@ -183,10 +86,10 @@ __device__ void probabilities(const Attention<T>& a, const Scores& b, const RowS
   }
   const int64_t line = (b.n * a.heads + b.head) * a.L;
   INFL_UNROLL(4)
-  for (int i = 0; i < Tile<T>::kTileRows; ++i) {
+  for (int i = 0; i < Tile::kTileRows; ++i) {
     INFL_UNROLL(4)
-    for (int j = 0; j < Tile<T>::kTileCols; ++j) {
-      const int64_t query = b.l0 + (kKeysFirst ? Tile<T>::col(j) : Tile<T>::row(i)), key = b.s0 + (kKeysFirst ? Tile<T>::row(i) : Tile<T>::col(j));
+    for (int j = 0; j < Tile::kTileCols; ++j) {
+      const int64_t query = b.l0 + (kKeysFirst ? Tile::col(j) : Tile::row(i)), key = b.s0 + (kKeysFirst ? Tile::row(i) : Tile::col(j));
       T& value = p.sum[i][j];
       if (!sees(a, query, key)) {
         value = T(0);
@@ -216,8 +119,8 @@ __host__ __device__ bool scores_move(const AttentionTangents<T>& t) {
 }
 
 // t_S of a block for right-hand side v; anything where a query does not see a key.
-template <bool kKeysFirst, class T>
-__device__ void score_tangents(const Attention<T>& a, const AttentionTangents<T>& t, const Scores& b, int64_t v, Tile<T>& s, T* shared) {
+template <bool kKeysFirst, class Tile, class T>
+__device__ void score_tangents(const Attention<T>& a, const AttentionTangents<T>& t, const Scores& b, int64_t v, Tile& s, T* shared) {
   const int64_t e = v * a.n + b.n;
   s.clear();
   if (t.q) {
@@ -230,10 +133,10 @@ __device__ void score_tangents(const Attention<T>& a, const AttentionTangents<T>
   }
   const T* mask = t.mask ? t.mask + v * t.mask_stride + b.n * a.mask_at.example + a.mask_at.offsets[b.head] : nullptr;
   INFL_UNROLL(4)
-  for (int i = 0; i < Tile<T>::kTileRows; ++i) {
+  for (int i = 0; i < Tile::kTileRows; ++i) {
     INFL_UNROLL(4)
-    for (int j = 0; j < Tile<T>::kTileCols; ++j) {
-      const int64_t query = b.l0 + (kKeysFirst ? Tile<T>::col(j) : Tile<T>::row(i)), key = b.s0 + (kKeysFirst ? Tile<T>::row(i) : Tile<T>::col(j));
+    for (int j = 0; j < Tile::kTileCols; ++j) {
+      const int64_t query = b.l0 + (kKeysFirst ? Tile::col(j) : Tile::row(i)), key = b.s0 + (kKeysFirst ? Tile::row(i) : Tile::col(j));
       s.sum[i][j] *= a.scale;
       if (mask && sees(a, query, key)) s.sum[i][j] += mask[query * a.mask_at.row + key * a.mask_at.col];
     }
@@ -241,29 +144,29 @@ __device__ void score_tangents(const Attention<T>& a, const AttentionTangents<T>
 }
 
 // c = g_P − rowsum(P ∘ g_P) = g_o vᵀ − dots, for one right-hand side; g_S without the scale is P ∘ c.
-template <bool kKeysFirst, class T>
-__device__ void centred_cotangents(const Attention<T>& a, const Scores& b, int64_t v, const T* g_o, const T* dots, Tile<T>& g, T* shared) {
+template <bool kKeysFirst, class Tile, class T>
+__device__ void centred_cotangents(const Attention<T>& a, const Scores& b, int64_t v, const T* g_o, const T* dots, Tile& g, T* shared) {
   const Rows<T> from = outputs(a, g_o, v * a.n + b.n, b), to = values(a, a.v, b.n, b);
   g.clear();
   multiply_rows(g, kKeysFirst ? to : from, kKeysFirst ? from : to, a.F, shared);
   const T* line = dots + ((v * a.n + b.n) * a.heads + b.head) * a.L;
   INFL_UNROLL(4)
-  for (int i = 0; i < Tile<T>::kTileRows; ++i) {
+  for (int i = 0; i < Tile::kTileRows; ++i) {
     INFL_UNROLL(4)
-    for (int j = 0; j < Tile<T>::kTileCols; ++j) {
-      const int64_t query = b.l0 + (kKeysFirst ? Tile<T>::col(j) : Tile<T>::row(i));
+    for (int j = 0; j < Tile::kTileCols; ++j) {
+      const int64_t query = b.l0 + (kKeysFirst ? Tile::col(j) : Tile::row(i));
       g.sum[i][j] = query < a.L ? g.sum[i][j] - line[query] : T(0);
     }
   }
 }
 
 // tile ← tile ∘ p
-template <class T>
-__device__ void weigh(Tile<T>& tile, const Tile<T>& p) {
+template <class Tile>
+__device__ void weigh(Tile& tile, const Tile& p) {
   INFL_UNROLL(4)
-  for (int i = 0; i < Tile<T>::kTileRows; ++i) {
+  for (int i = 0; i < Tile::kTileRows; ++i) {
     INFL_UNROLL(4)
-    for (int j = 0; j < Tile<T>::kTileCols; ++j) tile.sum[i][j] *= p.sum[i][j];
+    for (int j = 0; j < Tile::kTileCols; ++j) tile.sum[i][j] *= p.sum[i][j];
   }
 }
 
@@ -274,10 +177,10 @@ int64_t blocks_of(const Attention<T>& a, int64_t heads, int64_t rows, int64_t wi
   return a.n * heads * ceil_div(rows, kBlock) * ceil_div(width, kBlock);
 }
 
-template <class T, class... Parameters, class... Arguments>
+template <class Tile, class T, class... Parameters, class... Arguments>
 void start(const Context& ctx, const char* who, void (*kernel)(Parameters...), int64_t blocks, int tiles, const Attention<T>& a,
            Arguments... arguments) {
-  launch(ctx, who, kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), shared_bytes<T>(tiles), a, arguments...);
+  launch(ctx, who, kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), shared_bytes<Tile>(tiles), a, arguments...);
 }
 
 }  // namespace

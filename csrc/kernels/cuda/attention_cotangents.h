@@ -47,13 +47,14 @@ struct Part {
     n = grid.rest;
   }
 
-  __device__ void write(const Attention<T>& a, int64_t v, const Tile<T>& sum, T* to, bool accumulate) const {
+  template <class Tile>
+  __device__ void write(const Attention<T>& a, int64_t v, const Tile& sum, T* to, bool accumulate) const {
     const T factor = kWanted == Wanted::value ? T(1) : a.scale;
     INFL_UNROLL(4)
-    for (int i = 0; i < Tile<T>::kTileRows; ++i) {
+    for (int i = 0; i < Tile::kTileRows; ++i) {
       INFL_UNROLL(4)
-      for (int j = 0; j < Tile<T>::kTileCols; ++j) {
-        const int64_t row = row0 + Tile<T>::row(i), col = col0 + Tile<T>::col(j);
+      for (int j = 0; j < Tile::kTileCols; ++j) {
+        const int64_t row = row0 + Tile::row(i), col = col0 + Tile::col(j);
         if (row >= count || col >= width) continue;
         T& out = to[(v * a.n + n) * at.example + head * at.head + row * at.row + col];
         out = factor * sum.sum[i][j] + (accumulate ? out : T(0));
@@ -64,7 +65,7 @@ struct Part {
 
 // Adds to the mask's elements of a head and a block of queries and keys; where the mask has no such axis, of all heads of the same offset, of all
 // queries, keys or examples, one after the other.
-template <class T, class Source>
+template <class Tile, class Source, class T = typename Tile::Value>
 __global__ void __launch_bounds__(kThreads) mask_kernel(const Attention<T> a, const Source source, const AttentionCotangents<T> g) {
   INFL_DYNAMIC_SHARED(T, shared);
   const bool has_rows = a.mask_at.row != 0, has_cols = a.mask_at.col != 0, has_examples = g.mask_example != 0;
@@ -76,7 +77,7 @@ __global__ void __launch_bounds__(kThreads) mask_kernel(const Attention<T> a, co
   for (int64_t head = 0; head < first; ++head) {
     if (offsets[head] == offsets[first]) return;  // an earlier block's
   }
-  Tile<T> sum;
+  Tile sum;
   sum.clear();
   Scores b{};
   for (b.n = n_begin; b.n < n_end; ++b.n) {
@@ -84,19 +85,25 @@ __global__ void __launch_bounds__(kThreads) mask_kernel(const Attention<T> a, co
       if (offsets[b.head] != offsets[first]) continue;
       for (b.l0 = l_begin; b.l0 < l_end; b.l0 += kBlock) {
         for (b.s0 = s_begin; b.s0 < s_end && b.s0 < end_of_keys(a, b.l0); b.s0 += kBlock) {
-          Tile<T> own;
+          Tile own;
           source(a, b, v, own, shared);
           INFL_UNROLL(4)
-          for (int i = 0; i < Tile<T>::kTileRows; ++i) {
+          for (int i = 0; i < Tile::kTileRows; ++i) {
             INFL_UNROLL(4)
-            for (int j = 0; j < Tile<T>::kTileCols; ++j) sum.sum[i][j] += own.sum[i][j];
+            for (int j = 0; j < Tile::kTileCols; ++j) sum.sum[i][j] += own.sum[i][j];
           }
         }
       }
     }
   }
-  T* tile = tile_at(shared, 0);
-  put(sum, tile);
+  constexpr int kPitch = kBlock + 1;
+  static_assert(kBlock * kPitch * sizeof(T) <= shared_bytes<Tile>(1));
+  __syncthreads();
+  INFL_UNROLL(4)
+  for (int i = 0; i < Tile::kTileRows; ++i) {
+    INFL_UNROLL(4)
+    for (int j = 0; j < Tile::kTileCols; ++j) shared[Tile::row(i) * kPitch + Tile::col(j)] = sum.sum[i][j];
+  }
   __syncthreads();
   T* to = g.mask + v * g.mask_stride + (has_examples ? n_begin * g.mask_example : 0) + offsets[first];
   const int rows = has_rows ? 1 : kBlock, cols = has_cols ? 1 : kBlock;  // of the tile that meet in one element
@@ -106,18 +113,18 @@ __global__ void __launch_bounds__(kThreads) mask_kernel(const Attention<T> a, co
     if (has_cols && s_begin + col >= a.S) continue;
     T total = 0;
     for (int i = row; i < row + rows; ++i) {
-      for (int j = col; j < col + cols; ++j) total += tile[i * kPitch<T> + j];
+      for (int j = col; j < col + cols; ++j) total += shared[i * kPitch + j];
     }
     to[(l_begin + row) * a.mask_at.row + (s_begin + col) * a.mask_at.col] += total;
   }
 }
 
-template <class T, class Source>
+template <class Tile, class T, class Source>
 void add_to_mask(const Context& ctx, const char* who, const Attention<T>& a, const Source& source, const AttentionCotangents<T>& g) {
   if (g.mask == nullptr) return;
   const int64_t blocks =
       a.V * (a.mask_at.col ? ceil_div(a.S, kBlock) : 1) * (a.mask_at.row ? ceil_div(a.L, kBlock) : 1) * a.heads * (g.mask_example ? a.n : 1);
-  start(ctx, who, &mask_kernel<T, Source>, blocks, 1, a, source, g);
+  start<Tile>(ctx, who, &mask_kernel<Tile, Source, T>, blocks, 1, a, source, g);
 }
 
 }  // namespace

@@ -22,25 +22,25 @@ struct Running {
   __device__ static T factor(T from, T to) { return from == to ? T(1) : infl::exp_nonpositive(from - to); }
 };
 
-template <class T>
-__global__ void __launch_bounds__(kThreads) row_sums_kernel(const Attention<T> a, RowSum<T>* sums) {
+template <class Tile, class T = typename Tile::Value>
+__global__ void __launch_bounds__(kThreads, 2) row_sums_kernel(const Attention<T> a, RowSum<T>* sums) {
   INFL_DYNAMIC_SHARED(T, shared);
   Grid grid;
   Scores b{};
   b.l0 = grid.next((a.L + kBlock - 1) / kBlock) * kBlock;
   b.head = grid.next(a.heads);
   b.n = grid.rest;
-  Running<T> running[Tile<T>::kTileCols];
+  Running<T> running[Tile::kTileCols];
   for (; b.s0 < end_of_keys(a, b.l0); b.s0 += kBlock) {
-    Tile<T> s;
+    Tile s;
     s.clear();
     multiply_rows(s, keys(a, a.k, b.n, b), queries(a, a.q, b.n, b), a.E, shared);
     INFL_UNROLL(4)
-    for (int j = 0; j < Tile<T>::kTileCols; ++j) {
-      const int64_t query = b.l0 + Tile<T>::col(j);
+    for (int j = 0; j < Tile::kTileCols; ++j) {
+      const int64_t query = b.l0 + Tile::col(j);
       INFL_UNROLL(4)
-      for (int i = 0; i < Tile<T>::kTileRows; ++i) {
-        const int64_t key = b.s0 + Tile<T>::row(i);
+      for (int i = 0; i < Tile::kTileRows; ++i) {
+        const int64_t key = b.s0 + Tile::row(i);
         if (!sees(a, query, key)) continue;
         const T score = masked(a, b, query, key, s.sum[i][j]);
         const bool hidden = score == kHidden<T>, not_a_number = score != score;
@@ -53,12 +53,12 @@ __global__ void __launch_bounds__(kThreads) row_sums_kernel(const Attention<T> a
     }
   }
   // [threads that share a query][query]
-  constexpr int kSharing = kThreads / Tile<T>::kAcross;
-  T *maxima = shared, *parts = tile_at(shared, 0);
+  T *maxima = shared, *parts = shared + Tile::kDown * kBlock;
+  static_assert(2 * Tile::kDown * kBlock * sizeof(T) <= shared_bytes<Tile>(0));
   __syncthreads();
   INFL_UNROLL(4)
-  for (int j = 0; j < Tile<T>::kTileCols; ++j) {
-    const int at = static_cast<int>(threadIdx.x) / Tile<T>::kAcross * kBlock + Tile<T>::col(j);
+  for (int j = 0; j < Tile::kTileCols; ++j) {
+    const int at = Tile::down() * kBlock + Tile::col(j);
     maxima[at] = running[j].maximum;
     parts[at] = running[j].sum;
   }
@@ -66,39 +66,43 @@ __global__ void __launch_bounds__(kThreads) row_sums_kernel(const Attention<T> a
   const int64_t query = b.l0 + threadIdx.x;
   if (threadIdx.x >= kBlock || query >= a.L) return;
   Running<T> all;
-  for (int k = 0; k < kSharing; ++k) all.add(maxima[k * kBlock + threadIdx.x], parts[k * kBlock + threadIdx.x]);
+  for (int k = 0; k < Tile::kDown; ++k) all.add(maxima[k * kBlock + threadIdx.x], parts[k * kBlock + threadIdx.x]);
   sums[(b.n * a.heads + b.head) * a.L + query] = {all.maximum, all.sum == T(0) ? T(0) : T(1) / all.sum};
 }
 
 // o = P v, at `o_at`; P itself to `kept` if that is given.
-template <class T>
+template <class Tile, class T = typename Tile::Value>
 __global__ void __launch_bounds__(kThreads) outputs_kernel(const Attention<T> a, const RowSum<T>* sums, T* kept, HeadStrides o_at, T* o) {
   INFL_DYNAMIC_SHARED(T, shared);
-  T* tile = tile_at(shared, 0);
+  auto* tile = tile_at<Tile>(shared, 0);
   Grid grid;
   Scores b{};
   const int64_t f0 = grid.next((a.F + kBlock - 1) / kBlock) * kBlock;
   b.l0 = grid.next((a.L + kBlock - 1) / kBlock) * kBlock;
   b.head = grid.next(a.heads);
   b.n = grid.rest;
-  Tile<T> out;
+  Tile out;
   out.clear();
   for (; b.s0 < (kept ? a.S : end_of_keys(a, b.l0)); b.s0 += kBlock) {
-    Tile<T> p;
+    Tile p;
     probabilities<true>(a, b, sums, p, shared);
     put(p, tile);
     multiply_tile(out, tile, values(a, a.v, b.n, b), f0, a.F, shared);
     if (kept == nullptr || f0 != 0) continue;
-    for (int at = static_cast<int>(threadIdx.x); at < kBlock * kBlock; at += kThreads) {
-      const int64_t query = b.l0 + at / kBlock, key = b.s0 + at % kBlock;
-      if (query < a.L && key < a.S) kept[((b.n * a.heads + b.head) * a.L + query) * a.S + key] = tile[at % kBlock * kPitch<T> + at / kBlock];
+    INFL_UNROLL(4)
+    for (int j = 0; j < Tile::kTileCols; ++j) {
+      INFL_UNROLL(4)
+      for (int i = 0; i < Tile::kTileRows; ++i) {
+        const int64_t query = b.l0 + Tile::col(j), key = b.s0 + Tile::row(i);
+        if (query < a.L && key < a.S) kept[((b.n * a.heads + b.head) * a.L + query) * a.S + key] = p.sum[i][j];
+      }
     }
   }
   INFL_UNROLL(4)
-  for (int i = 0; i < Tile<T>::kTileRows; ++i) {
+  for (int i = 0; i < Tile::kTileRows; ++i) {
     INFL_UNROLL(4)
-    for (int j = 0; j < Tile<T>::kTileCols; ++j) {
-      const int64_t query = b.l0 + Tile<T>::row(i), f = f0 + Tile<T>::col(j);
+    for (int j = 0; j < Tile::kTileCols; ++j) {
+      const int64_t query = b.l0 + Tile::row(i), f = f0 + Tile::col(j);
       if (query < a.L && f < a.F) o[b.n * o_at.example + b.head * o_at.head + query * o_at.row + f] = out.sum[i][j];
     }
   }
@@ -118,21 +122,21 @@ __global__ void __launch_bounds__(kThreads) dots_kernel(const Attention<T> a, in
 }
 
 // Of every row of scores, where P is to be computed.
-template <class T>
+template <class Tile, class T>
 Buffer<RowSum<T>> row_sums(const Context& ctx, const Attention<T>& a) {
   Buffer<RowSum<T>> sums(ctx, a.n * a.heads * a.L);
-  start(ctx, "attention_row_sums", &row_sums_kernel<T>, blocks_of(a, a.heads, a.L, 1), 1, a, sums.data());
+  start<Tile>(ctx, "attention_row_sums", &row_sums_kernel<Tile>, blocks_of(a, a.heads, a.L, 1), 0, a, sums.data());
   return sums;
 }
 
 // dots of `V` cotangents: with outputs that are computed once for all.
-template <class T>
+template <class Tile, class T>
 Buffer<T> row_dots(const Context& ctx, const Attention<T>& a, int64_t V, const T* g_o, const RowSum<T>* sums) {
   constexpr const char* kWho = "attention_row_dots";
   const int64_t rows = a.n * a.heads * a.L;
   Buffer<T> o(ctx, rows * a.F), dots(ctx, V * rows);
   const HeadStrides o_at{a.heads * a.L * a.F, a.L * a.F, a.F};
-  start(ctx, kWho, &outputs_kernel<T>, blocks_of(a, a.heads, a.L, a.F), 1, a, sums, static_cast<T*>(nullptr), o_at, o.data());
+  start<Tile>(ctx, kWho, &outputs_kernel<Tile>, blocks_of(a, a.heads, a.L, a.F), 1, a, sums, static_cast<T*>(nullptr), o_at, o.data());
   launch(ctx, kWho, &dots_kernel<T>, dim3(static_cast<unsigned>(ceil_div(V * rows, kThreads / kWarp))), dim3(kThreads), 0, a, V, g_o, o.data(),
          dots.data());
   return dots;

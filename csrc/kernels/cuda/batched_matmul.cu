@@ -2,13 +2,15 @@
 // one, a summed axis that continues K is part of K, and an axis that continues the rows (columns) of A (B) and C while the other factor is shared is
 // part of M (N). What is left are few products of large matrices where operands lie well, and these are the vendor's, one call for the longest axis.
 //
-// The rest, operands without a unit stride, very small matrices or many axes, runs here: tiles of 64 by 64 in registers (16 multiplications for every
-// element loaded), or for small matrices a warp or a thread for each element of C, which reads what it multiplies from the caches. Each element of C
-// is one sum in a fixed order.
+// The rest, operands without a unit stride, very small matrices or many axes, runs here: tiles of 64 by 64 (32 multiplications for every element
+// loaded) in registers or, as the precision says, on tensor cores (mma.h); or for small matrices a warp or a thread for each element of C, which
+// reads what it multiplies from the caches. Each element of C is one sum in a fixed order. Panels have K on the slow axis, so a factor that is
+// contiguous along K is turned on its way, at two to four stores a bank.
 #include "kernels/batched_matmul.h"
 
 #include <vector>
 
+#include "kernels/cuda/mma.h"
 #include "kernels/cuda/tile.h"
 
 namespace infl {
@@ -84,12 +86,18 @@ __device__ void write(const Problem<T>& p, int64_t entry, int64_t row, int64_t c
 
 constexpr int kStep = 16;
 
-template <class T, class Tile>
+// Elements between rows of panels beyond those of the tile.
+template <class Tile>
+constexpr int kPad = Tile::kColumnPad;
+template <class T, int kRows, int kCols, int kTileRows, int kTileCols>
+constexpr int kPad<RegisterTile<T, kRows, kCols, kTileRows, kTileCols>> = kVectorWidth<T>;
+
+template <class Tile, class T = typename Tile::Value>
 __global__ void __launch_bounds__(Tile::kThreads) tile_kernel(const Problem<T> p) {
-  constexpr int kRows = Tile::kRows, kCols = Tile::kCols, kThreads = Tile::kThreads, kPad = Tile::kWidth;
+  constexpr int kRows = Tile::kRows, kCols = Tile::kCols, kThreads = Tile::kThreads, kPad = cuda::kPad<Tile>;
   constexpr int kLeft = kRows * kStep / kThreads, kRight = kCols * kStep / kThreads;
-  alignas(16) __shared__ T left[kStep][kRows + kPad];
-  alignas(16) __shared__ T right[kStep][kCols + kPad];
+  alignas(16) __shared__ typename Tile::Element left[kStep][kRows + kPad];
+  alignas(16) __shared__ typename Tile::Element right[kStep][kCols + kPad];
   const int64_t row_tiles = (p.M + kRows - 1) / kRows, col_tiles = (p.N + kCols - 1) / kCols;
   const int64_t col0 = blockIdx.x % col_tiles * kCols, row0 = blockIdx.x / col_tiles % row_tiles * kRows;
   const Offsets entry = offsets_of(p.kept, blockIdx.x / col_tiles / row_tiles);
@@ -119,12 +127,12 @@ __global__ void __launch_bounds__(Tile::kThreads) tile_kernel(const Problem<T> p
     INFL_UNROLL(4)
     for (int i = 0; i < kLeft; ++i) {
       const int at = thread + i * kThreads;
-      left[a_along_rows ? at / kRows : at % kStep][a_along_rows ? at % kRows : at / kStep] = next_left[i];
+      left[a_along_rows ? at / kRows : at % kStep][a_along_rows ? at % kRows : at / kStep] = Tile::element(next_left[i]);
     }
     INFL_UNROLL(4)
     for (int i = 0; i < kRight; ++i) {
       const int at = thread + i * kThreads;
-      right[b_along_cols ? at / kCols : at % kStep][b_along_cols ? at % kCols : at / kStep] = next_right[i];
+      right[b_along_cols ? at / kCols : at % kStep][b_along_cols ? at % kCols : at / kStep] = Tile::element(next_right[i]);
     }
   };
 
@@ -153,9 +161,26 @@ __global__ void __launch_bounds__(Tile::kThreads) tile_kernel(const Problem<T> p
   }
 }
 
-// ---- Small matrices --------------------------------------------------------------------------------------------------------------------------
+constexpr int kTile = 64, kThreads = 256;
 
-constexpr int kThreads = 256;
+template <class Tile>
+auto kernel_of() {
+  static_assert(Tile::kThreads == kThreads);
+  return &tile_kernel<Tile>;
+}
+
+template <class T>
+auto tile_kernel_for(const Context& ctx) {
+  if constexpr (sizeof(T) == sizeof(double)) {
+    return kernel_of<MmaTile<Float64, kTile, kTile, 2, 4>>();
+  } else {
+    if (ctx.precision == Precision::tf32) return kernel_of<MmaTile<Tf32, kTile, kTile, 2, 4>>();
+    if (ctx.precision == Precision::bfloat16) return kernel_of<MmaTile<Bfloat16, kTile, kTile, 2, 4>>();
+    return kernel_of<RegisterTile<T, kTile, kTile, 4, 4>>();
+  }
+}
+
+// ---- Small matrices --------------------------------------------------------------------------------------------------------------------------
 
 // kTeam threads, one or a warp, take an element of C.
 template <class T, int kTeam>
@@ -344,14 +369,12 @@ void batched_matmul(const Context& ctx, const BatchedMatmul<T>& given) {
   Problem<T> p = problem_of(given);
   absorb(p);
   if (multiply(ctx, p)) return;
-  using Tile = RegisterTile<T, 64, 64, 4, 4>;
   constexpr int64_t kSmall = 32 * 32, kLongSum = 64;
   const auto start = [&](void (*kernel)(Problem<T>), int64_t blocks) {
     launch(ctx, "batched_matmul", kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, p);
   };
-  static_assert(Tile::kThreads == kThreads);
   const int64_t elements = p.kept.size * p.M * p.N;
-  if (p.M * p.N >= kSmall) return start(&tile_kernel<T, Tile>, p.kept.size * ceil_div(p.M, Tile::kRows) * ceil_div(p.N, Tile::kCols));
+  if (p.M * p.N >= kSmall) return start(tile_kernel_for<T>(ctx), p.kept.size * ceil_div(p.M, kTile) * ceil_div(p.N, kTile));
   if (p.K >= kLongSum) return start(&element_kernel<T, kWarp>, ceil_div(elements, kThreads / kWarp));
   start(&element_kernel<T, 1>, ceil_div(elements, kThreads));
 }

@@ -1,9 +1,14 @@
 // A product is one matrix product for each group and phase (convolution_geometry.h), [channels, inner · taps] by [inner · taps, positions of all
 // images], whose right factor is never formed: the panel of a step in K is gathered from the input into shared memory, zeros where a tap is outside.
 // Both terms run through the same registers, bias and scale are applied to them, so a product reads each term and the scale and writes its output
-// once, and costs 2 · rows · inner · taps operations a position and term. A tile of 128 by 128 does 32 multiplications for every element that it
+// once, and costs 2 · rows · inner · taps operations a position and term. A tile of 128 by 128 does 64 multiplications for every element that it
 // loads, 64 by 64 half as many, and the tiles of one run of positions are neighbours in the grid, so that they find the input in the second-level
 // cache.
+//
+// float32 in full multiplies in registers, all else on tensor cores (mma.h), eight warps a tile: what is gathered is rounded on its way to shared
+// memory, once for the warps that share it. In 16 rows of K a thread gathers 8 elements of a tile of 128 by 128 while its warp issues 32 instructions
+// of Tf32 or 16 of Bfloat16 and reads 48 or 24 words: at the rates of sm_80 Tf32 is bound by the tensor cores (512 cycles), Bfloat16 by
+// them (256) and the instructions of the gathering about equally. Every tile leaves room for two blocks on a processor.
 //
 // Groups of at most four channels (depthwise: one) have nothing to gather for: a thread takes a position with all channels of the group and reads
 // what it multiplies from the caches; up to four right-hand sides share what they share. 1 x 1 kernels of many channels are the vendor's products.
@@ -12,6 +17,7 @@
 #include "kernels/convolution.h"
 
 #include "kernels/cuda/convolution_geometry.h"
+#include "kernels/cuda/mma.h"
 #include "kernels/cuda/tile.h"
 #include "kernels/movement.h"
 
@@ -124,7 +130,11 @@ struct Gather {
   int d, h, w, in, weights;  // weights < 0: no such row
 };
 
-constexpr int kStep = 8;
+// Rows of K of a step, and elements between rows of a panel.
+template <class Tile>
+constexpr int kStep = 16;
+template <class T, int kRows, int kCols, int kTileRows, int kTileCols>
+constexpr int kStep<RegisterTile<T, kRows, kCols, kTileRows, kTileCols>> = 8;
 
 // A row of K as digits.
 struct Counter {
@@ -134,13 +144,15 @@ struct Counter {
 
 __device__ inline Counter counter_at(int k, int taps, const PhaseAxis* axes) { return {place_of(k % taps, axes[1].taps, axes[2].taps), k / taps}; }
 
-template <class T, class Tile>
+template <class Tile, class T = typename Tile::Value>
 __global__ void __launch_bounds__(Tile::kThreads, 2) product_kernel(const Product<T> p) {
-  constexpr int kRows = Tile::kRows, kCols = Tile::kCols, kThreads = Tile::kThreads;
+  using Element = typename Tile::Element;
+  constexpr int kRows = Tile::kRows, kCols = Tile::kCols, kThreads = Tile::kThreads, kStep = cuda::kStep<Tile>;
+  constexpr int kLeftPitch = kRows + Tile::kColumnPad, kRightPitch = kCols + Tile::kColumnPad;
   constexpr int kLeft = kStep * kRows / kThreads, kRight = kStep * kCols / kThreads;
   static_assert(kThreads % kRows == 0 && kThreads % kCols == 0 && kLeft > 0 && kRight > 0);
-  alignas(16) __shared__ T left[2][kStep * kRows];
-  alignas(16) __shared__ T right[2][kStep * kCols];
+  alignas(16) __shared__ Element left[2][kStep][kLeftPitch];
+  alignas(16) __shared__ Element right[2][kStep][kRightPitch];
   __shared__ Gather gather[2][kStep];
   __shared__ Counter counters[kStep], stride;
   __shared__ int64_t starts[2][kCols];
@@ -221,9 +233,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) product_kernel(const Produc
   };
   const auto keep = [&](int s) {
     INFL_UNROLL(8)
-    for (int i = 0; i < kLeft; ++i) left[s & 1][thread + i * kThreads] = next_left[i];
+    for (int i = 0; i < kLeft; ++i) left[s & 1][thread / kRows + i * (kThreads / kRows)][thread % kRows] = Tile::element(next_left[i]);
     INFL_UNROLL(8)
-    for (int i = 0; i < kRight; ++i) right[s & 1][thread + i * kThreads] = next_right[i];
+    for (int i = 0; i < kRight; ++i) right[s & 1][thread / kCols + i * (kThreads / kCols)][thread % kCols] = Tile::element(next_right[i]);
   };
   // Rows of K for step s, the terms one after the other.
   const auto plan = [&](int s) {
@@ -247,7 +259,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) product_kernel(const Produc
   for (int s = 0; s < total; ++s) {
     if (s + 1 < total) fetch(s + 1);
     plan(s + 2);
-    tile.template add<kStep>(left[s & 1], kRows, right[s & 1], kCols);
+    tile.template add<kStep>(left[s & 1][0], kLeftPitch, right[s & 1][0], kRightPitch);
     if (s + 1 < total) keep(s + 1);
     __syncthreads();
   }
@@ -350,17 +362,17 @@ __global__ void __launch_bounds__(kDirectThreads) direct_kernel(const Product<T>
   }
 }
 
-template <class T, class Tile>
+template <class Tile, class T>
 bool fills(Product<T>& p, int64_t least) {
   p.row_tiles = ceil_div(p.shape.rows, Tile::kRows);
   p.position_tiles = ceil_div(p.images * p.shape.outputs(), Tile::kCols);
   return p.blocks() >= least;
 }
 
-template <class T, class Tile>
+template <class Tile, class T>
 void run(const Context& ctx, Product<T>& p) {
-  fills<T, Tile>(p, 0);
-  launch(ctx, "convolution_product", &product_kernel<T, Tile>, dim3(static_cast<unsigned>(p.blocks())), dim3(Tile::kThreads), 0, p);
+  fills<Tile>(p, 0);
+  launch(ctx, "convolution_product", &product_kernel<Tile>, dim3(static_cast<unsigned>(p.blocks())), dim3(Tile::kThreads), 0, p);
 }
 
 template <class T, int kRows, int kSides>
@@ -371,19 +383,31 @@ void run_direct(const Context& ctx, Product<T>& p) {
   launch(ctx, "convolution_product", &direct_kernel<T, kRows, kSides>, dim3(static_cast<unsigned>(blocks)), dim3(kDirectThreads), 0, p);
 }
 
+// The largest of three tiles that leaves no processor without a block; `Low` for few rows.
+template <class Low, class Large, class Middle, class Small>
+void run_largest(const Context& ctx, Product<float>& p) {
+  constexpr int64_t kProcessors = 132;
+  if (p.shape.rows <= Low::kRows) return run<Low>(ctx, p);
+  if (p.shape.rows > Middle::kRows && fills<Large>(p, kProcessors)) return run<Large>(ctx, p);
+  if (fills<Middle>(p, kProcessors)) return run<Middle>(ctx, p);
+  run<Small>(ctx, p);
+}
+
+template <class Kind>
+void run_on_tensor_cores(const Context& ctx, Product<float>& p) {
+  run_largest<MmaTile<Kind, 32, 128, 2, 4>, MmaTile<Kind, 128, 128, 2, 4>, MmaTile<Kind, 64, 128, 2, 4>, MmaTile<Kind, 64, 64, 2, 4>>(ctx, p);
+}
+
 void run_tiled(const Context& ctx, Product<float>& p) {
-  constexpr int64_t kProcessors = 132;  // at least a block for each
-  if (p.shape.rows <= 32) return run<float, RegisterTile<float, 32, 128, 4, 4>>(ctx, p);
-  if (p.shape.rows > 64 && fills<float, RegisterTile<float, 128, 128, 8, 8>>(p, kProcessors)) {
-    return run<float, RegisterTile<float, 128, 128, 8, 8>>(ctx, p);
-  }
-  if (fills<float, RegisterTile<float, 64, 128, 4, 8>>(p, kProcessors)) return run<float, RegisterTile<float, 64, 128, 4, 8>>(ctx, p);
-  run<float, RegisterTile<float, 64, 64, 4, 4>>(ctx, p);
+  if (ctx.precision == Precision::tf32) return run_on_tensor_cores<Tf32>(ctx, p);
+  if (ctx.precision == Precision::bfloat16) return run_on_tensor_cores<Bfloat16>(ctx, p);
+  run_largest<RegisterTile<float, 32, 128, 4, 4>, RegisterTile<float, 128, 128, 8, 8>, RegisterTile<float, 64, 128, 4, 8>,
+              RegisterTile<float, 64, 64, 4, 4>>(ctx, p);
 }
 
 void run_tiled(const Context& ctx, Product<double>& p) {
-  if (p.shape.rows <= 32) return run<double, RegisterTile<double, 32, 64, 2, 4>>(ctx, p);
-  run<double, RegisterTile<double, 64, 64, 4, 4>>(ctx, p);
+  if (p.shape.rows <= 32) return run<MmaTile<Float64, 32, 64, 2, 4>>(ctx, p);
+  run<MmaTile<Float64, 64, 64, 2, 4>>(ctx, p);
 }
 
 // out = (out + bias) ∘ scale

@@ -1,12 +1,14 @@
 // The gradient by the kernel is one matrix product for each group, [channels of y, positions] by [positions, channels of x · taps] with the positions
 // of all images as the axis that is summed; the right factor is gathered from x as convolution.cu does. Where x is shared by the right-hand sides
-// their rows are those of one product, so x is read and gathered once for all of them. It costs 2 · V · positions · weights operations.
+// their rows are those of one product, so x is read and gathered once for all of them. It costs 2 · V · positions · weights operations, in registers
+// (float32 in full) or on tensor cores (mma.h), where both panels lie as they are read, positions fastest.
 //
 // Few weights and many positions would leave most of the GPU idle: the positions are split into parts, summed to [parts, ...] and then in the order
 // of the parts. A group of few weights (depthwise: its taps) is the sum of a block over positions, eight weights at a time.
 #include "kernels/convolution_weights.h"
 
 #include "kernels/cuda/convolution_geometry.h"
+#include "kernels/cuda/mma.h"
 #include "kernels/cuda/tile.h"
 
 namespace infl {
@@ -100,14 +102,40 @@ __device__ inline int64_t offset_of(const ConvolutionShape& s, const Start& star
   return (int64_t{start.d} * s.axes[1].in_size + start.h) * s.axes[2].in_size + start.w;
 }
 
-template <class T, class Tile>
+// Panels of a step in shared memory: [positions][rows or columns] for the registers' tile, [rows or columns][positions] for that of tensor cores.
+template <class Tile, int kRows>
+struct Panel {
+  static constexpr int kPitch = kStep + Tile::kRowPad;
+  alignas(16) typename Tile::Element of[kRows * kPitch];
+  __device__ void put(int k, int row, typename Tile::Value value) { of[row * kPitch + k] = Tile::element(value); }
+};
+
+template <class T, int kTileRows_, int kTileCols_, int kOfThreadDown, int kOfThreadAcross, int kRows>
+struct Panel<RegisterTile<T, kTileRows_, kTileCols_, kOfThreadDown, kOfThreadAcross>, kRows> {
+  static constexpr int kPitch = kRows + kVectorWidth<T>;
+  alignas(16) T of[kStep * kPitch];
+  __device__ void put(int k, int row, T value) { of[k * kPitch + row] = value; }
+};
+
+template <class Tile, class Left, class Right>
+__device__ void add_step(Tile& tile, const Left& left, const Right& right) {
+  tile.template add_rows<kStep>(left.of, Left::kPitch, right.of, Right::kPitch);
+}
+template <class T, int kRows, int kCols, int kTileRows, int kTileCols, class Left, class Right>
+__device__ void add_step(RegisterTile<T, kRows, kCols, kTileRows, kTileCols>& tile, const Left& left, const Right& right) {
+  tile.template add<kStep>(left.of, Left::kPitch, right.of, Right::kPitch);
+}
+
+template <class Tile, class T = typename Tile::Value>
 __global__ void __launch_bounds__(Tile::kThreads, 2) weights_kernel(const Weights<T> p) {
-  constexpr int kRows = Tile::kRows, kCols = Tile::kCols, kThreads = Tile::kThreads, kPad = Tile::kWidth;
+  constexpr int kRows = Tile::kRows, kCols = Tile::kCols, kThreads = Tile::kThreads;
+  using Left = Panel<Tile, kRows>;
+  using Right = Panel<Tile, kCols>;
   constexpr int kLines = kThreads / kStep;  // a thread takes one position of a step and every kLines-th row and column
   constexpr int kLeft = kRows / kLines, kRight = kCols / kLines;
   static_assert(kRows % kLines == 0 && kCols % kLines == 0);
-  alignas(16) __shared__ T left[2][kStep][kRows + kPad];
-  alignas(16) __shared__ T right[2][kStep][kCols + kPad];
+  __shared__ Left left[2];
+  __shared__ Right right[2];
   __shared__ int64_t row_offset[kRows];
   __shared__ Column columns[kCols];
   const ConvolutionShape& shape = p.shape;
@@ -149,9 +177,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) weights_kernel(const Weight
   };
   const auto keep = [&](int half) {
     INFL_UNROLL(8)
-    for (int i = 0; i < kLeft; ++i) left[half][lane][line + i * kLines] = next_left[i];
+    for (int i = 0; i < kLeft; ++i) left[half].put(lane, line + i * kLines, next_left[i]);
     INFL_UNROLL(8)
-    for (int i = 0; i < kRight; ++i) right[half][lane][line + i * kLines] = next_right[i];
+    for (int i = 0; i < kRight; ++i) right[half].put(lane, line + i * kLines, next_right[i]);
   };
 
   Tile tile;
@@ -163,7 +191,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) weights_kernel(const Weight
   for (int64_t from = begin; from < end; from += kStep) {
     const bool more = from + kStep < end;
     if (more) fetch(from + kStep);
-    tile.template add<kStep>(left[half][0], kRows + kPad, right[half][0], kCols + kPad);
+    add_step(tile, left[half], right[half]);
     if (more) keep(1 - half);
     half = 1 - half;
     __syncthreads();
@@ -247,9 +275,9 @@ struct AddParts {
   }
 };
 
-template <class T, class Tile>
+template <class Tile, class T>
 void run(const Context& ctx, const Weights<T>& p, unsigned blocks) {
-  launch(ctx, "convolution_weights", &weights_kernel<T, Tile>, dim3(blocks), dim3(Tile::kThreads), 0, p);
+  launch(ctx, "convolution_weights", &weights_kernel<Tile>, dim3(blocks), dim3(Tile::kThreads), 0, p);
 }
 
 // A kernel and the part of the table of weights that a block of it sums.
@@ -259,22 +287,36 @@ struct Choice {
   int64_t rows, cols;
 };
 
-template <class T, class Tile>
+template <class Tile, class T = typename Tile::Value>
 Choice<T> tiles_of() {
-  return {&run<T, Tile>, Tile::kRows, Tile::kCols};
+  return {&run<Tile, T>, Tile::kRows, Tile::kCols};
 }
 
-Choice<float> choose(const Weights<float>&, int64_t rows, int64_t cols) {
-  if (cols <= 32) return tiles_of<float, RegisterTile<float, 128, 32, 4, 4>>();
-  if (rows <= 32) return tiles_of<float, RegisterTile<float, 32, 128, 4, 4>>();
-  if (rows > 64 && cols > 64) return tiles_of<float, RegisterTile<float, 128, 128, 8, 8>>();
-  return tiles_of<float, RegisterTile<float, 64, 64, 4, 4>>();
+template <class Low, class Narrow, class Large, class Small>
+Choice<float> choose_of(int64_t rows, int64_t cols) {
+  if (cols <= Narrow::kCols) return tiles_of<Narrow>();
+  if (rows <= Low::kRows) return tiles_of<Low>();
+  if (rows > Small::kRows && cols > Small::kCols) return tiles_of<Large>();
+  return tiles_of<Small>();
 }
 
-Choice<double> choose(const Weights<double>&, int64_t rows, int64_t cols) {
-  if (cols <= 32) return tiles_of<double, RegisterTile<double, 64, 32, 4, 2>>();
-  if (rows <= 32) return tiles_of<double, RegisterTile<double, 32, 64, 2, 4>>();
-  return tiles_of<double, RegisterTile<double, 64, 64, 4, 4>>();
+template <class Kind>
+Choice<float> choose_on_tensor_cores(int64_t rows, int64_t cols) {
+  return choose_of<MmaTile<Kind, 32, 128, 2, 4>, MmaTile<Kind, 128, 32, 4, 2>, MmaTile<Kind, 128, 128, 2, 4>, MmaTile<Kind, 64, 64, 2, 4>>(rows,
+                                                                                                                                           cols);
+}
+
+Choice<float> choose(const Context& ctx, const Weights<float>&, int64_t rows, int64_t cols) {
+  if (ctx.precision == Precision::tf32) return choose_on_tensor_cores<Tf32>(rows, cols);
+  if (ctx.precision == Precision::bfloat16) return choose_on_tensor_cores<Bfloat16>(rows, cols);
+  return choose_of<RegisterTile<float, 32, 128, 4, 4>, RegisterTile<float, 128, 32, 4, 4>, RegisterTile<float, 128, 128, 8, 8>,
+                   RegisterTile<float, 64, 64, 4, 4>>(rows, cols);
+}
+
+Choice<double> choose(const Context&, const Weights<double>&, int64_t rows, int64_t cols) {
+  if (cols <= 32) return tiles_of<MmaTile<Float64, 64, 32, 4, 2>>();
+  if (rows <= 32) return tiles_of<MmaTile<Float64, 32, 64, 2, 4>>();
+  return tiles_of<MmaTile<Float64, 64, 64, 2, 4>>();
 }
 
 template <class T, int kRows>
@@ -294,7 +336,7 @@ void convolution_weights(const Context& ctx, const Convolution& conv, int64_t V,
     choice = p.shape.rows == 1 ? Choice<T>{&run_direct<T, 1>, 1, kDirectCols} : Choice<T>{&run_direct<T, kDirectRows>, kDirectRows, kDirectCols};
   } else {
     if (x_batch == 0) std::swap(p.sides, p.outer_sides);
-    choice = choose(p, p.sides * p.shape.rows, cols);
+    choice = choose(ctx, p, p.sides * p.shape.rows, cols);
   }
   p.row_tiles = ceil_div(p.sides * p.shape.rows, choice.rows);
   p.col_tiles = ceil_div(cols, choice.cols);

@@ -11,15 +11,25 @@ namespace infl::cuda {
 template <class T, int kRows_, int kCols_, int kTileRows_, int kTileCols_>
 struct RegisterTile {
   static constexpr int kRows = kRows_, kCols = kCols_, kTileRows = kTileRows_, kTileCols = kTileCols_;
-  static constexpr int kWidth = kVectorWidth<T>;
-  static constexpr int kAcross = kCols / kTileCols, kThreads = kRows / kTileRows * kAcross;
+  using Value = T;
+  using Element = T;
+  static constexpr int kWidth = kVectorWidth<T>, kColumnPad = 0;
+  static constexpr int kAcross = kCols / kTileCols, kDown = kRows / kTileRows, kThreads = kDown * kAcross;
   static_assert(kTileRows % kWidth == 0 && kTileCols % kWidth == 0);
 
   T sum[kTileRows][kTileCols];
 
-  // Of the tile, the running thread's i-th row and j-th column.
+  // Of the tile, the running thread's i-th row and j-th column, and its number among those that share a column.
   __device__ static int row(int i) { return i / kWidth * (kRows / kTileRows * kWidth) + threadIdx.x / kAcross * kWidth + i % kWidth; }
   __device__ static int col(int j) { return j / kWidth * (kAcross * kWidth) + threadIdx.x % kAcross * kWidth + j % kWidth; }
+
+  __device__ static int down() { return static_cast<int>(threadIdx.x) / kAcross; }
+
+  __device__ static T element(T value) { return value; }
+  template <int W>
+  __device__ static Vector<T, W> elements(const Vector<T, W>& values) {
+    return values;
+  }
 
   __device__ void clear() {
     INFL_UNROLL(8)

@@ -64,6 +64,16 @@ uint64_t& exchange(int lane);
 int lane();
 bool is_alive(int lane);
 
+// What each lane of the running warp gives, readable until the lane's next call but one: for instructions in which all 32 lanes take part; that
+// another has ended, or waits elsewhere, is an error.
+struct Given {
+  alignas(16) unsigned char bytes[32];
+};
+const Given* gather(const void* own, size_t size);
+
+// Ends the launch with an error.
+void fail(const char* what);
+
 void launch(const char* who, dim3 blocks, dim3 threads, size_t shared, const std::function<void()>& kernel);
 
 template <class T>

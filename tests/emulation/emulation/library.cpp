@@ -72,13 +72,14 @@ infl_swap_stacks:
 
 constexpr size_t kStackBytes = 64 << 10;
 
-enum class State { ready, at_block_barrier, at_warp_barrier, done };
+enum class State { ready, at_block_barrier, at_warp_barrier, at_gather, done };
 
 struct Fiber {
   std::unique_ptr<unsigned char[]> stack{new unsigned char[kStackBytes]};
   void* top = nullptr;
   Place place;
   State state = State::ready;
+  unsigned gathers = 0;
 };
 
 struct Block {
@@ -89,23 +90,27 @@ struct Block {
   void* scheduler = nullptr;
   const std::function<void()>* kernel = nullptr;
   std::vector<uint64_t> exchanged;
+  std::vector<Given> given[2];  // of gathers in turn
+  const char* failure = nullptr;
   std::vector<unsigned char> shared;
 };
 
-thread_local Block block;
+// Found through a pointer, which needs no check of initialisation at each of the many uses.
+thread_local Block own_block;
+constinit thread_local Block* running_block = nullptr;
 
-Fiber& current() { return block.fibers[block.running]; }
+Fiber& current(Block& block) { return block.fibers[block.running]; }
 
-void leave(State state) {
-  Fiber& fiber = current();
+void leave(Block& block, State state) {
+  Fiber& fiber = current(block);
   fiber.state = state;
   infl_swap_stacks(&fiber.top, block.scheduler);
 }
 
 void fiber_main() {
   for (;;) {
-    (*block.kernel)();
-    leave(State::done);
+    (*running_block->kernel)();
+    leave(*running_block, State::done);
   }
 }
 
@@ -131,40 +136,50 @@ bool reversed() {
   return value;
 }
 
-void resume(int index) {
+void resume(Block& block, int index) {
   block.running = index;
-  infl_swap_stacks(&block.scheduler, current().top);
+  infl_swap_stacks(&block.scheduler, current(block).top);
 }
 
-[[noreturn]] void stuck(const char* who, const std::string& what) { throw std::runtime_error(std::string(who) + ": " + what + "."); }
+[[noreturn]] void stuck(const char* who, const std::string& what) {
+  running_block->fibers.clear();  // those that wait would go on in the next launch
+  throw std::runtime_error(std::string(who) + ": " + what + ".");
+}
 
 // Runs the lanes of one warp until all have ended or wait for the block.
-void run_warp(const char* who, int begin, int end) {
+void run_warp(Block& block, const char* who, int begin, int end) {
   for (;;) {
     for (int k = begin; k < end; ++k) {
       const int i = reversed() ? begin + end - 1 - k : k;
-      if (block.fibers[i].state == State::ready) resume(i);
+      if (block.fibers[i].state == State::ready) resume(block, i);
     }
-    int at_warp = 0, at_block = 0;
+    if (block.failure != nullptr) stuck(who, block.failure);
+    int at_warp = 0, at_block = 0, at_gather = 0;
     for (int i = begin; i < end; ++i) {
       at_warp += block.fibers[i].state == State::at_warp_barrier;
       at_block += block.fibers[i].state == State::at_block_barrier;
+      at_gather += block.fibers[i].state == State::at_gather;
     }
-    if (at_warp == 0) return;
+    if (at_gather != 0 && at_gather != 32) stuck(who, "expected all 32 lanes at a warp's instruction, got " + std::to_string(at_gather));
+    if (at_warp + at_gather == 0) return;
     if (at_block > 0) stuck(who, "lanes of one warp wait at a warp's and at the block's barrier");
     for (int i = begin; i < end; ++i) {
-      if (block.fibers[i].state == State::at_warp_barrier) block.fibers[i].state = State::ready;
+      const State state = block.fibers[i].state;
+      if (state == State::at_warp_barrier || state == State::at_gather) block.fibers[i].state = State::ready;
     }
   }
 }
 
-void run_block(const char* who) {
-  for (int i = 0; i < block.count; ++i) block.fibers[i].state = State::ready;
+void run_block(Block& block, const char* who) {
+  for (int i = 0; i < block.count; ++i) {
+    block.fibers[i].state = State::ready;
+    block.fibers[i].gathers = 0;
+  }
   const int warps = (block.count + 31) / 32;
   for (;;) {
     for (int k = 0; k < warps; ++k) {
       const int w = reversed() ? warps - 1 - k : k;
-      run_warp(who, w * 32, std::min(block.count, w * 32 + 32));
+      run_warp(block, who, w * 32, std::min(block.count, w * 32 + 32));
     }
     bool waiting = false;
     for (int i = 0; i < block.count; ++i) waiting = waiting || block.fibers[i].state == State::at_block_barrier;
@@ -210,20 +225,35 @@ class HostRuntime final : public DeviceRuntime {
 
 }  // namespace
 
-const Place& here() { return current().place; }
-const dim3& block_shape() { return block.shape; }
-const dim3& grid_shape() { return block.grid; }
-void* dynamic_shared() { return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(block.shared.data()) + 15) & ~uintptr_t{15}); }
-void block_barrier() { leave(State::at_block_barrier); }
-void warp_barrier() { leave(State::at_warp_barrier); }
-uint64_t& exchange(int lane) { return block.exchanged[block.running / 32 * 32 + lane]; }
-int lane() { return block.running % 32; }
+const Place& here() { return current(*running_block).place; }
+const dim3& block_shape() { return running_block->shape; }
+const dim3& grid_shape() { return running_block->grid; }
+void* dynamic_shared() { return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(running_block->shared.data()) + 15) & ~uintptr_t{15}); }
+void block_barrier() { leave(*running_block, State::at_block_barrier); }
+void warp_barrier() { leave(*running_block, State::at_warp_barrier); }
+const Given* gather(const void* own, size_t size) {
+  Block& block = *running_block;
+  std::vector<Given>& given = block.given[current(block).gathers++ % 2];
+  std::memcpy(given[block.running].bytes, own, size);
+  const Given* warp = &given[block.running / 32 * 32];
+  leave(block, State::at_gather);
+  return warp;
+}
+void fail(const char* what) {
+  running_block->failure = what;
+  leave(*running_block, State::done);
+}
+uint64_t& exchange(int lane) { return running_block->exchanged[running_block->running / 32 * 32 + lane]; }
+int lane() { return running_block->running % 32; }
 bool is_alive(int lane) {
+  const Block& block = *running_block;
   const int i = block.running / 32 * 32 + lane;
   return i < block.count && block.fibers[i].state != State::done;
 }
 
 void launch(const char* who, dim3 blocks, dim3 threads, size_t shared, const std::function<void()>& kernel) {
+  Block& block = own_block;
+  running_block = &block;
   block.count = static_cast<int>(threads.x * threads.y * threads.z);
   if (block.count < 1 || block.count > 1024) stuck(who, "expected 1 to 1024 threads a block, got " + std::to_string(block.count));
   if (shared > (227 << 10)) stuck(who, "expected at most 227 KB of shared memory, got " + std::to_string(shared) + " bytes");
@@ -232,6 +262,8 @@ void launch(const char* who, dim3 blocks, dim3 threads, size_t shared, const std
   block.grid = blocks;
   block.kernel = &kernel;
   block.exchanged.resize((block.count + 31) / 32 * 32);
+  for (auto& given : block.given) given.resize(block.exchanged.size());
+  block.failure = nullptr;
   while (static_cast<int>(block.fibers.size()) < block.count) {
     block.fibers.emplace_back();
     prepare(block.fibers.back());
@@ -246,7 +278,7 @@ void launch(const char* who, dim3 blocks, dim3 threads, size_t shared, const std
                      static_cast<unsigned>(b / blocks.x / blocks.y)};
       place.thread = {i % threads.x, i / threads.x % threads.y, i / threads.x / threads.y};
     }
-    run_block(who);
+    run_block(block, who);
   }
 }
 

@@ -1,0 +1,33 @@
+// descent: one step of a gradient method, by elements,
+//
+//   g = gradient + decay θ + damping (θ − anchor);  θ and the moments move as math/descent.h says
+//
+// One pass: it reads the gradient, and reads and writes θ and each moment.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dispatch.h"
+
+namespace infl {
+
+enum class Method : int { sgd = 0, adam = 1 };
+
+template <class T>
+struct Descent {
+  Method method = Method::sgd;
+  T lr = 0;                          // Adam: over 1 − β₁ᵗ
+  T momentum = 0;                    // of SGD
+  T one_minus_beta1 = 0, beta2 = 0;  // of Adam
+  T one_minus_beta2 = 0;
+  T root_correction = 1, eps = 0;  // √(1 − β₂ᵗ)
+  T decay = 0, damping = 0;
+  const T* anchor = nullptr;  // [size], needed where damping is not 0
+};
+
+// theta, first, second [size] in place; `second` is Adam's alone.
+template <class T>
+inline KernelStub<void(const Context&, int64_t size, const Descent<T>& descent, const T* gradient, T* theta, T* first, T* second)> descend_stub{
+    "descend"};
+
+}  // namespace infl

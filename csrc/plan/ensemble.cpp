@@ -1,0 +1,73 @@
+#include "plan/ensemble.h"
+
+#include <omp.h>
+
+#include <algorithm>
+
+#include "common/parallel.h"
+#include "common/scratch.h"
+#include "kernels/elementwise.h"
+#include "kernels/movement.h"
+
+namespace infl {
+
+template <class T>
+void Ensemble<T>::one(const Context& ctx, Tape<T>& tape, const EnsembleStep<T>& step, int64_t set) const {
+  const int64_t P = plan_->num_parameters(), C = plan_->output_width();
+  T* theta = step.theta + set * P;
+  std::vector<const T*> slots = step.constants;
+  for (size_t s = 0; s < slots.size(); ++s) {
+    if (slots[s] == nullptr) slots[s] = theta + plan_->slots()[s].offset;
+  }
+  tape.linearize(ctx, slots, /*borrow=*/true);
+  Scratch<T> cotangent(ctx, N_ * C), values(ctx, N_), gradient(ctx, P);
+  LossArguments<T> loss = step.arguments;
+  loss.z = tape.outputs();
+  loss.value = values.data();
+  loss.gradient = cotangent.data();
+  step.loss->evaluate(ctx, loss);
+  for (const int64_t n : step.dropped[set]) {
+    fill_zero<T>(ctx, C, cotangent.data() + n * C);
+    fill_zero<T>(ctx, 1, values.data() + n);
+  }
+  fill_zero<T>(ctx, 1, step.total + set);
+  column_sum_stub<T>(ctx, 1, N_, 1, values.data(), step.total + set, 1);
+  tape.vjp(ctx, 1, cotangent.data(), gradient.data());
+  descend_stub<T>(ctx, P, step.descent, gradient.data(), theta, step.first + set * P, step.second ? step.second + set * P : nullptr);
+}
+
+template <class T>
+void Ensemble<T>::step(const Context& ctx, const std::vector<const T*>& inputs, const EnsembleStep<T>& step) {
+  const bool by_set = !ctx.on_device() && !plan_->on_calling_thread() && step.num_sets >= ctx.num_threads;
+  const int threads = by_set ? ctx.num_threads : 1;
+  for (auto& tape : tapes_) tape->rebind(inputs);
+  while (static_cast<int>(tapes_.size()) < threads) tapes_.push_back(std::make_unique<Tape<T>>(ctx, plan_, N_, inputs));
+  Context inner = ctx;
+  if (by_set) inner.num_threads = 1;
+  if (threads == 1) {
+    for (int64_t set = 0; set < step.num_sets; ++set) one(inner, *tapes_[0], step, set);
+    return;
+  }
+  RegionErrors errors;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+  for (int64_t set = 0; set < step.num_sets; ++set) {
+    try {
+      one(inner, *tapes_[omp_get_thread_num()], step, set);
+    } catch (...) {
+      errors.keep();
+    }
+  }
+  errors.rethrow();
+}
+
+template <class T>
+int64_t Ensemble<T>::cached_bytes() const {
+  int64_t bytes = 0;
+  for (const auto& tape : tapes_) bytes += tape->cached_bytes();
+  return bytes;
+}
+
+template class Ensemble<float>;
+template class Ensemble<double>;
+
+}  // namespace infl

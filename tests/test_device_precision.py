@@ -1,0 +1,167 @@
+"""Arithmetic of tensor cores (csrc/kernels/cuda/mma.h) on the emulated device: attention, convolution, batched products.
+
+The emulation multiplies what the vendor's library would in full float32, so all of an error that is seen here comes from kernels of ours.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import jvp, vjp
+
+from influence_ext.plan import Plan
+from tests.cases import NetworkCase, build, generator
+from tests.cases.eager import flatten, function, trainable, unflatten
+from tests.cases.families import RULE_ROWS
+from tests.emulation import emulated_device
+from tests.test_device_shapes import Attention, Product, convolutions
+
+LIMITS = {"tf32": 2e-3, "bfloat16": 2e-2}
+"""Of the relative Frobenius error (docs/cuda.md): a factor is off by at most 2^-11 and 2^-8 of itself; cancellation takes the rest."""
+FLOORS = {"tf32": 1e-5, "bfloat16": 1e-4}
+"""Less would be more than was asked for."""
+
+
+@pytest.fixture(autouse=True)
+def _on_the_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The emulated device has tensor cores, though its tensors are the CPU's."""
+    monkeypatch.setattr(Plan, "_check_precision", lambda self, precision: None)
+    with emulated_device():
+        yield
+
+
+def check_errors(errors: dict[str, float], precision: str) -> None:
+    assert max(errors.values()) < LIMITS[precision], errors
+    assert max(errors.values()) > FLOORS[precision], f"rounded less than {precision}: {errors}"
+
+
+def error(actual: Tensor, oracle: Tensor) -> float:
+    return float((actual.double() - oracle).norm() / oracle.norm())
+
+
+def check(make: Callable[[], nn.Module], precision: Any, *shape: int, V: int) -> None:
+    """``J V``, ``Jᵀ G`` and per-example gradients, and full outputs, against plain PyTorch in float64."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = make().float().eval()
+    random = generator("x" + repr((shape, V)))
+    X = torch.randn(*shape, generator=random)
+    tape = Plan.of(model, X).linearize(X, precision=precision)
+    T = torch.randn(V, sum(p.numel() for p in model.parameters()), generator=random)
+    G = torch.randn(V, *tape.outputs.shape, generator=random)
+    oracle = copy.deepcopy(model).double()
+    theta = trainable(oracle)
+    f = function(oracle, X.double())
+    outputs, pull = vjp(f, theta)
+    alone = [vjp(function(oracle, x[None].double()), theta)[1](g[None].double())[0] for x, g in zip(X, G[0], strict=True)]
+    expected = {
+        "jvp": torch.stack([jvp(f, (theta,), (unflatten(theta, t.double()),))[1] for t in T]),
+        "vjp": torch.stack([flatten(pull(g.double())[0]) for g in G]),
+        "per example": torch.stack([flatten(g) for g in alone]),
+    }
+    assert error(tape.outputs, outputs) < 1e-5, "the point is linearised in full"
+    actual = {"jvp": tape.jvp(T), "vjp": tape.vjp(G), "per example": tape.factors(G[:1]).materialise()[0]}
+    check_errors({what: error(actual[what], expected[what]) for what in expected}, precision)
+
+
+quick = pytest.mark.parametrize("precision", ["tf32", "bfloat16"])
+slow = pytest.mark.parametrize("precision", [pytest.param(p, marks=pytest.mark.slow) for p in LIMITS])
+
+
+def attention(options: dict[str, Any], precision: str, V: int) -> None:
+    module = Attention(**options)
+    size = 2, 1, max(module.q.shape[1], module.S), max(module.q.shape[2], module.v.shape[2])
+    check(lambda: Attention(**options), precision, *size, V=V)
+
+
+@quick
+def test_attention(precision: str) -> None:
+    """Several steps of features, edges in every direction, one row of 64 more than a block has."""
+    attention({"L": 65, "S": 66, "H": 1, "K": 1, "E": 37, "F": 33}, precision, 3)
+
+
+@slow
+@pytest.mark.parametrize(
+    ("options", "V"),
+    [
+        pytest.param({"L": 129, "S": 130, "H": 1, "K": 1, "E": 36, "F": 68}, 1, id="aligned rows, computed"),
+        pytest.param({"L": 65, "S": 67, "H": 1, "K": 1, "E": 66, "F": 129}, 3, id="kept, three blocks of features"),
+        pytest.param({"L": 130, "S": 129, "H": 2, "K": 1, "E": 5, "F": 4, "causal": True}, 2, id="causal, grouped"),
+        pytest.param({"L": 66, "S": 130, "H": 1, "K": 1, "E": 3, "F": 3, "causal": True}, 1, id="causal, more keys"),
+        pytest.param({"L": 66, "S": 70, "H": 2, "K": 2, "E": 8, "F": 8, "mask": (2, 66, 70)}, 2, id="a mask of heads"),
+        pytest.param({"L": 66, "S": 70, "H": 2, "K": 2, "E": 8, "F": 8, "mask": (2, 1, 70)}, 2, id="a mask of keys"),
+        pytest.param({"L": 70, "S": 66, "H": 2, "K": 2, "E": 8, "F": 8, "mask": (1, 70, 1)}, 2, id="a mask of queries"),
+    ],
+)
+def test_attention_at_every_edge(options: dict[str, Any], V: int, precision: str) -> None:
+    attention(options, precision, V)
+
+
+@quick
+def test_convolution(precision: str) -> None:
+    """Tiles of 32 and of 64 rows with an edge, a stride and padding that leave odd lines."""
+    layers = (3, 33, {"kernel_size": 3, "padding": 1}), (33, 12, {"kernel_size": 3, "stride": 2})
+    check(convolutions(2, *layers), precision, 2, 3, 9, 11, V=2)
+
+
+@slow
+@pytest.mark.parametrize(
+    ("make", "shape", "V"),
+    [
+        pytest.param(convolutions(1, (3, 66, {"kernel_size": 3})), (3, 3, 1500), 4, id="128 by 128"),
+        pytest.param(convolutions(1, (3, 34, {"kernel_size": 3})), (3, 3, 1500), 4, id="64 by 128"),
+        pytest.param(convolutions(1, (24, 66, {"kernel_size": 3})), (2, 24, 300), 2, id="many weights"),
+        pytest.param(
+            convolutions(3, (2, 6, {"kernel_size": 3, "stride": 2, "padding": 2}), (6, 5, {"kernel_size": 2})), (2, 2, 5, 6, 7), 3, id="3d"
+        ),
+        pytest.param(
+            convolutions(2, (4, 36, {"kernel_size": 3, "padding": 1}), (36, 8, {"kernel_size": 3, "padding": 1})),
+            (2, 4, 8, 8),
+            5,
+            id="vectors",
+        ),
+        pytest.param(convolutions(2, (12, 18, {"kernel_size": 3, "groups": 2})), (2, 12, 7, 6), 3, id="groups"),
+        pytest.param(
+            convolutions(
+                2, (6, 7, {"kernel_size": 3, "stride": 2, "dilation": 2}), (7, 5, {"kernel_size": 2, "stride": 3}), transposed=True
+            ),
+            (2, 6, 4, 5),
+            3,
+            id="transposed",
+        ),
+    ],
+)
+def test_convolution_at_every_edge(make: Callable[[], nn.Module], shape: tuple[int, ...], V: int, precision: str) -> None:
+    check(make, precision, *shape, V=V)
+
+
+@slow
+@pytest.mark.parametrize(
+    ("equation", "left", "right"),
+    [
+        pytest.param("niabk,njbak->nabij", (33, 3, 7, 5), (65, 7, 3, 5), id="contiguous along k"),
+        pytest.param("nikab,nkjab->naibj", (33, 17, 2, 3), (17, 34, 2, 3), id="no unit stride"),
+    ],
+)
+def test_batched_products(equation: str, left: tuple[int, ...], right: tuple[int, ...], precision: str) -> None:
+    check(lambda: Product(equation, left, right, False), precision, 3, *left, V=2)
+
+
+@slow
+@pytest.mark.parametrize(
+    "case", [case for case in RULE_ROWS if case.rules & {"attention", "convolution", "matmul"}], ids=lambda case: case.id
+)
+def test_every_row_of_the_operator_tables(case: NetworkCase, precision: Any) -> None:
+    """``J V`` and ``Jᵀ G`` of all rows through these kernels; some of them only through kernels that round nothing."""
+    network = build(case, torch.float32)
+    tape = Plan.of(network.model, network.X).linearize(network.X, precision=precision)
+    V, G = network.random("V", 3, network.P), network.random("G", 2, *network.outputs.shape)
+    tangents = torch.einsum("ncp,vp->vnc", network.jacobian, V.double()).reshape(3, *network.outputs.shape)
+    cotangents = torch.einsum("ncp,vnc->vp", network.jacobian, G.double().reshape(2, network.N, -1))
+    assert error(tape.jvp(V), tangents) < LIMITS[precision]
+    assert error(tape.vjp(G), cotangents) < LIMITS[precision]

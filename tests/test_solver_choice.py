@@ -1,0 +1,109 @@
+"""The choice of a solver by counted costs, and the eigenvalue estimate."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Generator, Tensor
+
+from influence_ext.errors import ArgumentError, SolverFailure
+from influence_ext.operators.base import CurvatureOperator
+from influence_ext.solvers import CG, AutoChoice, Direct, Status, auto, top_eigenvalue
+from tests.cases.solvers import SYSTEMS, DenseOperator, diagonal, error, matrix, rotated
+
+F64 = torch.float64
+
+
+class Sized(CurvatureOperator):
+    """Only its sizes are looked at."""
+
+    dtype, device = F64, torch.device("cpu")
+
+    def __init__(self, P: int, R: int, damping: float):
+        self.num_parameters, self.num_roots, self.damping = P, R, damping
+
+    def _matmat(self, V: Tensor) -> Tensor:
+        raise AssertionError("auto may not multiply")
+
+    damped = root_matmat = root_rmatmat = root_gram = _matmat  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    ("P", "R", "damping", "V", "name", "reason"),
+    [
+        (100_000, 1000, 1e-3, 100, "Dual", "CG about 10,130 (Direct takes at most 20000 parameters)."),
+        (100_000, 30_000, 1e-3, 100, "BlockCG", "Direct takes at most 20000 parameters; Dual takes at most 20000 roots"),
+        (100_000, 5000, 1e-3, 1, "CG", "CG: for P = 100000 parameters, R = 5000 roots and V = 1 right-hand sides"),
+        (200, 50_000, 1e-3, 20, "Direct", "Dual takes at most 20000 roots"),
+        (100_000, 200_000, 0.0, 100, "BlockCG", "Dual needs damping"),
+        (100_000, 1000, 0.0, 1, "CG", "Dual needs damping"),
+        (10_000, 50_000, 1e-3, 2, "BlockCG", "against CG about 202, Direct about"),
+        (500, 100, 0.0, 50, "CG", "Direct and BlockCG would meet a singular matrix without damping; Dual needs damping"),
+        (100, 500, 0.0, 50, "Direct", "Dual needs damping"),
+    ],
+)
+def test_auto_counts_costs(P: int, R: int, damping: float, V: int, name: str, reason: str) -> None:
+    choice = auto(Sized(P, R, damping), V)
+    assert isinstance(choice, AutoChoice)
+    assert type(choice.solver).__name__ == choice.name == name
+    assert choice.reason.startswith(f"{name}: ")
+    assert reason in choice.reason
+    assert choice.costs[name] == min(choice.costs.values())
+
+
+def test_auto_knows_parts_and_memory() -> None:
+    operator = Sized(100_000, 30_000, 1e-3)
+    whole, parts = auto(operator, 10_000), auto(operator, 10_000, at_once=10)
+    assert parts.costs["BlockCG"] > 2 * whole.costs["BlockCG"]  # a smaller block needs more steps
+    assert parts.memory["BlockCG"] == 7 * 10 * 100_000 * 8
+    small = auto(operator, 100, memory_budget=10_000_000)
+    assert small.name == "CG"
+    assert "BlockCG would take 534 MiB" in small.reason
+    with pytest.raises(ArgumentError, match=r"expected at_once in \[1, 10\], got 11"):
+        auto(operator, 10, at_once=11)
+
+
+def test_auto_knows_what_vectors_share() -> None:
+    class Shared(Sized):
+        def product_operations(self, V: int) -> float:
+            return 1e9 * (V + 9)
+
+    # ten times the first vector's cost for a hundred more: blocks are cheap, single columns are not
+    assert auto(Shared(100_000, 30_000, 1e-3), 100).costs["CG"] < 0.2 * auto(Sized(100_000, 30_000, 1e-3), 100).costs["CG"]
+
+
+def test_auto_hands_its_options_on() -> None:
+    operator = DenseOperator(rotated(torch.linspace(1, 2, 300, dtype=F64), "auto"))
+    assert auto(operator, 1).solver == CG()
+    assert "Dual needs an operator with a root" in auto(operator, 1).reason
+    assert auto(operator, 1, rtol=1e-3).solver == CG(rtol=1e-3)
+    assert auto(operator, 100, rtol=1e-3, on_failure="return").solver == Direct(rtol=1e-3, on_failure="return")
+    single = auto(DenseOperator(operator.A.float()), 1).solver
+    assert isinstance(single, CG)
+    assert single.rtol == pytest.approx(1000 * torch.finfo(torch.float32).eps)
+    failing = auto(diagonal(*[-1.0] * 300), 1, on_failure="return")
+    assert failing.solve(diagonal(*[-1.0] * 300), torch.ones(300, dtype=F64)).status == [Status.NOT_PSD]
+    with pytest.raises(SolverFailure, match=r"^CG: "):
+        auto(operator, 1).solve(diagonal(*[-1.0] * 300), torch.ones(300, dtype=F64))
+
+
+def test_top_eigenvalue_is_a_lower_bound_that_rises() -> None:
+    operator = DenseOperator(rotated(torch.linspace(0, 1, 80, dtype=F64), "top"))
+    estimates = [top_eigenvalue(operator, num_steps=k) for k in (1, 5, 20, 300)]
+    assert estimates == sorted(estimates)
+    assert 0.8 <= estimates[2] <= estimates[3] <= 1 + 1e-12
+    assert estimates[3] >= 0.99
+    assert sum(operator.blocks) == 326
+    assert top_eigenvalue(operator, seed=1) != top_eigenvalue(operator, seed=2)
+    assert top_eigenvalue(diagonal(0.0, 0.0)) == 0.0
+    assert top_eigenvalue(diagonal(-3.0, 1.0)) == pytest.approx(3.0)
+    assert not math.isfinite(top_eigenvalue(diagonal(torch.nan, 1.0)))
+
+
+def test_sample_of_the_test_operator_has_the_right_mean() -> None:
+    operator = SYSTEMS[1].make()
+    draws = Generator().manual_seed(0)
+    mean = sum(matrix(operator.sample(draws, 6)) for _ in range(2000)) / 2000
+    assert error(mean, matrix(operator)) <= 0.05  # some 1/√2000 per batch

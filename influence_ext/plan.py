@@ -21,12 +21,10 @@ from influence_ext.ensemble import Ensemble
 from influence_ext.errors import ArgumentError, DataError, DeviceError, DTypeError, ShapeError, UnsupportedModelError
 from influence_ext.finite import all_finite
 from influence_ext.losses import Loss, OutputHessian
-from influence_ext.params import ParameterSpace, Selection, is_half, widened
+from influence_ext.params import PRECISIONS, ParameterSpace, Precision, Selection, check_precision, is_half, widened
 
 Schedule = Literal["auto", "by_example", "by_operator"]
 _SCHEDULES: dict[str, int] = {"auto": 0, "by_example": 1, "by_operator": 2}
-Precision = Literal["full", "tf32", "bfloat16"]
-_PRECISIONS: dict[str, int] = {"full": 0, "tf32": 1, "bfloat16": 2}
 
 
 class Plan:
@@ -147,7 +145,7 @@ class Plan:
         Cost: one forward pass; memory ``Tape.cached_bytes``.
         """
         with exclusive:
-            self._check_precision(precision)
+            check_precision(precision, self.space, self._who)
             return self._linearize(X, theta, memory_budget, second_order).at_precision(precision)
 
     def _linearize(self, X: Any, theta: Tensor | None, memory_budget: int | None, second_order: bool) -> Tape:
@@ -201,23 +199,6 @@ class Plan:
     @functools.cached_property
     def _second_order_native(self) -> Any:
         return self._compile(second_order=True)
-
-    def _check_precision(self, precision: Precision) -> None:
-        if precision not in _PRECISIONS:
-            raise ArgumentError(f"{self._who}: expected a precision among {', '.join(_PRECISIONS)}, got {precision!r}; choose one.")
-        device, dtype = self.space.device.type, self.space.dtype
-        if precision == "full":
-            return
-        if dtype != torch.float32:
-            raise ArgumentError(
-                f'{self._who}: expected precision="full" for {dtype} on {device}, got "{precision}", which is for float32; '
-                "leave it out, or convert model and data with .float()."
-            )
-        if device == "cpu" and precision != "bfloat16":
-            raise ArgumentError(
-                f'{self._who}: expected precision="full" or "bfloat16" for {dtype} on {device}, got "{precision}", which is for a CUDA '
-                "device; choose one of them, or move model and data to one."
-            )
 
     def _make(self, native: Any, sources: list[Tensor]) -> Any:
         """A tape of the extension."""
@@ -320,19 +301,17 @@ class Tape:
     def at_precision(self, precision: Precision) -> Tape:
         """The same point, state shared, whose products multiply float32 matrices otherwise; valid until either is moved.
 
-        Args:
-            precision: "full": float32. "bfloat16": both factors rounded to 8 bits, an error of up to 2⁻⁹ each, sums in float32. "tf32",
-                on a CUDA device: rounded to 11 bits. The point itself (outputs, derivatives, kept cotangents) is always computed in full.
+        "bfloat16" rounds both factors to 8 bits, an error of up to 2⁻⁹ each, "tf32", on a CUDA device, to 11; sums are float32. The point
+        itself (outputs, derivatives, kept cotangents) is always computed in full.
 
         Raises:
             ArgumentError: another word, or a precision that the device or the data type has not.
         """
-        self.plan._check_precision(precision)
+        check_precision(precision, self.plan.space, self.plan._who)
         if precision == self.precision:
             return self
         other = copy.copy(self)
-        other.precision = precision
-        other._native = self._native.at_precision(_PRECISIONS[precision])
+        other.precision, other._native = precision, self._native.at_precision(PRECISIONS[precision])
         return other
 
     def relinearize(self, theta: Tensor) -> None:
@@ -451,8 +430,8 @@ class Tape:
     def factors(self, G: Tensor) -> Any:
         """Per-example gradients ``J_nᵀ g[v, n]`` for ``G [V, N, *out]``, as factors.
 
-        Methods: ``materialise``, ``square_norms``, ``square_norms_by_parameter``, ``square_sum``, ``gram``, ``outer_products``. They read the
-        tape when they are called. Cost: one cotangent sweep each; factors are held for a tile of examples, by ``gram`` and
+        Methods: ``materialise``, ``square_norms``, ``square_norms_by_parameter``, ``square_sum``, ``gram``, ``outer_products``. They read
+        the tape when they are called. Cost: one cotangent sweep each; factors are held for a tile of examples, by ``gram`` and
         ``outer_products`` for all: V·N times the widths of the trainable nodes.
         """
         factors = self._native.factors(G.contiguous())

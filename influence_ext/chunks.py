@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -215,3 +215,12 @@ class ChunkedFactors:
 def _rows(start: int, stop: int, *tensors: Tensor | None) -> list[Tensor | None]:
     """Those of the examples ``start`` to ``stop``."""
     return [None if t is None else t[start:stop].contiguous() for t in tensors]
+
+
+def first_rows(X: Any, count: int, repeat: int = 1) -> Any:
+    """The first ``count`` examples of X, repeated."""
+    if isinstance(X, Tensor):
+        return torch.cat([X[:count]] * repeat)
+    if isinstance(X, Mapping):
+        return {key: first_rows(x, count, repeat) for key, x in X.items()}
+    return tuple(first_rows(x, count, repeat) for x in X)

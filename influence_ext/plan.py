@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import influence_ext._C as _C
-from influence_ext.capture import CapturedGraph, call_signature, capture, format_table, named_inputs, named_tensors, remembered
-from influence_ext.chunks import ChunkedTape
+from influence_ext.capture import CapturedGraph, capture, format_table, named_tensors, plan_key, remembered
+from influence_ext.chunks import ChunkedTape, first_rows
 from influence_ext.context import about_to_start_threads, exclusive
 from influence_ext.data import Examples, StreamedExamples
 from influence_ext.derived import DerivedFactors, DerivedParameters, DerivedPoint
@@ -97,7 +97,7 @@ class Plan:
         if params is not None and not isinstance(params, (str, Tensor)):
             params = tuple(params)
         with exclusive:
-            key = _key(X, params)
+            key = plan_key(X, params)
             plan = None if key is None else cls._remembered(model, key)
             if plan is None:
                 space = ParameterSpace.of(model, params, who)
@@ -208,8 +208,8 @@ class Plan:
     def _chunk(self, native: Any, examples: Examples, budget: int) -> int:
         """Examples whose forward state and workspace, for one vector, take at most ``budget`` bytes."""
         _, first = next(examples.blocks(2))
-        one = self._make(native, self._inputs(_rows(first, 1)))
-        two = self._make(native, self._inputs(_rows(first, 1, repeat=2)))
+        one = self._make(native, self._inputs(first_rows(first, 1)))
+        two = self._make(native, self._inputs(first_rows(first, 1, repeat=2)))
         each = two.cached_bytes - one.cached_bytes + native.sweep_width * self.space.dtype.itemsize
         fixed = 2 * one.cached_bytes - two.cached_bytes
         if fixed + each > budget:
@@ -252,7 +252,9 @@ class Plan:
                     f"move it with .to('{self.space.device}')."
                 )
             inputs.append(x.detach())
-        return self._sources(inputs, named_tensors(self._model) if state is None else state)
+        if state is None:
+            state = named_tensors(self._model) if graph.prologue.reads_model else {}
+        return self._sources(inputs, state)
 
     def _sources(self, inputs: list[Tensor], state: Mapping[str, Tensor]) -> list[Tensor]:
         """What the prologue makes of the inputs, as numbers of the network's dtype."""
@@ -314,13 +316,32 @@ class Tape:
         other.precision, other._native = precision, self._native.at_precision(PRECISIONS[precision])
         return other
 
-    def relinearize(self, theta: Tensor) -> None:
-        """Move to another θ ``[P]`` on the same examples; memory is reused, factors made before become invalid.
+    def relinearize(self, theta: Tensor, X: Any = None) -> None:
+        """Move to another θ ``[P]``, and to other examples; memory is reused, factors and cotangents made before become invalid.
+
+        Args:
+            theta: ``[P]``.
+            X: inputs of as many examples, in the structure that the plan was captured with; None: the same as before.
 
         Raises:
-            ShapeError, DTypeError: theta is not ``[P]`` of the plan's dtype.
+            ShapeError, DTypeError, DeviceError: theta is not ``[P]`` of the plan's dtype; X does not fit.
+            ArgumentError: X for a tape that a memory budget has recompute its forward state.
         """
-        self._move_to(self.plan._copied(theta))
+        theta = self.plan._copied(theta)
+        if X is not None:
+            self._rebind(X)
+        self._move_to(theta)
+
+    def _rebind(self, X: Any) -> None:
+        if self.chunk is not None:
+            raise ArgumentError("Tape: expected no other inputs for a tape that is recomputed in chunks, got some; linearize them anew.")
+        sources = self.plan._inputs(X)
+        if sources[0].shape[0] != self.num_examples:
+            raise ShapeError(
+                f"Tape: expected inputs of {self.num_examples} examples as before, got {sources[0].shape[0]}; linearize "
+                "another number anew."
+            )
+        self._native.rebind(sources)
 
     def _move_to(self, theta: Tensor) -> None:
         plan = self.plan
@@ -475,26 +496,3 @@ class RowBuffer:
 
     def __deepcopy__(self, memo: Any) -> RowBuffer:
         return RowBuffer()
-
-
-def _key(X: Any, params: str | Tensor | tuple[str | Tensor, ...] | None) -> Hashable:
-    """What a plan depends on besides the model; None where ``X`` has to be refused.
-
-    A selected tensor counts by its address: it is one of the model's own parameters, or selecting it fails.
-    """
-    inputs, by_name = named_inputs(X)
-    sizes = [x.shape[0] if x.dim() else 0 for x in inputs.values()]
-    if not sizes or min(sizes) == 0 or sizes.count(sizes[0]) != len(sizes):
-        return None
-    selected = params if isinstance(params, tuple) or params is None else (params,)
-    chosen = None if selected is None else tuple(p if isinstance(p, str) else id(p) for p in selected)
-    return (by_name, chosen, call_signature(inputs))
-
-
-def _rows(X: Any, count: int, repeat: int = 1) -> Any:
-    """The first ``count`` examples of X, repeated."""
-    if isinstance(X, Tensor):
-        return torch.cat([X[:count]] * repeat)
-    if isinstance(X, Mapping):
-        return {key: _rows(x, count, repeat) for key, x in X.items()}
-    return tuple(_rows(x, count, repeat) for x in X)

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from bench.adapters import torch_influence as benchmark
-from influence_ext.adapters.torch_influence import BaseInfluenceModule, CGInfluenceModule, LiSSAInfluenceModule
+from influence_ext.adapters.torch_influence import AutogradInfluenceModule, BaseInfluenceModule, CGInfluenceModule, LiSSAInfluenceModule
 from influence_ext.adapters.torch_influence import batches as batches_module
 from influence_ext.adapters.torch_influence import curvature as curvature_module
+from influence_ext.adapters.torch_influence import network as network_module
+from influence_ext.adapters.torch_influence.curvature import sampled_indices
 from influence_ext.adapters.torch_influence.regulariser import Regulariser
 from influence_ext.losses.hessian import DIAGONAL, SOFTMAX
-from tests.objectives import CPU, D, N, Objective, close, damped, dense, gradient, linear, logistic, make, network, theta_of, vector
+from tests.objectives import CPU, D, N, Objective, close, damped, dense, gradient, linear, logistic, make, network, seeded, theta_of, vector
 
 # What cannot run natively
 
@@ -43,16 +45,11 @@ def unusual(kind: str) -> tuple[tuple, str]:
         centred = Objective(F.mse_loss)
         centred.train_outputs = lambda model, batch: model(batch[0] - batch[0].mean(dim=0))  # type: ignore[method-assign]
         return (layer, centred, X, y), "mix"
-    if kind == "half the parameters twice":
-        layer, _, X, y = linear()
-        squared = Objective(F.mse_loss)
-        squared.train_outputs = lambda model, batch: model(batch[0]) * model.weight.sum()  # type: ignore[method-assign]
-        return (layer, squared, X, y), "other ways"
     assert kind == "overridden"
     return (model, Overridden(F.cross_entropy), X, y), "overridden"
 
 
-@pytest.mark.parametrize("kind", ["weighted", "sum", "mixing", "mixed inputs", "half the parameters twice", "overridden"])
+@pytest.mark.parametrize("kind", ["weighted", "sum", "mixing", "mixed inputs", "overridden"])
 @pytest.mark.parametrize("budget", [0, 2**30])
 def test_unusual_objectives_mean_what_their_batches_mean(
     kind: str, budget: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -67,6 +64,87 @@ def test_unusual_objectives_mean_what_their_batches_mean(
     assert any(word in caplog.text for word in reason.split("|"))
     expected = torch.stack([gradient(case, [i], train=True) @ v for i in range(N)]) / N
     close(module.influences(range(N), [0], stest=v), expected)
+
+
+def curved(kind: str) -> tuple:
+    """Objectives whose Hessian is more than a Gauss-Newton matrix, with all their parameters used."""
+    model, objective, X, y = network()
+    if kind == "used twice":
+        layer, _, X, y = linear()
+        objective = Objective(F.mse_loss)
+        objective.train_outputs = lambda model, batch: model(batch[0]) * model.weight.sum()  # type: ignore[method-assign]
+        return layer, objective, X, y
+    if kind == "an operator without a rule":
+        return model, Objective(F.cross_entropy, torch.special.erfcx), X, y
+    if kind == "a loss of its own":
+        own = lambda z, t: ((z - F.one_hot(t, 3)).abs().pow(3).sum(dim=1) + z.prod(dim=1)).mean()  # noqa: E731
+        return model, Objective(own), X, y
+    if kind == "a linear loss":
+        return model, Objective(lambda z, t: z.gather(1, t[:, None]).mean()), X, y
+    if kind == "many outputs":  # whose Hessian is a graph instead of blocks
+        wide = seeded(lambda: nn.Sequential(nn.Linear(D, 3), nn.Tanh(), nn.Linear(3, 70))).double()
+        return wide, Objective(lambda z, t: (z.logsumexp(1) - z[:, 0] * t + z.sin().prod(1)).mean()), X, y
+    assert kind == "plain"
+    return model, objective, X, y
+
+
+CURVED = ["plain", "used twice", "an operator without a rule", "a loss of its own", "a linear loss", "many outputs"]
+
+
+@pytest.mark.parametrize("kind", CURVED)
+def test_hessians_of_curved_networks_are_native(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    case = curved(kind)
+    H = dense(case, False)
+    damp = 2 - float(torch.linalg.eigvalsh(H)[0])
+    v = vector(len(H))
+    with caplog.at_level(logging.INFO, logger="influence_ext.adapters"):
+        expected = torch.linalg.solve(damped(H, damp), v)
+        close(make(CGInfluenceModule, case, damp=damp, rtol=1e-12).inverse_hvp(v), expected)
+        close(make(AutogradInfluenceModule, case, damp=damp).inverse_hvp(v), expected)
+        module = make(LiSSAInfluenceModule, case, 6, damp=damp, repeat=1, depth=3, scale=40.0)
+        torch.manual_seed(5)
+        found = module.inverse_hvp(v)
+    torch.manual_seed(5)
+    h = v
+    for index in sampled_indices(module.train_loader, 3):
+        h = v + h - damped(dense(case, False, batches=[[case[2][index], case[3][index]]]), damp) @ h / 40
+    close(found, h / 40)
+    assert "in torch" not in " ".join(message for message in caplog.messages if message.startswith("torch_influence"))
+
+
+def test_a_hessian_within_a_budget_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network_module, "MEMORY_BUDGET", 12_000)
+    case = network()
+    v = vector(len(theta_of(case[0])))
+    module = make(CGInfluenceModule, case, damp=2.0, rtol=1e-12)
+    close(module.inverse_hvp(v), torch.linalg.solve(damped(dense(case, False), 2.0), v))
+    assert module._captures.outputs().tape().chunk is not None
+
+
+@torch.library.custom_op("influence_ext_tests::square", mutates_args=())
+def square(z: Tensor) -> Tensor:
+    return z * z
+
+
+@torch.library.custom_op("influence_ext_tests::slope_of_square", mutates_args=())
+def slope_of_square(z: Tensor, g: Tensor) -> Tensor:
+    return 2 * z * g
+
+
+square.register_fake(torch.empty_like)
+slope_of_square.register_fake(lambda z, g: torch.empty_like(z))
+square.register_autograd(
+    lambda ctx, g: slope_of_square(*ctx.saved_tensors, g), setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
+)
+
+
+def test_an_operator_without_second_derivatives_is_left_to_torch_which_refuses_it(caplog: pytest.LogCaptureFixture) -> None:
+    model, _, X, y = network()
+    case = (model, Objective(F.cross_entropy, square), X, y)
+    v = vector(len(theta_of(model)))
+    with caplog.at_level(logging.INFO, logger="influence_ext"), pytest.raises(RuntimeError, match="slope_of_square"):
+        make(CGInfluenceModule, case, damp=2.0).inverse_hvp(v)
+    assert "products run in torch" in caplog.text
 
 
 def test_a_module_in_training_mode_is_differentiated_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
@@ -137,8 +215,9 @@ def test_output_hessians_take_the_form_of_the_fused_product(problem: Callable[[]
     module = make(CGInfluenceModule, problem(), gnh=True)
     hessian = module._captures.outputs().hessian
     assert hessian.shape == shape
-    blocks = module._captures.outputs().network.loss.hessian(module._captures.outputs().tape.outputs, torch.arange(N))
-    U = vector(2 * module._captures.outputs().tape.outputs.numel()).view(2, *module._captures.outputs().tape.outputs.shape)
+    z = module._captures.outputs().tape().outputs
+    blocks = module._captures.outputs().network.loss.hessian(z, torch.arange(N))
+    U = vector(2 * z.numel()).view(2, *z.shape)
     close(hessian.matmat(U), blocks.matmat(U), rtol=1e-13)
 
 

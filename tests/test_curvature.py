@@ -143,6 +143,29 @@ def test_second_order_products_need_their_tape_and_their_cotangents() -> None:
         tape.hvp(V, None)
 
 
+@pytest.mark.parametrize("name", ["mlp-tanh", "mlp-ce"])
+def test_a_tape_moves_to_other_examples(name: str) -> None:
+    network = build(NETWORKS[name], F64)
+    plan, theta = Plan.of(network.model, network.X), network.random("theta", network.P)
+    V, G = network.random("V", 2, network.P), torch.ones_like(network.outputs)
+    other = network.X.flip(0) + 1
+    tape, fresh = plan.linearize(network.X, second_order=True), plan.linearize(other, theta, second_order=True)
+    tape.keep_cotangents(G)
+    tape.relinearize(theta, other)
+    with pytest.raises(errors.ArgumentError, match="call keep_cotangents first"):
+        tape.hvp(V, None)
+    for one in (tape, fresh):
+        one.keep_cotangents(G)
+    assert torch.equal(tape.outputs, fresh.outputs)
+    assert torch.equal(tape.hvp(V, None), fresh.hvp(V, None))
+    with pytest.raises(errors.ShapeError, match="another number anew"):
+        tape.relinearize(theta, other[:-1])
+    assert torch.equal(tape.jvp(V), fresh.jvp(V))
+    chunked = plan.linearize(network.X, memory_budget=plan.linearize(network.X).cached_bytes)
+    with pytest.raises(errors.ArgumentError, match="recomputed in chunks"):
+        chunked.relinearize(theta, other)
+
+
 def test_hessian_keeps_the_point_it_was_made_at() -> None:
     network = Network(NETWORKS["mlp-tanh"], F64)
     H = ie.Hessian(network.model, network.loss, network.data)

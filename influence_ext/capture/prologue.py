@@ -27,11 +27,13 @@ class Prologue:
         names: of the results, for messages.
         shapes: of one example of each result.
         compute: ``(inputs, tensors) -> results``, each with the elements of ``[N, *shape]``.
+        reads_model: whether ``compute`` reads any of ``tensors``, the model's parameters and buffers by name.
     """
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     compute: Callable[[Sequence[Tensor], Mapping[str, Tensor]], list[Tensor]]
+    reads_model: bool
 
     @classmethod
     def of(
@@ -55,7 +57,7 @@ class Prologue:
         if all(node in inputs and layout.axis == 0 for node, layout in wanted):
             # Nothing to compute, and an input has its examples on the first axis, one to an entry.
             places = [list(inputs).index(node) for node, _ in wanted]
-            return cls(tuple(labels), shapes, lambda tensors, state: [tensors[place] for place in places])
+            return cls(tuple(labels), shapes, lambda tensors, state: [tensors[place] for place in places], False)
         run = subgraph(program, names, inputs, [node for node, _ in wanted])
         layouts = [layout for _, layout in wanted]
 
@@ -63,7 +65,7 @@ class Prologue:
             with torch.no_grad():
                 return [layout.gather(result) for layout, result in zip(layouts, run(tensors, state), strict=True)]
 
-        return cls(tuple(labels), shapes, compute)
+        return cls(tuple(labels), shapes, compute, True)
 
 
 def subgraph(

@@ -72,7 +72,7 @@ def whole_model(
         input_names=names,
         input_shapes=shapes,
         input_dtypes=tuple(x.dtype for x in inputs),
-        prologue=Prologue(names, shapes, lambda tensors, state: list(tensors)),
+        prologue=Prologue(names, shapes, lambda tensors, state: list(tensors), reads_model=False),
         nodes=(node,),
         slots=tuple(slots),
         output=len(inputs),

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.nn import BCEWithLogitsLoss, CrossEntropyLoss, MSELoss
 
 from influence_ext.adapters.curvlinops.data import Batches, BatchSize
@@ -152,13 +153,23 @@ class CurvatureLinearOperator(PyTorchLinearOperator):
             TypeError: another dtype.
         """
         if not isinstance(X, Tensor):
-            return super().__matmul__(X)
+            if not self._is_vector(X):
+                return super().__matmul__(X)
+            return list(_unflatten_dense_tensors(self._rows(_flatten_dense_tensors(X)[None])[0], X))
         if X.dim() not in (1, 2) or X.shape[0] != self.shape[1]:
             raise ShapeError(
                 f"{type(self).__name__}: expected a tensor [P] or [P, K] with P = {self.shape[1]}, got {list(X.shape)}; "
                 "transpose a matrix whose rows are vectors."
             )
         return self._rows(X[None])[0] if X.dim() == 1 else self._rows(X.T).T
+
+    def _is_vector(self, X: Any) -> bool:
+        """Whether this is a list of tensors shaped like the parameters."""
+        return (
+            isinstance(X, list)
+            and len(X) == len(self._in_shape)
+            and all(isinstance(x, Tensor) and x.shape == s for x, s in zip(X, self._in_shape, strict=True))
+        )
 
     def _matmat(self, X: list[Tensor]) -> list[Tensor]:
         K = X[0].shape[-1]

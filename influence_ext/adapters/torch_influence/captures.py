@@ -26,17 +26,37 @@ class Linearised:
 
     def __init__(self, network: Network):
         self.network = network
+        self._tape: Tape | None = None
+
+    def tape(self, second_order: bool = False) -> Tape:
+        """On all examples. One for second-order products serves all others too, so it takes the place of one that is not."""
+        if self._tape is None or (second_order and self._tape.curved_nodes is None):
+            with as_not_native():
+                self._tape = self.network.linearize(second_order=second_order)
+        return self._tape
 
     @cached_property
-    def tape(self) -> Tape:
-        """On all examples."""
+    def with_cotangents(self) -> Tape:
+        """On all examples, for products with the Hessian of the mean loss."""
+        tape = self.tape(second_order=True)
         with as_not_native():
-            return self.network.linearize()
+            tape.keep_cotangents(self.slopes / self.network.num_examples)
+        return tape
+
+    @cached_property
+    def has_second_order(self) -> bool:
+        """True; raises NotNative where a node that runs in torch has no second derivative there, which a product of one example shows."""
+        one = self.network.indices()[:1]
+        with as_not_native():
+            tape = self.network.linearize(one, second_order=True)
+            tape.keep_cotangents(self.slopes[:1])
+            tape.hvp(tape.theta[None], None)
+        return True
 
     @cached_property
     def is_mean(self) -> bool:
         """True; raises NotNative where the loss of a batch is not the mean over its examples."""
-        self.network.check_mean(self.tape.outputs)
+        self.network.check_mean(self.tape().outputs)
         return True
 
     @cached_property
@@ -47,7 +67,7 @@ class Linearised:
             NotNative: the loss is no mean over examples, or has no curvature.
         """
         assert self.is_mean
-        z = self.tape.outputs
+        z = self.tape().outputs
         with as_not_native():
             return native_form(self.network.loss.hessian(z, self.network.indices()), z)
 
@@ -55,7 +75,7 @@ class Linearised:
     def slopes(self) -> Tensor:
         """``∇_z ℓ_n`` of each example as a batch of one: ``[N, *out]``."""
         with as_not_native():
-            return self.network.loss.gradient(self.tape.outputs, self.network.indices())
+            return self.network.loss.gradient(self.tape().outputs, self.network.indices())
 
     def gradient_dots(self, index: Tensor, vectors: Tensor) -> Tensor:
         """``⟨∇ℓ_i, v⟩``: ``[V, P] -> [len(index), V]``."""
@@ -65,7 +85,7 @@ class Linearised:
                 slopes = self.network.loss.gradient(tape.outputs, index)
             tangents = tape.jvp(vectors)
         else:
-            tangents, slopes = self.tape.jvp(vectors)[:, index], self.slopes[index]
+            tangents, slopes = self.tape().jvp(vectors)[:, index], self.slopes[index]
         shape = (len(vectors), len(index), -1)
         return torch.einsum("vnc,nc->nv", tangents.reshape(shape), slopes.reshape(shape[1:]))
 

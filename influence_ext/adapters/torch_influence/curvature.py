@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 
-from influence_ext.adapters.torch_influence.batches import Block, NotNative
+from influence_ext.adapters.torch_influence.batches import NotNative
 from influence_ext.adapters.torch_influence.captures import Linearised
 from influence_ext.adapters.torch_influence.regulariser import Product, hessian_rows
+from influence_ext.losses import OutputHessian
 from influence_ext.operators.base import LinearOperator
+from influence_ext.plan import Tape
 
 if TYPE_CHECKING:
     from influence_ext.adapters.torch_influence.base import BaseInfluenceModule
@@ -37,7 +39,7 @@ class Curvature(ABC):
 
     @abstractmethod
     def sampled(self, num_batches: int) -> Iterator[Product]:
-        """The same on batches drawn with replacement, as many of the loader's size."""
+        """The same on batches drawn with replacement, as many of the loader's size; each product is valid until the next is asked for."""
 
 
 class DampedRisk(LinearOperator):
@@ -60,7 +62,7 @@ def curvature_of(module: BaseInfluenceModule, gnh: bool) -> Curvature:
         return _separable(module, gnh)
     except NotNative as reason:
         _log.info("torch_influence: products run in torch, batch by batch (%s)", reason)
-        return GraphCurvature(module, gnh, None)
+        return GraphCurvature(module, gnh)
 
 
 def _separable(module: BaseInfluenceModule, gnh: bool) -> Curvature:
@@ -69,64 +71,99 @@ def _separable(module: BaseInfluenceModule, gnh: bool) -> Curvature:
         return NativeCurvature(module, captures.outputs())
     try:
         return NativeCurvature(module, captures.affine())
-    except NotNative as reason:
-        _log.info("torch_influence: second derivatives run in torch (%s)", reason)
-    assert captures.outputs().is_mean
-    return GraphCurvature(module, gnh, module._training_block())
+    except NotNative:  # the network is curved
+        return NativeCurvature(module, captures.outputs(), second_order=True)
 
 
 class NativeCurvature(Curvature):
-    """The Gauss-Newton matrix of a captured network, and the regulariser's Hessian."""
+    """The Gauss-Newton matrix or the Hessian of a captured network, and the regulariser's Hessian.
 
-    def __init__(self, module: BaseInfluenceModule, linearised: Linearised):
-        self._loader, self._network = module.train_loader, linearised.network
-        self._tape, self._hessian = linearised.tape, linearised.hessian
+    Args:
+        module: whose loader and regulariser count.
+        linearised: the network on the training set.
+        second_order: the Hessian; else the Gauss-Newton matrix, which is the Hessian of an affine network.
+
+    Raises:
+        NotNative: the loss is no mean over examples; it is linear, and so without a Gauss-Newton matrix; or a node that runs in torch has
+            no second derivatives there.
+    """
+
+    def __init__(self, module: BaseInfluenceModule, linearised: Linearised, second_order: bool = False):
+        assert linearised.is_mean
+        assert not second_order or linearised.has_second_order
+        self._loader, self._linearised, self._network = module.train_loader, linearised, linearised.network
+        self._second_order = second_order
+        self._hessian = None if second_order and self._network.loss.is_linear else linearised.hessian
         self._regulariser = module._regulariser()
 
     def full(self) -> Product:
         """See :meth:`Curvature.full`."""
-        tape, regulariser, hessian = self._tape, self._regulariser, self._hessian.scaled(1 / self._network.num_examples)
-        return lambda V: tape.ggn(V, hessian) + regulariser.product(V)
+        tape = self._linearised.with_cotangents if self._second_order else self._linearised.tape()
+        return self._product(tape, None if self._hessian is None else self._hessian.scaled(1 / self._network.num_examples))
 
     def sampled(self, num_batches: int) -> Iterator[Product]:
         """See :meth:`Curvature.sampled`."""
-        for index in sampled_indices(self._loader, num_batches):
-            yield self._on(index.to(self._tape.theta.device))
+        theta = self._linearised.tape().theta
+        batches = [index.to(theta.device) for index in sampled_indices(self._loader, num_batches)]
+        if self._second_order or self._hessian is None or self._hessian.state is None:
+            return self._relinearised(batches, theta)
+        if (self._network.num_examples - 4 * len(batches[0])) * theta.numel() <= SPARE_WORK:
+            return map(self._weighed, batches)
+        return map(self._of_matrix, batches) if self._network.is_matrix else self._relinearised(batches, theta)
 
-    def _on(self, index: Tensor) -> Product:
-        """On the examples at ``index``."""
-        network, regulariser, hessian, tape = self._network, self._regulariser, self._hessian, self._tape
-        N, B, theta = network.num_examples, len(index), tape.theta
-        if hessian.state is not None and (N - 4 * B) * theta.numel() <= SPARE_WORK:
-            # the whole set, each example weighed by how often it was drawn
-            weights = theta.new_zeros(N).index_add_(0, index, theta.new_ones(B))
-            hessian = dataclasses.replace(hessian, weights=weights, scale=hessian.scale / B)
-            return lambda V: tape.ggn(V, hessian) + regulariser.product(V)
-        if hessian.state is not None:
-            hessian = dataclasses.replace(hessian, state=hessian.state.index_select(0, index), scale=hessian.scale / B)
-            if network.is_matrix:
-                # two products with a batch's rows cost less than a tape of them
-                x = network.X.index_select(0, index)
-                return lambda V: network.matrix_product(x, hessian, V) + regulariser.product(V)
-            tape = network.linearize(index, theta)
-        else:
-            tape = network.linearize(index, theta)
-            hessian = network.loss.hessian(tape.outputs, index).scaled(1 / B)
-        return lambda V: tape.ggn(V, hessian) + regulariser.product(V)
+    def _relinearised(self, batches: list[Tensor], theta: Tensor) -> Iterator[Product]:
+        """On one tape, whose memory serves all batches."""
+        network, tape = self._network, None
+        for index in batches:
+            if tape is None:
+                tape = network.linearize(index, theta, second_order=self._second_order)
+            else:
+                tape.relinearize(theta, network.rows(index))
+            if self._second_order:
+                tape.keep_cotangents(self._linearised.slopes.index_select(0, index).div_(len(index)))
+            hessian = self._hessian
+            if hessian is not None and hessian.state is None:
+                hessian = network.loss.hessian(tape.outputs, index).scaled(1 / len(index))
+            elif hessian is not None:
+                hessian = self._at(hessian, index)
+            yield self._product(tape, hessian)
+
+    def _weighed(self, index: Tensor) -> Product:
+        """On the whole set, each example weighed by how often it was drawn."""
+        assert self._hessian is not None
+        tape, ones = self._linearised.tape(), self._regulariser.gradient.new_ones(len(index))
+        weights = ones.new_zeros(self._network.num_examples).index_add_(0, index, ones)
+        return self._product(tape, dataclasses.replace(self._hessian, weights=weights, scale=self._hessian.scale / len(index)))
+
+    def _of_matrix(self, index: Tensor) -> Product:
+        """By two products with a batch's rows, which cost less than a tape of them."""
+        assert self._hessian is not None
+        network, regulariser, x, hessian = self._network, self._regulariser, self._network.rows(index), self._at(self._hessian, index)
+        return lambda V: regulariser.add_product(V, network.matrix_product(x, hessian, V))
+
+    def _at(self, hessian: OutputHessian, index: Tensor) -> OutputHessian:
+        """Of the mean loss of the examples at ``index``."""
+        assert hessian.state is not None
+        return dataclasses.replace(hessian, state=hessian.state.index_select(0, index), scale=hessian.scale / len(index))
+
+    def _product(self, tape: Tape, hessian: OutputHessian | None) -> Product:
+        regulariser = self._regulariser
+        if self._second_order:
+            return lambda V: regulariser.add_product(V, tape.hvp(V, hessian))
+        assert hessian is not None
+        return lambda V: regulariser.add_product(V, tape.ggn(V, hessian))
 
 
 class GraphCurvature(Curvature):
-    """Products by torch, which differentiates graphs of first derivatives; these are kept where memory allows.
+    """Products by torch, which differentiates graphs of first derivatives batch by batch; these are kept where memory allows.
 
     Args:
         module: whose objective, model and loaders count.
         gnh: Gauss-Newton instead of Hessian.
-        block: the training set, if the loss of a batch is the mean over its examples; None: batches as the loader yields them.
     """
 
-    def __init__(self, module: BaseInfluenceModule, gnh: bool, block: Block | None):
-        self._module, self._gnh, self._block = module, gnh, block
-        self._regulariser = None if block is None and not gnh else module._regulariser()
+    def __init__(self, module: BaseInfluenceModule, gnh: bool):
+        self._module, self._gnh = module, gnh
 
     def full(self) -> Product:
         """See :meth:`Curvature.full`."""
@@ -142,13 +179,8 @@ class GraphCurvature(Curvature):
 
     def sampled(self, num_batches: int) -> Iterator[Product]:
         """See :meth:`Curvature.sampled`."""
-        module = self._module
-        if self._block is None:
-            for batch, _ in module._loader_wrapper(train=True, sample_n_batches=num_batches):
-                yield self._product(batch)
-        else:
-            for index in sampled_indices(module.train_loader, num_batches):
-                yield self._product(self._block.rows(index.to(self._block.leaves[0].device)).batch)
+        for batch, _ in self._module._loader_wrapper(train=True, sample_n_batches=num_batches):
+            yield self._product(batch)
 
     def _recomputed(self, V: Tensor) -> Tensor:
         total = torch.zeros_like(V)
@@ -157,19 +189,10 @@ class GraphCurvature(Curvature):
         return total
 
     def _batches(self) -> Iterator[tuple[Any, float]]:
-        """Batches with their share of the training set; those of a block are as large as a graph may be."""
-        module, block = self._module, self._block
-        if block is None:
-            count = len(module.train_loader.dataset)  # type: ignore[arg-type]
-            for batch, size in module._loader_wrapper(train=True):
-                yield batch, size / count
-            return
-        few = block.rows(slice(0, min(block.size, 16)))
-        each = self._measured(few.batch)[1] / few.size
-        size = max(16, int(GRAPH_BYTES / 2 / max(each, 1.0)))
-        for start in range(0, block.size, size):
-            rows = block.rows(slice(start, start + size))
-            yield rows.batch, rows.size / block.size
+        """Batches with their share of the training set."""
+        count = len(self._module.train_loader.dataset)  # type: ignore[arg-type]
+        for batch, size in self._module._loader_wrapper(train=True):
+            yield batch, size / count
 
     def _measured(self, batch: Any) -> tuple[Product, int]:
         """A product and the bytes that its graphs hold."""
@@ -184,16 +207,14 @@ class GraphCurvature(Curvature):
         return product, sum(storages.values())
 
     def _product(self, batch: Any) -> Product:
-        objective, regulariser, theta = self._module.objective, self._regulariser, self._module._theta().requires_grad_()
-        with self._module._at(theta) as call:
-            if regulariser is None:
+        module, objective, theta = self._module, self._module.objective, self._module._theta().requires_grad_()
+        with module._at(theta) as call:
+            if not self._gnh:
                 return hessian_product(call(lambda model: objective.train_loss(model, theta, batch)), theta)
             z = call(lambda model: objective.train_outputs(model, batch))
-            if self._gnh:
-                product = gauss_newton_product(z, theta, lambda out: objective.train_loss_on_outputs(out, batch))
-            else:
-                product = hessian_product(objective.train_loss_on_outputs(z, batch), theta)
-        return lambda V: product(V) + regulariser.product(V)
+            product = gauss_newton_product(z, theta, lambda out: objective.train_loss_on_outputs(out, batch))
+        regulariser = module._regulariser()
+        return lambda V: regulariser.add_product(V, product(V))
 
 
 def hessian_product(value: Tensor, theta: Tensor) -> Product:

@@ -196,7 +196,7 @@ class LiSSAInfluenceModule(_ProductModule):
         for r in range(self.repeat):
             h = vectors.clone()
             for t, product in enumerate(curvature.sampled(self.depth)):
-                h = vectors + h - (product(h) + self.damp * h) / self.scale
+                h = (vectors + h).sub_(product(h).add_(h, alpha=self.damp), alpha=1 / self.scale)
                 if self.debug_callback is not None:
                     self.debug_callback(r, t, h.view(shape))
             total += h / self.scale

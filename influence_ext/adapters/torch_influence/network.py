@@ -49,13 +49,17 @@ class Network:
     num_examples: int
     is_matrix: bool = False
 
-    def linearize(self, index: Tensor | None = None, theta: Tensor | None = None) -> Tape:
+    def linearize(self, index: Tensor | None = None, theta: Tensor | None = None, second_order: bool = False) -> Tape:
         """At the model's present parameters, on all examples, within a budget of memory, or on those at ``index``."""
         if index is None:
             width = sum(node.width for node in self.plan.graph.nodes)
             ample = 8 * self.num_examples * width * self.plan.space.dtype.itemsize <= MEMORY_BUDGET  # finding out costs two small tapes
-            return self.plan.linearize(self.X, theta, memory_budget=None if ample else MEMORY_BUDGET)
-        return self.plan.linearize(self._rows(index), theta)
+            return self.plan.linearize(self.X, theta, memory_budget=None if ample else MEMORY_BUDGET, second_order=second_order)
+        return self.plan.linearize(self.rows(index), theta, second_order=second_order)
+
+    def rows(self, index: Tensor) -> Any:
+        """The inputs of the examples at ``index``."""
+        return self.X.index_select(0, index) if isinstance(self.X, Tensor) else tuple(x.index_select(0, index) for x in self.X)
 
     def matrix_product(self, x: Tensor, hessian: OutputHessian, V: Tensor) -> Tensor:
         """``Jᵀ H J v`` for rows ``x [B, I]`` of a linear layer's inputs: ``[V, P] -> [V, P]``."""
@@ -66,9 +70,6 @@ class Network:
         cotangents = hessian.matmat(tangents)
         pulled = [cotangents.mT @ x if name == "weight" else cotangents.sum(dim=1) for name in moved]
         return torch.cat([part.flatten(1) for part in pulled], dim=1)
-
-    def _rows(self, index: Tensor) -> Any:
-        return self.X.index_select(0, index) if isinstance(self.X, Tensor) else tuple(x.index_select(0, index) for x in self.X)
 
     def indices(self) -> Tensor:
         """All of them, the targets of the loss."""

@@ -56,7 +56,11 @@ class Regulariser:
 
     def product(self, V: Tensor) -> Tensor:
         """``∇²R v``: ``[V, P] -> [V, P]``."""
-        return self._rows(V) if self.diagonal is None else V * self.diagonal
+        return self.add_product(V, torch.zeros_like(V))
+
+    def add_product(self, V: Tensor, total: Tensor) -> Tensor:
+        """``total + ∇²R v``, in the memory of ``total [V, P]``."""
+        return total.add_(self._rows(V)) if self.diagonal is None else total.addcmul_(V, self.diagonal)
 
     def _rows(self, V: Tensor) -> Tensor:
         assert self._graph is not None

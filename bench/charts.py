@@ -64,7 +64,7 @@ def chart(records: list[Record]) -> Figure:
             seen[label] = (color, marker)
             axes.plot([contender["q1"], contender["q3"]], [row, row], color=color, linewidth=2, alpha=0.5, zorder=2)
             axes.plot(contender["median"], row, marker, color=color, markersize=7, zorder=3)
-        if record["floor"]:
+        if (record["percent_of_floor"] or 0) >= 1:  # a floor further away would only stretch the axis
             axes.plot(record["floor"]["seconds"], row, "|", color="black", markersize=15, markeredgewidth=2, zorder=4)
     axes.set_xscale("log")
     axes.set_yticks(range(len(records)), [f"{r['title']}\n{r['workload']}, N = {r['num_examples']}" for r in records], fontsize=7.5)

@@ -1,12 +1,20 @@
 """Retraining without each of several examples: together (``retrain_many``), one by one (``retrain``), and in plain PyTorch.
 
-The warm start: a base training of one epoch, then five more for each removed example, in batches of 128. Whoever takes part is compared
-with a plain loop in float64 before anything is timed.
+    python -m bench.retraining                      the row of the table, an MLP 784-128-10 on 1,280 images, batches of 128
+    python -m bench.retraining --float64 --sets 8   other sizes; --help lists them
+    OMP_NUM_THREADS=1 python -m bench.retraining --cpu-time    processor time, on a machine that is busy with other things
+
+The warm start: a base training of one epoch, then five more for each removed example. Whoever takes part is compared with a plain loop in
+float64 before anything is timed. Exit status: 0 the answers agree, 1 they do not.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
+import sys
+import time
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,31 +24,47 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 
 import influence_ext as ie
+from bench import machine
 from bench.cases import EPOCHS, Case
 from bench.contender import OURS, Call, Contender, compile_static, same
+from bench.floor import count, measure_rates
 from bench.problem import LOSS_MODULES, Problem
+from bench.reference import error
+from bench.timing import interleave
+from bench.workloads import MLP
 
-BATCH_SIZE = 128
 LR, MOMENTUM = 0.01, 0.9
 
 
-def recipe_of(problem: Problem) -> ie.Recipe:
+@dataclass(frozen=True)
+class Schedule:
+    """Epochs of a branch, and examples in a batch."""
+
+    epochs: int = EPOCHS
+    batch_size: int = 128
+
+
+TABLE = Schedule()
+
+
+def recipe_of(problem: Problem, schedule: Schedule) -> ie.Recipe:
     loss = LOSS_MODULES[problem.loss]()
-    return ie.Recipe(lambda: copy.deepcopy(problem.model), loss, lr=LR, momentum=MOMENTUM, epochs=1, batch_size=BATCH_SIZE)
+    return ie.Recipe(lambda: copy.deepcopy(problem.model), loss, lr=LR, momentum=MOMENTUM, epochs=1, batch_size=schedule.batch_size)
 
 
-def batches(problem: Problem, start: int, stop: int) -> list[Tensor]:
-    """The batches of the epochs ``start`` to ``stop``, in the order that the recipe draws."""
-    recipe, N = recipe_of(problem), len(problem.X)
-    orders = [recipe.batch_order(epoch, N).to(problem.X.device) for epoch in range(start, stop)]
-    return [batch for order in orders for batch in order.split(BATCH_SIZE)]
+def batches(problem: Problem, schedule: Schedule) -> tuple[list[Tensor], list[Tensor]]:
+    """Those of the base training and those of a branch, in the order that the recipe draws."""
+    recipe, N = recipe_of(problem, schedule), len(problem.X)
+    orders = [recipe.batch_order(epoch, N).to(problem.X.device) for epoch in range(1 + schedule.epochs)]
+    base, *branch = [order.split(schedule.batch_size) for order in orders]
+    return list(base), [batch for order in branch for batch in order]
 
 
-def trained(problem: Problem) -> tuple[nn.Module, torch.optim.SGD]:
+def trained(problem: Problem, order: list[Tensor]) -> tuple[nn.Module, torch.optim.SGD]:
     """The base training as a user writes it; the branches go on from here."""
     model = copy.deepcopy(problem.model).train()
     optimizer = torch.optim.SGD(model.parameters(), LR, MOMENTUM)
-    for batch in batches(problem, 0, 1):
+    for batch in order:
         _step(problem, model, optimizer, batch, len(batch))
     return model, optimizer
 
@@ -51,14 +75,14 @@ def _step(problem: Problem, model: nn.Module, optimizer: torch.optim.SGD, kept: 
     optimizer.step()
 
 
-def retrained(case: Case, problem: Problem) -> Tensor:
+def retrained(case: Case, problem: Problem, schedule: Schedule = TABLE) -> Tensor:
     """``[V, P]``, one plain loop for each removed example: an ``nn.Module`` and ``torch.optim.SGD``, the example left out of its batch."""
-    return _plain(case, problem)()
+    return _plain(schedule, case, problem)()
 
 
-def _plain(case: Case, problem: Problem) -> Call:
-    model, optimizer = trained(problem)
-    order = batches(problem, 1, 1 + EPOCHS)
+def _plain(schedule: Schedule, case: Case, problem: Problem) -> Call:
+    base, order = batches(problem, schedule)
+    model, optimizer = trained(problem, base)
 
     def one(removed: int) -> Tensor:
         branch = copy.deepcopy(model)
@@ -71,12 +95,13 @@ def _plain(case: Case, problem: Problem) -> Call:
     return lambda: torch.stack([one(i) for i in range(case.num_vectors)])
 
 
-def _vmapped(case: Case, problem: Problem, *, compiled: bool) -> Call:
+def _vmapped(schedule: Schedule, case: Case, problem: Problem, *, compiled: bool) -> Call:
     """All sets in one batch of parameters under ``vmap``, as torch's guide to ensembles does it; the removed example has weight 0."""
-    model, optimizer = trained(problem)
+    base, order = batches(problem, schedule)
+    model, optimizer = trained(problem, base)
     theta, _ = stack_module_state([model] * case.num_vectors)
     momenta = {name: optimizer.state[p]["momentum_buffer"] for name, p in model.named_parameters()}
-    order, removed = batches(problem, 1, 1 + EPOCHS), torch.arange(case.num_vectors, device=problem.X.device)
+    removed = torch.arange(case.num_vectors, device=problem.X.device)
 
     def cost(p: dict[str, Tensor], weights: Tensor, x: Tensor, t: Tensor) -> Tensor:
         return (weights * F.cross_entropy(functional_call(model, p, (x,)), t, reduction="none")).mean()
@@ -99,20 +124,71 @@ def _vmapped(case: Case, problem: Problem, *, compiled: bool) -> Call:
     return call
 
 
-def _ours(case: Case, problem: Problem, *, together: bool) -> Call:
-    run = ie.train(recipe_of(problem), (problem.X, problem.y))
-    sets = [[i] for i in range(case.num_vectors)]
+def _ours(schedule: Schedule, case: Case, problem: Problem, *, together: bool) -> Call:
+    run = ie.train(recipe_of(problem, schedule), (problem.X, problem.y))
+    sets, epochs = [[i] for i in range(case.num_vectors)], schedule.epochs
     if together:
-        return lambda: torch.stack([r.params for r in ie.retrain_many(run, sets, "warm", epochs=EPOCHS)])
-    return lambda: torch.stack([ie.retrain(run, group, "warm", epochs=EPOCHS).params for group in sets])
+        return lambda: torch.stack([r.params for r in ie.retrain_many(run, sets, "warm", epochs=epochs)])
+    return lambda: torch.stack([ie.retrain(run, group, "warm", epochs=epochs).params for group in sets])
 
 
-def retraining_contenders(case: Case) -> list[Contender]:
+def retraining_contenders(case: Case, schedule: Schedule = TABLE) -> list[Contender]:
     limit = 1e-10 if case.dtype == torch.float64 else 1e-4
     return [
-        Contender(f"{OURS} together", partial(_ours, together=True), same, limit),
-        Contender(f"{OURS} one by one", partial(_ours, together=False), same, limit),
-        Contender("plain PyTorch", _plain, same, limit),
-        Contender("torch.func, vmap", partial(_vmapped, compiled=False), same, limit),
-        Contender("torch.compile, vmap", partial(_vmapped, compiled=True), same, limit),
+        Contender(f"{OURS} together", partial(_ours, schedule, together=True), same, limit),
+        Contender(f"{OURS} one by one", partial(_ours, schedule, together=False), same, limit),
+        Contender("plain PyTorch", partial(_plain, schedule), same, limit),
+        Contender("torch.func, vmap", partial(_vmapped, schedule, compiled=False), same, limit),
+        Contender("torch.compile, vmap", partial(_vmapped, schedule, compiled=True), same, limit),
     ]
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    schedule = Schedule(args.epochs, args.batch_size)
+    network = MLP("retrained", (784, args.hidden, 10), "relu", "cross_entropy")
+    case = Case("retrain", network, args.examples, args.sets, torch.float64 if args.float64 else torch.float32)
+    problem = case.problem()
+    oracle = retrained(case, problem.to(torch.float64), schedule)
+    chosen = [c for c in retraining_contenders(case, schedule) if args.compile or "compile" not in c.name]
+    calls = {c.name: c.prepare(case, problem) for c in chosen}
+    errors = {name: error(case, problem, call(), oracle) for name, call in calls.items()}
+    rates = measure_rates(case.dtype)
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    times = interleave(calls, seconds=args.seconds, max_rounds=15, clock=clock)
+    counted = count(case)
+    assert counted is not None
+    base, floor = times["plain PyTorch"].median, counted[0] * schedule.epochs / EPOCHS / rates.gemm
+    print(
+        f"{machine.cpu_model()}, {torch.get_num_threads()} threads; torch {torch.__version__}; {args.sets} x {network.title} {case.dtype}, "
+        f"N = {args.examples}, {schedule}; {rates.gemm / 1e9:.0f} GFLOP/s ({rates.gemm_route})"
+    )
+    for name, timing in times.items():
+        spread, share = f"{timing.q1:.3g} to {timing.q3:.3g}", f"{100 * floor / timing.median:3.0f} % of the floor"
+        print(f"{name:26s} {timing.median:8.3g} s ({spread})  {base / timing.median:5.2f}x  {share}  relative error {errors[name]:.1e}")
+    print(f"{'floor':26s} {floor:8.3g} s  {base / floor:5.2f}x")
+    wrong = [c.name for c in chosen if not errors[c.name] <= c.limit]
+    if wrong:
+        print(
+            f"bench.retraining: expected a relative error of at most {chosen[0].limit:g}, got more from {', '.join(wrong)}.",
+            file=sys.stderr,
+        )
+    return 1 if wrong else 0
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.retraining", description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--examples", type=int, default=1280, help="training examples (1280)")
+    parser.add_argument("--sets", type=int, default=20, help="removed examples, a training each (20)")
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="epochs of each training (5)")
+    parser.add_argument("--batch-size", type=int, default=128, help="examples in a batch (128)")
+    parser.add_argument("--hidden", type=int, default=128, help="units of the hidden layer (128)")
+    parser.add_argument("--float64", action="store_true", help="in float64 instead of float32")
+    parser.add_argument("--compile", action="store_true", help="torch.compile takes part too")
+    parser.add_argument("--cpu-time", action="store_true", help="processor time of all threads instead of the clock's")
+    parser.add_argument("--seconds", type=float, default=60.0, help="time for all rounds together (60)")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

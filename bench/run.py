@@ -120,8 +120,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print the records on stdout, everything else on stderr")
     args = parser.parse_args(argv)
     args.main |= args.quick
-    args.seconds = args.seconds or (3.0 if args.quick else 20.0)
-    args.rounds = args.rounds or (3 if args.quick else 5)
+    if args.seconds is None:
+        args.seconds = 3.0 if args.quick else 20.0
+    if args.rounds is None:
+        args.rounds = 3 if args.quick else 5
     if args.seconds <= 0 or args.rounds < 2:
         parser.error("--seconds must be positive and --rounds at least 2")
     if args.device.type not in ("cpu", "cuda") or (args.device.type == "cuda" and not torch.cuda.is_available()):

@@ -120,8 +120,9 @@ def caption(records: list[Record]) -> str:
     what = f"torch {versions['torch']}, curvlinops {versions['curvlinops-for-pytorch']}, {last['date'][:10]}, commit {', '.join(commits)}"
     return (
         f"Medians of interleaved runs on {where}, {what}; each case in a process of its own, every answer checked against float64 first. "
-        "Peak memory is what a call needs beyond network, data and vectors, kept state included. The floor is the count of unavoidable "
-        f"operations over the fastest matrix product measured in the same run ({last['rates']['gemm'] / 1e9:.0f} GFLOP/s), or of "
+        "Peak memory is what a call needs beyond network, data and vectors, kept state included. The floor is the count of the "
+        "operations of plain sums (Winograd's algorithm needs fewer, and may pass it) "
+        f"over the fastest matrix product measured in the same run ({last['rates']['gemm'] / 1e9:.0f} GFLOP/s), or of "
         "unavoidable writing over the speed of memory. Reproduce with `make bench`."
     )
 

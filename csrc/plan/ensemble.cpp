@@ -42,6 +42,9 @@ void Ensemble<T>::step(const Context& ctx, const std::vector<const T*>& inputs, 
   const int threads = by_set ? ctx.num_threads : 1;
   for (auto& tape : tapes_) tape->rebind(inputs);
   while (static_cast<int>(tapes_.size()) < threads) tapes_.push_back(std::make_unique<Tape<T>>(ctx, plan_, N_, inputs));
+  // A thread that has a set to itself takes the batch whole: for one right-hand side the gradient, written and read again for every tile, weighs more
+  // than the activations.
+  for (auto& tape : tapes_) tape->set_schedule(by_set ? ScheduleChoice::by_operator : ScheduleChoice::automatic);
   Context inner = ctx;
   if (by_set) inner.num_threads = 1;
   if (threads == 1) {

@@ -52,7 +52,7 @@ struct BoundTape {
     const int64_t N = inputs[0].size(0);
     device = inputs[0].device();
     const Run run(device);
-    tape = std::make_unique<Tape<T>>(run.ctx, plan, N, pointers(*plan, inputs, N));
+    tape = std::make_shared<Tape<T>>(run.ctx, plan, N, pointers(*plan, inputs, N));
     this->inputs = std::move(inputs);
   }
   void rebind(std::vector<at::Tensor> others) {
@@ -76,7 +76,7 @@ struct BoundTape {
       TORCH_CHECK(values[s] || (slots[s].offset >= 0 && slots[s].offset + slots[s].size <= P), "Tape: expected a value for slot ", s, ", got none.");
       pointers.push_back(values[s] ? data<T>(*values[s], slots[s].size, device, "Tape parameter") : flat + slots[s].offset);
     }
-    const Run run(device, precision);
+    const Run run(device);
     py::gil_scoped_release release;
     tape->linearize(run.ctx, pointers);
   }
@@ -86,8 +86,8 @@ struct BoundTape {
 
   std::vector<at::Tensor> inputs;
   at::Device device = at::kCPU;
-  Precision precision = Precision::full;
-  std::unique_ptr<Tape<T>> tape;
+  Precision precision = Precision::full;  // of products; the point itself is always computed in full
+  std::shared_ptr<Tape<T>> tape;
 };
 
 // The gradients of a tape's examples for cotangents of its outputs.
@@ -177,7 +177,13 @@ void bind(py::module_& m, const std::string& suffix) {
       .def(
           "set_schedule", [](BoundTape<T>& b, int choice) { b.tape->set_schedule(static_cast<ScheduleChoice>(choice)); }, py::arg("choice"))
       .def(
-          "set_precision", [](BoundTape<T>& b, int precision) { b.precision = static_cast<Precision>(precision); }, py::arg("precision"))
+          "at_precision",  // the same point, whose products multiply otherwise
+          [](const BoundTape<T>& b, int precision) {
+            auto other = std::make_shared<BoundTape<T>>(b);
+            other->precision = static_cast<Precision>(precision);
+            return other;
+          },
+          py::arg("precision"))
       .def(
           "workspace_bytes", [](const BoundTape<T>& b, int64_t V) { return b.tape->workspace_bytes(Run(b.device).ctx, V); }, py::arg("V"))
       .def(
@@ -224,7 +230,7 @@ void bind(py::module_& m, const std::string& suffix) {
           "keep_cotangents",
           [](BoundTape<T>& b, const at::Tensor& g) {
             const T* from = data<T>(g, b.N() * b.C(), b.device, "keep_cotangents");
-            const Run run(b.device, b.precision);
+            const Run run(b.device);
             py::gil_scoped_release release;
             b.tape->keep_cotangents(run.ctx, from);
           },

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,10 +39,16 @@ class ChunkedTape:
         self.num_examples, self.chunk = num_examples, chunk
         self._values: list[Tensor | None] = []
         self._theta: Tensor | None = None
-        self._schedule = 0
+        self._schedule = self._precision = 0
         self._cotangents: Tensor | None = None
         self._outputs: Tensor | None = None
         self._spares: list[Any] = []
+
+    def at_precision(self, precision: int) -> ChunkedTape:
+        """The same point, whose products multiply otherwise."""
+        other = copy.copy(self)
+        other._precision, other._spares = precision, []
+        return other
 
     def linearize(self, values: Sequence[Tensor | None], theta: Tensor | None = None) -> None:
         """Move to other parameters; one forward pass over the data, which keeps the outputs alone."""
@@ -72,7 +79,7 @@ class ChunkedTape:
                 tape.rebind(sources)
             else:
                 tape = None  # its memory is free before the next is taken
-                tape = self._make(sources)
+                tape = self._make(sources).at_precision(self._precision)
                 tape.set_schedule(self._schedule)
             tape.linearize(self._values, self._theta)
             yield start, tape
@@ -208,3 +215,12 @@ class ChunkedFactors:
 def _rows(start: int, stop: int, *tensors: Tensor | None) -> list[Tensor | None]:
     """Those of the examples ``start`` to ``stop``."""
     return [None if t is None else t[start:stop].contiguous() for t in tensors]
+
+
+def first_rows(X: Any, count: int, repeat: int = 1) -> Any:
+    """The first ``count`` examples of X, repeated."""
+    if isinstance(X, Tensor):
+        return torch.cat([X[:count]] * repeat)
+    if isinstance(X, Mapping):
+        return {key: first_rows(x, count, repeat) for key, x in X.items()}
+    return tuple(first_rows(x, count, repeat) for x in X)

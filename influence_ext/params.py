@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ SUPPORTED_DTYPES = (torch.float32, torch.float64)
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 """Parameters of these are read as they are; everything is computed, and returned, in float32."""
 Selection = str | Tensor | Iterable[str | Tensor]
+Precision = Literal["full", "tf32", "bfloat16"]
+PRECISIONS: dict[str, int] = {"full": 0, "tf32": 1, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
@@ -320,4 +322,27 @@ def _check_finite(named: Mapping[str, Tensor], who: str) -> None:
         raise DataError(
             f"{who}: expected finite parameters, got NaN or infinite values in {', '.join(bad)}; train again with a smaller step or load a "
             "sound checkpoint."
+        )
+
+
+def check_precision(precision: Precision, space: ParameterSpace, who: str) -> None:
+    """Raise if products of such parameters cannot be made at ``precision``.
+
+    Raises:
+        ArgumentError: another word, or a precision that the device or the data type has not.
+    """
+    if precision not in PRECISIONS:
+        raise ArgumentError(f"{who}: expected a precision among {', '.join(PRECISIONS)}, got {precision!r}; choose one.")
+    device, dtype = space.device.type, space.dtype
+    if precision == "full":
+        return
+    if dtype != torch.float32:
+        raise ArgumentError(
+            f'{who}: expected precision="full" for {dtype} on {device}, got "{precision}", which is for float32; '
+            "leave it out, or convert model and data with .float()."
+        )
+    if device == "cpu" and precision != "bfloat16":
+        raise ArgumentError(
+            f'{who}: expected precision="full" or "bfloat16" for {dtype} on {device}, got "{precision}", which is for a CUDA '
+            "device; choose one of them, or move model and data to one."
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Hashable, Mapping
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import influence_ext._C as _C
-from influence_ext.capture import CapturedGraph, call_signature, capture, format_table, named_inputs, named_tensors, remembered
-from influence_ext.chunks import ChunkedTape
+from influence_ext.capture import CapturedGraph, capture, format_table, named_tensors, plan_key, remembered
+from influence_ext.chunks import ChunkedTape, first_rows
 from influence_ext.context import about_to_start_threads, exclusive
 from influence_ext.data import Examples, StreamedExamples
 from influence_ext.derived import DerivedFactors, DerivedParameters, DerivedPoint
@@ -20,12 +21,10 @@ from influence_ext.ensemble import Ensemble
 from influence_ext.errors import ArgumentError, DataError, DeviceError, DTypeError, ShapeError, UnsupportedModelError
 from influence_ext.finite import all_finite
 from influence_ext.losses import Loss, OutputHessian
-from influence_ext.params import ParameterSpace, Selection, is_half, widened
+from influence_ext.params import PRECISIONS, ParameterSpace, Precision, Selection, check_precision, is_half, widened
 
 Schedule = Literal["auto", "by_example", "by_operator"]
 _SCHEDULES: dict[str, int] = {"auto": 0, "by_example": 1, "by_operator": 2}
-Precision = Literal["full", "tf32", "bfloat16"]
-_PRECISIONS: dict[str, int] = {"full": 0, "tf32": 1, "bfloat16": 2}
 
 
 class Plan:
@@ -98,7 +97,7 @@ class Plan:
         if params is not None and not isinstance(params, (str, Tensor)):
             params = tuple(params)
         with exclusive:
-            key = _key(X, params)
+            key = plan_key(X, params)
             plan = None if key is None else cls._remembered(model, key)
             if plan is None:
                 space = ParameterSpace.of(model, params, who)
@@ -136,8 +135,7 @@ class Plan:
             memory_budget: bytes that the forward state and one product's workspace may take. What does not fit is recomputed
                 in every product, a chunk of examples at a time.
             second_order: also keep what ``Tape.hvp`` needs.
-            precision: how float32 matrices are multiplied on a CUDA device, "tf32" and "bfloat16" rounding the factors and summing in
-                float32. The CPU multiplies in full precision.
+            precision: how products multiply float32 matrices, see :meth:`Tape.at_precision`.
 
         Raises:
             ShapeError, DTypeError, DeviceError: inputs or theta do not fit.
@@ -147,13 +145,14 @@ class Plan:
         Cost: one forward pass; memory ``Tape.cached_bytes``.
         """
         with exclusive:
-            return self._linearize(X, theta, memory_budget, second_order, self._checked(precision))
+            check_precision(precision, self.space, self._who)
+            return self._linearize(X, theta, memory_budget, second_order).at_precision(precision)
 
-    def _linearize(self, X: Any, theta: Tensor | None, memory_budget: int | None, second_order: bool, precision: int) -> Tape:
+    def _linearize(self, X: Any, theta: Tensor | None, memory_budget: int | None, second_order: bool) -> Tape:
         tensors = named_tensors(self._model)
         theta = self.space.gather(tensors, self._who) if theta is None else self._copied(theta)
         native = self._second_order_native if second_order else self._native
-        make = functools.partial(self._make, native, precision=precision)
+        make = functools.partial(self._make, native)
         curved = tuple(native.curved_nodes) if second_order else None
         examples = X if isinstance(X, Examples) else None
         if memory_budget is None and isinstance(examples, StreamedExamples):
@@ -201,28 +200,16 @@ class Plan:
     def _second_order_native(self) -> Any:
         return self._compile(second_order=True)
 
-    def _checked(self, precision: Precision) -> int:
-        if precision not in _PRECISIONS:
-            raise ArgumentError(f"{self._who}: expected a precision among {', '.join(_PRECISIONS)}, got {precision!r}; choose one.")
-        if precision != "full" and (self.space.device.type == "cpu" or self.space.dtype != torch.float32):
-            raise ArgumentError(
-                f'{self._who}: expected precision="full" for {self.space.dtype} on {self.space.device}, got "{precision}", which is for '
-                "float32 on a CUDA device; leave it out, or move model and data to one."
-            )
-        return _PRECISIONS[precision]
-
-    def _make(self, native: Any, sources: list[Tensor], precision: int = 0) -> Any:
+    def _make(self, native: Any, sources: list[Tensor]) -> Any:
         """A tape of the extension."""
         kind = _C.Tape32 if self.space.dtype == torch.float32 else _C.Tape64
-        tape = kind(native, sources)
-        tape.set_precision(precision)
-        return tape
+        return kind(native, sources)
 
     def _chunk(self, native: Any, examples: Examples, budget: int) -> int:
         """Examples whose forward state and workspace, for one vector, take at most ``budget`` bytes."""
         _, first = next(examples.blocks(2))
-        one = self._make(native, self._inputs(_rows(first, 1)))
-        two = self._make(native, self._inputs(_rows(first, 1, repeat=2)))
+        one = self._make(native, self._inputs(first_rows(first, 1)))
+        two = self._make(native, self._inputs(first_rows(first, 1, repeat=2)))
         each = two.cached_bytes - one.cached_bytes + native.sweep_width * self.space.dtype.itemsize
         fixed = 2 * one.cached_bytes - two.cached_bytes
         if fixed + each > budget:
@@ -298,6 +285,7 @@ class Tape:
         plan: where it came from.
         num_examples: N.
         theta: ``[P]``, the parameters it stands at.
+        precision: how its products multiply float32 matrices.
         curved_nodes: nodes with a second-order term; None if the tape was not made for second-order products.
     """
 
@@ -305,11 +293,28 @@ class Tape:
         about_to_start_threads()
         self.plan = plan
         self.curved_nodes = curved_nodes
+        self.precision: Precision = "full"
         self._constants = plan._constants(tensors)
         self._native = native
         self._derived: DerivedPoint | None = None
         self.num_examples: int = native.num_examples
         self._move_to(theta)
+
+    def at_precision(self, precision: Precision) -> Tape:
+        """The same point, state shared, whose products multiply float32 matrices otherwise; valid until either is moved.
+
+        "bfloat16" rounds both factors to 8 bits, an error of up to 2⁻⁹ each, "tf32", on a CUDA device, to 11; sums are float32. The point
+        itself (outputs, derivatives, kept cotangents) is always computed in full.
+
+        Raises:
+            ArgumentError: another word, or a precision that the device or the data type has not.
+        """
+        check_precision(precision, self.plan.space, self.plan._who)
+        if precision == self.precision:
+            return self
+        other = copy.copy(self)
+        other.precision, other._native = precision, self._native.at_precision(PRECISIONS[precision])
+        return other
 
     def relinearize(self, theta: Tensor, X: Any = None) -> None:
         """Move to another θ ``[P]``, and to other examples; memory is reused, factors and cotangents made before become invalid.
@@ -491,26 +496,3 @@ class RowBuffer:
 
     def __deepcopy__(self, memo: Any) -> RowBuffer:
         return RowBuffer()
-
-
-def _key(X: Any, params: str | Tensor | tuple[str | Tensor, ...] | None) -> Hashable:
-    """What a plan depends on besides the model; None where ``X`` has to be refused.
-
-    A selected tensor counts by its address: it is one of the model's own parameters, or selecting it fails.
-    """
-    inputs, by_name = named_inputs(X)
-    sizes = [x.shape[0] if x.dim() else 0 for x in inputs.values()]
-    if not sizes or min(sizes) == 0 or sizes.count(sizes[0]) != len(sizes):
-        return None
-    selected = params if isinstance(params, tuple) or params is None else (params,)
-    chosen = None if selected is None else tuple(p if isinstance(p, str) else id(p) for p in selected)
-    return (by_name, chosen, call_signature(inputs))
-
-
-def _rows(X: Any, count: int, repeat: int = 1) -> Any:
-    """The first ``count`` examples of X, repeated."""
-    if isinstance(X, Tensor):
-        return torch.cat([X[:count]] * repeat)
-    if isinstance(X, Mapping):
-        return {key: _rows(x, count, repeat) for key, x in X.items()}
-    return tuple(_rows(x, count, repeat) for x in X)

@@ -164,11 +164,11 @@ for dtype in (torch.float64, torch.float32):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("instruction_set", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("instruction_set", ["baseline", "avx2", "avx512", "avx512_bf16"])
 def test_every_instruction_set_gives_the_same_numbers(instruction_set: str) -> None:
     """In a process of its own: the choice is made once, by the processor or by INFLUENCE_EXT_ISA."""
     best = _C.build_info()["active_instruction_set"]
-    order = ["baseline", "avx2", "avx512"]
+    order = ["baseline", "avx2", "avx512", "avx512_bf16"]
     if order.index(instruction_set) > order.index(best):
         pytest.skip(f"this processor has no {instruction_set}")
     environment = {**os.environ, "INFLUENCE_EXT_ISA": instruction_set}
@@ -182,5 +182,5 @@ def test_an_unknown_instruction_set_is_refused() -> None:
     done = subprocess.run(
         [sys.executable, "-c", "import influence_ext; influence_ext.build_info()"], env=environment, capture_output=True, text=True
     )
-    assert "INFLUENCE_EXT_ISA: expected baseline, avx2 or avx512" in done.stderr
+    assert "INFLUENCE_EXT_ISA: expected baseline, avx2, avx512 or avx512_bf16" in done.stderr
     assert done.returncode != 0

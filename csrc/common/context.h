@@ -14,13 +14,15 @@ enum class Isa : int { baseline = 0, avx2 = 1, avx512 = 2 };
 
 inline constexpr int kNumIsas = 3;
 
-const char* isa_name(Isa isa);
-
 constexpr int vector_bytes(Isa isa) { return isa == Isa::avx512 ? 64 : isa == Isa::avx2 ? 32 : 16; }
 
-// The best instruction set of this processor, or what INFLUENCE_EXT_ISA (baseline | avx2 | avx512) asks for; throws if the
+// The best instruction set of this processor, or what INFLUENCE_EXT_ISA (baseline | avx2 | avx512 | avx512_bf16) asks for; throws if the
 // processor lacks it or the name is unknown.
 Isa active_isa();
+const char* active_isa_name();
+
+// Whether it is avx512_bf16: avx512 with instructions that multiply bfloat16 (Precision::bfloat16); without them operands are rounded.
+bool multiplies_bfloat16();
 
 struct Context {
   Device device = Device::cpu;

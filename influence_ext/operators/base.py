@@ -34,6 +34,11 @@ class LinearOperator(abc.ABC):
         """``(P, P)``."""
         return (self.num_parameters, self.num_parameters)
 
+    @property
+    def exact(self) -> LinearOperator:
+        """The operator that this one's products stand for: itself, unless they are made at reduced precision."""
+        return self
+
     @abc.abstractmethod
     def _matmat(self, V: Tensor) -> Tensor:
         """``[V, P] -> [V, P]``; the argument is checked, contiguous, of the operator's dtype and device, and not to be modified."""

@@ -13,8 +13,13 @@ from influence_ext.errors import ArgumentError
 from influence_ext.losses import Loss, LossLike, resolve
 from influence_ext.losses.base import check_weights
 from influence_ext.operators.base import LinearOperator
-from influence_ext.params import ParameterSpace, Selection
-from influence_ext.plan import Plan, Precision, Schedule, Tape
+from influence_ext.params import ParameterSpace, Precision, Selection
+from influence_ext.plan import Plan, Schedule, Tape
+
+_ROUNDED = {
+    "bfloat16": "products: factors rounded to bfloat16 (8 bits), float32 sums; expect a relative error of about 3e-3, refined away by CG",
+    "tf32": "products: factors rounded to TF32 (11 bits), float32 sums; expect a relative error of about 4e-4, refined away by CG",
+}
 
 
 class LinearisedOperator(LinearOperator):
@@ -33,8 +38,11 @@ class LinearisedOperator(LinearOperator):
         memory_budget: bytes that the cached forward state and one product's workspace may take; what does not fit is recomputed chunk by
             chunk in every product, and batches that do not fit are read again. None: no limit.
         reduction: overrides the loss's own.
-        precision: "full", or on a CUDA device "tf32" or "bfloat16", which round the factors of float32 matrix products (forward pass and
-            products alike) and sum in float32.
+        precision: how products multiply float32 matrices. "full" is float32; "bfloat16" rounds both factors to 8 bits, for a relative error
+            of a product of about 3e-3, and "tf32", on a CUDA device, to 11 bits, for about 4e-4; sums are float32 in all of them. What is
+            linearised (outputs, derivatives, the loss Hessian) is computed in full, so ``at_precision("full")`` is exact. Solvers solve
+            the exact system to the tolerance that is asked, CG with few exact products. On the CPU, linear layers and products between
+            activations are rounded.
         schedule: "auto", or "by_example" / "by_operator" to force how products run (see docs/design.md).
         weights: ``[N]``, w_n >= 0, multiplies the loss of example n: the matrix is that of ``c Σ w_n ℓ_n``. c stays what it is without
             them, ``1/N`` for a mean. None: ones.
@@ -43,7 +51,7 @@ class LinearisedOperator(LinearOperator):
         UnsupportedModelError, UnsupportedLossError: see :meth:`Plan.of`, :func:`resolve`.
         DataError, ShapeError, DTypeError, DeviceError: data or targets do not fit.
         ArgumentError: negative damping, weights that are not ``[N]`` or negative, a ``memory_budget`` that holds not even one example, or a
-            precision that the device has not.
+            precision that the device or the data type has not.
     """
 
     _second_order: ClassVar[bool] = False
@@ -117,6 +125,26 @@ class LinearisedOperator(LinearOperator):
         """Memory held for products."""
         return self._tape.cached_bytes
 
+    @property
+    def precision(self) -> Precision:
+        """How products multiply float32 matrices."""
+        return self._tape.precision
+
+    def at_precision(self, precision: Precision) -> Self:
+        """The same matrix, multiplied otherwise; the cached state is shared.
+
+        Raises:
+            ArgumentError: a precision that the device or the data type has not.
+        """
+        other = self._copy()
+        other._tape = self._tape.at_precision(precision)
+        return other
+
+    @property
+    def exact(self) -> Self:
+        """The operator in full precision; itself if it is."""
+        return self if self.precision == "full" else self.at_precision("full")
+
     def product_operations(self, V: int) -> float:
         """Counted arithmetic of a product with V vectors.
 
@@ -156,7 +184,9 @@ class LinearisedOperator(LinearOperator):
         batch = self._copy()
         batch.examples = self.examples.subset(index)
         batch.weights = None if self.weights is None else self.weights[index]
-        batch._tape = self._tape.plan.linearize(batch.examples.X, self._tape.theta, second_order=self._second_order)
+        batch._tape = self._tape.plan.linearize(
+            batch.examples.X, self._tape.theta, second_order=self._second_order, precision=self.precision
+        )
         # c/|B| instead of c/N for a mean loss, N/|B| instead of 1 for a sum: the same factor N/|B| on c.
         batch._factor = self._factor * N / batch_size
         batch._prepare()
@@ -187,6 +217,7 @@ class LinearisedOperator(LinearOperator):
             "",
             f"{self.num_examples} examples, {self.num_parameters} parameters, {self.loss.name} ({self.loss.reduction}), {self.dtype}",
             f"cached state: {self.cached_bytes / 2**20:.1f} MiB",
+            *([_ROUNDED[self.precision]] if self.precision in _ROUNDED else []),
         ]
         for V in (1, 8):
             workspace = self._tape.workspace_bytes(V) / 2**20

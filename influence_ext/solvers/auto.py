@@ -38,6 +38,11 @@ class AutoChoice(Solver):
     memory: dict[str, int] = field(hash=False)
 
     @property
+    def _refines(self) -> bool:
+        """Can it use products at reduced precision and still solve the exact system? Others are given the exact operator."""
+        return self.solver._refines
+
+    @property
     def name(self) -> str:
         """That of the chosen solver."""
         return self.solver.name

@@ -165,6 +165,12 @@ class CountedOperator(LinearOperator):
         self.num_calls = 0
 
     @property
+    def exact(self) -> CountedOperator:
+        """The operator whose system is solved, counted apart; itself unless products are made at reduced precision."""
+        exact = self.operator.exact
+        return self if exact is self.operator else CountedOperator(exact)
+
+    @property
     def lower_bound(self) -> float:
         """What no eigenvalue is below by the operator's construction: the damping of ``UᵀU + λI``, else 0 (nothing is known)."""
         return self.operator.damping if isinstance(self.operator, CurvatureOperator) else 0.0
@@ -198,8 +204,8 @@ class CountedOperator(LinearOperator):
         return self.operator.diagonal().detach()
 
     def residual(self, X: Tensor, B: Tensor) -> Tensor:
-        """``B − A X``, ``[V, P]``."""
-        return B - self.matmat(X)
+        """``B − A X``, ``[V, P]``, in full precision whatever products are made at."""
+        return B - self.apply(self.operator.exact, X)
 
 
 def norm(X: Tensor) -> Tensor:
@@ -217,6 +223,11 @@ class Solver(abc.ABC):
     """
 
     on_failure: OnFailure = field(default="raise", kw_only=True)
+
+    @property
+    def _refines(self) -> bool:
+        """Can it use products at reduced precision and still solve the exact system? Others are given the exact operator."""
+        return False
 
     def __post_init__(self) -> None:
         self._require(self.on_failure in ("raise", "return"), "on_failure to be 'raise' or 'return'", self.on_failure)
@@ -288,7 +299,7 @@ def run(solver: Solver, operator: LinearOperator, B: Tensor, method: Callable[..
     if x0 is not None:
         _check(who, "x0", operator, x0, B.shape)
         arguments.append(x0.detach().reshape(rows.shape)[nonzero] / scale)
-    counted = CountedOperator(operator)
+    counted = CountedOperator(operator if solver._refines else operator.exact)
     outcome = method(counted, *arguments)
     solution = _assemble(outcome, rows, nonzero, scale, counted, rank=B.dim())
     if solver.on_failure == "raise" and not solution.success:

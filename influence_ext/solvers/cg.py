@@ -12,6 +12,7 @@ from influence_ext.krylov import CGVectors
 from influence_ext.operators.base import LinearOperator
 from influence_ext.solvers.base import CountedOperator, Outcome, Solution, Solver, Status, norm, run
 from influence_ext.solvers.preconditioners import InverseFunction, Preconditioner, inverse_of, is_preconditioner
+from influence_ext.solvers.refinement import refined
 
 CHECK_EVERY_ON_A_DEVICE = 8
 """Steps of CG between two looks that wait for a device."""
@@ -32,6 +33,9 @@ class CG(Solver):
     A direction with ``pᵀA p ≤ ε ‖A‖ ‖p‖²`` (ε of the dtype, ``‖A‖`` as far as seen) ends its column as NOT_PSD. A matrix that
     is positive definite by construction, ``UᵀU + λI`` with λ > 0, has ``pᵀA p ≥ λ ‖p‖²``: half of that tells that rounding has
     taken over, and the column goes on from its true residual.
+
+    On an operator at reduced precision it solves the exact system by cheap steps and a few exact products
+    (``solvers/refinement.py``); statistics are then also ``replacements`` per column and ``exact_products``.
 
     Attributes:
         rtol: Stop a column when ``‖b − A x‖ ≤ rtol ‖b‖``. ``None`` runs ``max_steps`` steps (truncated CG; the status
@@ -63,6 +67,11 @@ class CG(Solver):
     preconditioner: Preconditioner | InverseFunction | Literal["jacobi"] | None = None
     check_every: int | None = None
 
+    @property
+    def _refines(self) -> bool:
+        """Can it use products at reduced precision and still solve the exact system? Others are given the exact operator."""
+        return True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_tolerance(self.rtol)
@@ -88,6 +97,8 @@ class CG(Solver):
         iterations, restarts = [0] * num_columns, [0] * num_columns
         if isinstance(precondition, Status):
             return Outcome.failed(B, precondition, counts=("iterations", "restarts"))
+        if operator.exact is not operator:
+            return refined(self, operator, precondition, B, x0)
         check_every = self.check_every or (1 if B.is_cpu else CHECK_EVERY_ON_A_DEVICE)
         B_norm = norm(B)
         # without a tolerance, steps below the rounding level of b would only divide zero by zero

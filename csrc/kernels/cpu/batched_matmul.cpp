@@ -66,7 +66,7 @@ void batched_matmul(const Context& ctx, const BatchedMatmul<T>& given) {
     p.c = given.c.transposed();
   }
   const int threads = p.V * p.n * p.M * p.N * p.K < 65536 ? 1 : ctx.num_threads;
-  const Context alone{.num_threads = 1};
+  const Context alone{.num_threads = 1, .precision = ctx.precision};
   if (threads > 1 && p.c.n_stride != 0 && p.n >= threads) {
     parallel_for(threads, p.n, [&](int64_t n) { example(alone, p, 0, p.V, n); });
   } else if (threads > 1 && p.V >= threads) {

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import influence_ext._C as _C
-from influence_ext.capture import CapturedGraph, call_signature, capture, format_table, named_inputs, named_tensors, remembered
+from influence_ext.capture import CapturedGraph, capture, format_table, named_tensors, plan_key, remembered
 from influence_ext.chunks import ChunkedTape
 from influence_ext.context import about_to_start_threads, exclusive
 from influence_ext.data import Examples, StreamedExamples
@@ -98,7 +98,7 @@ class Plan:
         if params is not None and not isinstance(params, (str, Tensor)):
             params = tuple(params)
         with exclusive:
-            key = _key(X, params)
+            key = plan_key(X, params)
             plan = None if key is None else cls._remembered(model, key)
             if plan is None:
                 space = ParameterSpace.of(model, params, who)
@@ -324,19 +324,13 @@ class Tape:
         """
         theta = self.plan._copied(theta)
         if X is not None:
-            self._rebind(X)
+            if self.chunk is not None:
+                raise ArgumentError("Tape: expected no other inputs for a tape that is recomputed in chunks, got some; linearize anew.")
+            sources, N = self.plan._inputs(X), self.num_examples
+            if sources[0].shape[0] != N:
+                raise ShapeError(f"Tape: expected inputs of {N} examples, got {sources[0].shape[0]}; linearize another number anew.")
+            self._native.rebind(sources)
         self._move_to(theta)
-
-    def _rebind(self, X: Any) -> None:
-        if self.chunk is not None:
-            raise ArgumentError("Tape: expected no other inputs for a tape that is recomputed in chunks, got some; linearize them anew.")
-        sources = self.plan._inputs(X)
-        if sources[0].shape[0] != self.num_examples:
-            raise ShapeError(
-                f"Tape: expected inputs of {self.num_examples} examples as before, got {sources[0].shape[0]}; linearize "
-                "another number anew."
-            )
-        self._native.rebind(sources)
 
     def _move_to(self, theta: Tensor) -> None:
         plan = self.plan
@@ -491,20 +485,6 @@ class RowBuffer:
 
     def __deepcopy__(self, memo: Any) -> RowBuffer:
         return RowBuffer()
-
-
-def _key(X: Any, params: str | Tensor | tuple[str | Tensor, ...] | None) -> Hashable:
-    """What a plan depends on besides the model; None where ``X`` has to be refused.
-
-    A selected tensor counts by its address: it is one of the model's own parameters, or selecting it fails.
-    """
-    inputs, by_name = named_inputs(X)
-    sizes = [x.shape[0] if x.dim() else 0 for x in inputs.values()]
-    if not sizes or min(sizes) == 0 or sizes.count(sizes[0]) != len(sizes):
-        return None
-    selected = params if isinstance(params, tuple) or params is None else (params,)
-    chosen = None if selected is None else tuple(p if isinstance(p, str) else id(p) for p in selected)
-    return (by_name, chosen, call_signature(inputs))
 
 
 def _rows(X: Any, count: int, repeat: int = 1) -> Any:

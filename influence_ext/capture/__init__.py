@@ -39,6 +39,7 @@ __all__ = [
     "format_table",
     "named_inputs",
     "named_tensors",
+    "plan_key",
     "remembered",
 ]
 
@@ -116,6 +117,20 @@ def named_inputs(X: Tensor | Sequence[Tensor] | Mapping[str, Tensor]) -> tuple[d
     if isinstance(X, Tensor):
         return {"X": X}, False
     return {f"X[{i}]": x for i, x in enumerate(X)}, False
+
+
+def plan_key(X: Any, params: str | Tensor | tuple[str | Tensor, ...] | None) -> Hashable:
+    """What a plan depends on besides the model; None where ``X`` has to be refused.
+
+    A selected tensor counts by its address: it is one of the model's own parameters, or selecting it fails.
+    """
+    inputs, by_name = named_inputs(X)
+    sizes = [x.shape[0] if x.dim() else 0 for x in inputs.values()]
+    if not sizes or min(sizes) == 0 or sizes.count(sizes[0]) != len(sizes):
+        return None
+    selected = params if isinstance(params, tuple) or params is None else (params,)
+    chosen = None if selected is None else tuple(p if isinstance(p, str) else id(p) for p in selected)
+    return (by_name, chosen, call_signature(inputs))
 
 
 def _capture(

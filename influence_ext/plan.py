@@ -329,19 +329,13 @@ class Tape:
         """
         theta = self.plan._copied(theta)
         if X is not None:
-            self._rebind(X)
+            if self.chunk is not None:
+                raise ArgumentError("Tape: expected no other inputs for a tape that is recomputed in chunks, got some; linearize anew.")
+            sources, N = self.plan._inputs(X), self.num_examples
+            if sources[0].shape[0] != N:
+                raise ShapeError(f"Tape: expected inputs of {N} examples, got {sources[0].shape[0]}; linearize another number anew.")
+            self._native.rebind(sources)
         self._move_to(theta)
-
-    def _rebind(self, X: Any) -> None:
-        if self.chunk is not None:
-            raise ArgumentError("Tape: expected no other inputs for a tape that is recomputed in chunks, got some; linearize them anew.")
-        sources = self.plan._inputs(X)
-        if sources[0].shape[0] != self.num_examples:
-            raise ShapeError(
-                f"Tape: expected inputs of {self.num_examples} examples as before, got {sources[0].shape[0]}; linearize "
-                "another number anew."
-            )
-        self._native.rebind(sources)
 
     def _move_to(self, theta: Tensor) -> None:
         plan = self.plan

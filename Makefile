@@ -38,8 +38,8 @@ help: ## this list
 demo: $(DONE)/extension $(DONE)/demo ## from trained models to influence, PBRF and the five terms on real data (ARGS=--full: paper size)
 	@$(PY) -m influence_ext demo $(ARGS)
 
-test: $(DONE)/extension $(DONE)/test ## the quick tests
-	@$(PY) -m pytest -q -m "not slow" $(ARGS)
+test: $(DONE)/extension $(DONE)/test ## the quick tests, in two processes of one thread each (those about threads set their own)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m "not slow" -n 2 --dist worksteal $(ARGS)
 
 test-all: $(DONE)/extension $(DONE)/test $(DONE)/long $(DONE)/docs $(DONE)/lint ## all tests, with those of the documentation and the types
 	@$(PY) -m pytest -q $(ARGS)

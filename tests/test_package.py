@@ -50,9 +50,11 @@ def python(code: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
 
 
 def stub_functions(body: list[ast.stmt]) -> dict[str, list[str] | None]:
-    """Name -> parameters without self; None for a property."""
+    """Name -> parameters without self; None for a property or a constant."""
     found: dict[str, list[str] | None] = {}
     for node in body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            found[node.target.id] = None
         if isinstance(node, ast.FunctionDef):
             is_property = any(isinstance(d, ast.Name) and d.id == "property" for d in node.decorator_list)
             found[node.name] = None if is_property else [a.arg for a in node.args.args if a.arg != "self"]
@@ -87,7 +89,7 @@ def actual(members: dict[str, object]) -> dict[str, list[str] | None]:
     """The same for the compiled module; a class that Python cannot make has no constructor."""
     found: dict[str, list[str] | None] = {}
     for name, thing in members.items():
-        if isinstance(thing, property):
+        if isinstance(thing, (property, int)):
             found[name] = None
         elif (name == "__init__" or not name.startswith("_")) and (parameters := signature(thing)) is not None:
             found[name] = parameters

@@ -6,6 +6,7 @@ its memory model, the vendor's matrix product) is not tested by it; indices, ari
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 import subprocess
 import sysconfig
@@ -41,7 +42,7 @@ def sources() -> list[Path]:
 
 @cache
 def library() -> Path:
-    """Compiles what changed, with ninja."""
+    """Compiles what changed, with ninja; one process at a time."""
     cxx = sysconfig.get_config_var("CXX") or "c++"
     compiler = shutil.which("g++") or cxx.split()[0]
     lines = [_RULES.format(cxx=compiler, root=ROOT)]
@@ -52,8 +53,10 @@ def library() -> Path:
     target = BUILD / "libdevice.so"
     lines.append(f"build {target}: link {' '.join(objects)}\n")
     BUILD.mkdir(parents=True, exist_ok=True)
-    (BUILD / "build.ninja").write_text("\n".join(lines))
-    subprocess.run([str(Path(ninja.BIN_DIR) / "ninja"), "--quiet", "-C", str(BUILD)], check=True)
+    with (BUILD / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (BUILD / "build.ninja").write_text("\n".join(lines))
+        subprocess.run([str(Path(ninja.BIN_DIR) / "ninja"), "--quiet", "-C", str(BUILD)], check=True)
     return target
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal, Self
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from influence_ext.krylov import CGVectors
-from influence_ext.operators.base import LinearOperator
-from influence_ext.solvers.base import CountedOperator, Outcome, Solution, Solver, Status, norm, run
-from influence_ext.solvers.preconditioners import InverseFunction, Preconditioner, inverse_of, is_preconditioner
+from influence_ext.solvers.base import CountedOperator, Outcome, Status, norm
+from influence_ext.solvers.preconditioners import InverseFunction, PreconditionedSolver, Preconditioner, inverse_of
 from influence_ext.solvers.refinement import refined
 
 CHECK_EVERY_ON_A_DEVICE = 8
@@ -19,7 +18,7 @@ CHECK_EVERY_ON_A_DEVICE = 8
 
 
 @dataclass(frozen=True)
-class CG(Solver):
+class CG(PreconditionedSolver):
     """Conjugate gradients with stopping per column.
 
     ``x += α p,  r −= α A p,  α = rᵀM⁻¹r / pᵀA p,  p ← M⁻¹r + β p`` for each column by itself; all columns still
@@ -78,18 +77,6 @@ class CG(Solver):
         self._require_count("max_steps", self.max_steps)
         if self.check_every is not None:
             self._require_count("check_every", self.check_every)
-        known = is_preconditioner(self.preconditioner)
-        self._require(known, "preconditioner to be None, 'jacobi', a Preconditioner or a function [V, P] -> [V, P]", self.preconditioner)
-
-    def solve(self, operator: LinearOperator, B: Tensor, x0: Tensor | None = None) -> Solution:
-        """As :meth:`Solver.solve`, from ``x0`` of the shape of ``B`` (default: zero); one more product per column."""
-        return run(self, operator, B, self._solve, x0)
-
-    def prepared(self, operator: LinearOperator) -> Self:
-        """The same solver with its preconditioner made for ``operator``, to solve with again and again."""
-        if not isinstance(self.preconditioner, Preconditioner):
-            return self
-        return replace(self, preconditioner=self.preconditioner.factorise(operator))
 
     def _solve(self, operator: CountedOperator, B: Tensor, x0: Tensor | None = None) -> Outcome:
         num_columns = B.shape[0]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from influence_ext.context import standalone
 from influence_ext.errors import ArgumentError, ShapeError
 from influence_ext.operators.base import LinearOperator
-from influence_ext.solvers.base import CountedOperator, Status
+from influence_ext.solvers.base import CountedOperator, Outcome, Solution, Solver, Status, run
 
 InverseFunction = Callable[[Tensor], Tensor]
 
@@ -190,6 +191,29 @@ def inverse_of(preconditioner: Preconditioner | InverseFunction | str, operator:
     return checked
 
 
-def is_preconditioner(value: object) -> bool:
-    """Whether CG and BlockCG take it."""
-    return value is None or value == "jacobi" or isinstance(value, Preconditioner) or callable(value)
+class PreconditionedSolver(Solver):
+    """What CG and BlockCG share: a preconditioner, and a start other than zero."""
+
+    preconditioner: Preconditioner | InverseFunction | Literal["jacobi"] | None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = self.preconditioner
+        known = given is None or given == "jacobi" or isinstance(given, Preconditioner) or callable(given)
+        self._require(known, "preconditioner to be None, 'jacobi', a Preconditioner or a function [V, P] -> [V, P]", given)
+
+    def solve(self, operator: LinearOperator, B: Tensor, x0: Tensor | None = None) -> Solution:
+        """As :meth:`Solver.solve`, from ``x0`` of the shape of ``B`` (default: zero); one more product per column."""
+        return run(self, operator, B, self._solve, x0)
+
+    def prepared(self, operator: LinearOperator) -> Self:
+        """The same solver with its preconditioner made for ``operator``, to solve with again and again."""
+        if not isinstance(self.preconditioner, Preconditioner):
+            return self
+        solver: Any = self  # whose dataclass has the field
+        prepared: Self = replace(solver, preconditioner=self.preconditioner.factorise(operator))
+        return prepared
+
+    @abc.abstractmethod
+    def _solve(self, operator: CountedOperator, B: Tensor, x0: Tensor | None = None) -> Outcome:
+        """As :meth:`Solver._solve`, from ``x0``."""

@@ -67,10 +67,17 @@ def convolutions() -> nn.Module:
     )
 
 
+def winograd() -> nn.Module:
+    """Its second layer keeps its inputs as Winograd's algorithm reads them."""
+    convolution = nn.Conv2d(12, 12, 3, padding=1)
+    return nn.Sequential(nn.Conv2d(2, 12, 1), nn.Tanh(), convolution, nn.Tanh(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(48, 3))
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "mlp": (lambda: nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)), lambda: torch.randn(40, 5)),
     "tied": (Tied, lambda: torch.randn(40, 5)),
     "convolutions": (convolutions, lambda: torch.randn(40, 2, 6, 6)),
+    "winograd": (winograd, lambda: torch.randn(40, 2, 8, 8)),
     "positions": (Positions, lambda: torch.randint(0, 6, (40, 7))),
 }
 

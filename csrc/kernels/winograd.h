@@ -20,8 +20,7 @@ inline int64_t winograd_tiles(const int64_t* size) {
   return ((size[1] + kWinogradOutputs - 1) / kWinogradOutputs) * ((size[2] + kWinogradOutputs - 1) / kWinogradOutputs);
 }
 
-// Whether the CPU takes Winograd's algorithm, in all three directions: by the shape, from counted operations. Never with four
-// positions or fewer, where per-example gradients read their prepared inputs by columns.
+// Whether the CPU takes Winograd's algorithm, in all three directions: by the shape, from counted operations.
 inline bool takes_winograd(const Convolution& c) {
   // Of one channel and tile: 144 multiply-adds to transform an input, 36 loads and stores, and its share of turning channels innermost. An output
   // takes about as long.

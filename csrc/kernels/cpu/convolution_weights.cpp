@@ -232,6 +232,7 @@ void channel_sum(const Context& ctx, int64_t V, int64_t n, int64_t channels, int
 
 template <class T>
 void convolution_columns(const Context& ctx, const Convolution& conv, int64_t n, const T* x, int64_t prepared, T* columns) {
+  if (prepared && takes_winograd(conv)) return winograd_columns(ctx, conv, n, x, prepared, columns);
   const Geometry<T> geometry(conv, false);
   const int64_t taps = conv.taps(), cols = conv.x_channels * taps, plane = conv.y_plane();
   const int64_t* count = geometry.phases[0].count;

@@ -212,6 +212,26 @@ void prepare(const Context& ctx, const Convolution& conv, int64_t n, const T* x,
   for (int64_t i = 0; i < n; ++i) Turn<T>{image, {0, image.lines(image.tiles[0])}}.in(x + i * image.channels * image.plane(), prepared + i * size);
 }
 
+// A position's columns, out of a prepared image.
+template <class T>
+void columns(const Context& ctx, const Convolution& conv, int64_t n, const T* x, int64_t prepared, T* out) {
+  const Image image = input_image(conv, false);
+  const int64_t C = conv.x_channels, height = conv.y_size[1], width = conv.y_size[2];
+  const int threads = threads_for(ctx, n * height * width * C * 9);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int64_t i = 0; i < n; ++i) {
+    T* to = out + i * height * width * C * 9;
+    for (int64_t h = 0; h < height; ++h) {
+      for (int64_t w = 0; w < width; ++w, to += C * 9) {
+        for (int64_t t = 0; t < 9; ++t) {
+          const T* from = x + i * prepared + ((h + t / 3) * image.line() + w + t % 3) * image.blocks;
+          for (int64_t c = 0; c < C; ++c) to[c * 9 + t] = from[c];
+        }
+      }
+    }
+  }
+}
+
 // ---- Products -----------------------------------------------------------------------------------------------------------------------------
 
 template <class T>
@@ -354,6 +374,11 @@ void winograd_prepare(const Context& ctx, const Convolution& conv, int64_t n, co
 }
 
 template <class T>
+void winograd_columns(const Context& ctx, const Convolution& conv, int64_t n, const T* x, int64_t prepared, T* out) {
+  columns<T>(ctx, conv, n, x, prepared, out);
+}
+
+template <class T>
 void winograd_product(const Context& ctx, const Convolution& conv, const ConvolutionProduct<T>& p) {
   product<T>(ctx, conv, p);
 }
@@ -367,6 +392,7 @@ void winograd_weights(const Context& ctx, const Convolution& conv, int64_t V, in
 #define INFL_WINOGRAD(T)                                                                                                                          \
   template void winograd_pack<T>(const Context&, const Convolution&, bool, int64_t, const T*, int64_t, T*);                                       \
   template void winograd_prepare<T>(const Context&, const Convolution&, int64_t, const T*, int64_t, T*);                                          \
+  template void winograd_columns<T>(const Context&, const Convolution&, int64_t, const T*, int64_t, T*);                                          \
   template void winograd_product<T>(const Context&, const Convolution&, const ConvolutionProduct<T>&);                                            \
   template void winograd_weights<T>(const Context&, const Convolution&, int64_t, int64_t, const T*, int64_t, int64_t, const T*, int64_t, int64_t, \
                                     T*, int64_t, int64_t);

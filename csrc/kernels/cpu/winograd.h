@@ -16,6 +16,10 @@ int64_t winograd_prepared_size(const Convolution& conv);
 template <class T>
 void winograd_prepare(const Context& ctx, const Convolution& conv, int64_t n, const T* x, int64_t size, T* prepared);
 
+// convolution_columns of images that are prepared.
+template <class T>
+void winograd_columns(const Context& ctx, const Convolution& conv, int64_t n, const T* x, int64_t prepared, T* columns);
+
 // At least one of the terms is present.
 template <class T>
 void winograd_product(const Context& ctx, const Convolution& conv, const ConvolutionProduct<T>& p);

@@ -217,6 +217,7 @@ WINOGRAD = (
 POOLING = (
     row("max-pool2d", "max_pool", pooled(nn.MaxPool2d(2)), "the plain layer", normal(1, 5, 7)),
     row("max-pool2d-overlap", "max_pool", pooled(nn.MaxPool2d(3, 1)), "an input may win several windows", normal(1, 5, 6)),
+    row("max-pool2d-even", "max_pool", pooled(nn.MaxPool2d(3, 2)), "windows add up to the width, but overlap", normal(1, 7, 6)),
     row("max-pool2d-options", "max_pool", pooled(nn.MaxPool2d(3, 2, padding=1, dilation=(1, 2))), "padding never wins", normal(1, 7, 8)),
     row("max-pool2d-ceil", "max_pool", pooled(nn.MaxPool2d(2, ceil_mode=True)), "windows that reach over the edge", normal(1, 6, 6)),
     row("max-pool2d-gaps", "max_pool", pooled(nn.MaxPool2d(2, 3)), "inputs in no window", normal(1, 6, 7)),

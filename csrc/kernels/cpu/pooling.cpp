@@ -17,7 +17,7 @@ struct Columns {
     const auto step = static_cast<int32_t>(w.dilation[2]);
     for (size_t c = 0; c < begin.size(); ++c) longest = std::max(longest, (end[c] - begin[c] + step - 1) / step);
     tiled = step == 1 && static_cast<int64_t>(longest * begin.size()) == w.in[2];
-    for (size_t c = 0; c < begin.size(); ++c) tiled = tiled && end[c] - begin[c] == longest;
+    for (int32_t c = 0; c < w.out[2]; ++c) tiled = tiled && begin[c] == c * longest && end[c] == (c + 1) * longest;
   }
   std::vector<int32_t> begin, end;
   int32_t longest = 0;

@@ -24,7 +24,7 @@ struct CgColumn {
   double squares;    // ‖p‖²
   double top;        // ‖A‖ as far as seen: the largest curvature / squares
 
-  __attribute__((always_inline)) INFL_HD bool is_running() const { return status == static_cast<double>(CgStatus::running); }
+  INFL_HD bool is_running() const { return status == static_cast<double>(CgStatus::running); }
 };
 
 inline constexpr int kCgScalars = sizeof(CgColumn) / sizeof(double);
@@ -34,26 +34,26 @@ struct CgLimits {
   double eps, lower;
 };
 
-__attribute__((always_inline)) INFL_HD double cg_beta(const CgColumn& c, double rz_next) { return c.steps == 0 ? 0.0 : rz_next / c.rz; }
+INFL_HD double cg_beta(const CgColumn& c, double rz_next) { return c.steps == 0 ? 0.0 : rz_next / c.rz; }
 
 // NaN goes on to the caller, as in torch.maximum.
-__attribute__((always_inline)) INFL_HD double cg_top(const CgColumn& c, double curvature, double squares) {
+INFL_HD double cg_top(const CgColumn& c, double curvature, double squares) {
   const double quotient = curvature / squares;
   return c.top >= quotient ? c.top : quotient;
 }
 
 // Curvature along p that is no longer believed.
-__attribute__((always_inline)) INFL_HD double cg_floor(const CgLimits& limits, double top, double squares) {
+INFL_HD double cg_floor(const CgLimits& limits, double top, double squares) {
   return limits.lower > 0 ? 0.5 * limits.lower * squares : limits.eps * top * squares;
 }
 
 // 0 where the direction cannot be used, also where a comparison meets NaN: such a column keeps the x it had.
-__attribute__((always_inline)) INFL_HD double cg_alpha(const CgColumn& c, const CgLimits& limits, double curvature, double squares) {
+INFL_HD double cg_alpha(const CgColumn& c, const CgLimits& limits, double curvature, double squares) {
   return curvature > cg_floor(limits, cg_top(c, curvature, squares), squares) ? c.rz_next / curvature : 0.0;
 }
 
 // Ends the step of a running column whose residual is now of ‖r‖² = rr: counts it, and says whether the column goes on.
-__attribute__((always_inline)) INFL_HD void cg_judge(CgColumn& c, const CgLimits& limits, double rr) {
+INFL_HD void cg_judge(CgColumn& c, const CgLimits& limits, double rr) {
   c.top = cg_top(c, c.curvature, c.squares);
   c.rr = rr;
   c.rz = c.rz_next;

@@ -53,11 +53,11 @@ struct BoundTape {
     device = inputs[0].device();
     const Run run(device);
     tape = std::make_shared<Tape<T>>(run.ctx, plan, N, pointers(*plan, inputs, N));
-    this->inputs = std::move(inputs);
+    this->inputs = std::make_shared<std::vector<at::Tensor>>(std::move(inputs));
   }
   void rebind(std::vector<at::Tensor> others) {
     tape->rebind(pointers(tape->plan(), others, N()));
-    inputs = std::move(others);
+    *inputs = std::move(others);
   }
   std::vector<const T*> pointers(const Plan<T>& plan, const std::vector<at::Tensor>& inputs, int64_t N) const {
     TORCH_CHECK(static_cast<int>(inputs.size()) == plan.num_inputs(), "Tape: expected ", plan.num_inputs(), " inputs, got ", inputs.size(), ".");
@@ -84,7 +84,7 @@ struct BoundTape {
   int64_t C() const { return tape->plan().output_width(); }
   int64_t P() const { return tape->plan().num_parameters(); }
 
-  std::vector<at::Tensor> inputs;
+  std::shared_ptr<std::vector<at::Tensor>> inputs;  // with the tape: of all that share it
   at::Device device = at::kCPU;
   Precision precision = Precision::full;  // of products; the point itself is always computed in full
   std::shared_ptr<Tape<T>> tape;

@@ -38,6 +38,7 @@ void Ensemble<T>::one(const Context& ctx, Tape<T>& tape, const EnsembleStep<T>& 
 
 template <class T>
 void Ensemble<T>::step(const Context& ctx, const std::vector<const T*>& inputs, const EnsembleStep<T>& step) {
+  const std::lock_guard<std::mutex> lock(stepping_);
   const bool by_set = !ctx.on_device() && !plan_->on_calling_thread() && step.num_sets >= ctx.num_threads;
   const int threads = by_set ? ctx.num_threads : 1;
   for (auto& tape : tapes_) tape->rebind(inputs);

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <vector>
 
 #include "kernels/descent.h"
@@ -33,7 +34,7 @@ class Ensemble {
  public:
   Ensemble(std::shared_ptr<const Plan<T>> plan, int64_t num_examples) : plan_(std::move(plan)), N_(num_examples) {}
 
-  // `inputs`: one array [N, width] per plan input.
+  // `inputs`: one array [N, width] per plan input. Callers from several threads take turns.
   void step(const Context& ctx, const std::vector<const T*>& inputs, const EnsembleStep<T>& step);
 
   const Plan<T>& plan() const { return *plan_; }
@@ -46,6 +47,7 @@ class Ensemble {
   std::shared_ptr<const Plan<T>> plan_;
   int64_t N_;
   std::vector<std::unique_ptr<Tape<T>>> tapes_;  // per thread
+  std::mutex stepping_;
 };
 
 extern template class Ensemble<float>;

@@ -98,7 +98,7 @@ class NativeStack(Stack):
     def points(self) -> list[TrainingPoint]:
         """See :meth:`Stack.points`."""
         buffers, moments = self.point.buffers, zip(*self.moments, strict=True)
-        return [TrainingPoint(theta, buffers, m, self.num_steps) for theta, m in zip(self.theta, moments, strict=True)]
+        return [TrainingPoint(theta.clone(), buffers, m, self.num_steps) for theta, m in zip(self.theta, moments, strict=True)]
 
 
 def kept_examples(groups: Sequence[Sequence[int]], num_examples: int) -> Tensor:
@@ -163,7 +163,7 @@ class MappedStack(Stack):
         theta = flatten({name: value.detach() for name, value in self.theta.items()})
         moments = [flatten({name: m[i] for name, m in self.moments.items()}) for i in range(count)]
         buffers = self.point.buffers
-        return [TrainingPoint(theta[k], buffers, tuple(m[k] for m in moments), self.num_steps) for k in range(self.num_sets)]
+        return [TrainingPoint(theta[k].clone(), buffers, tuple(m[k] for m in moments), self.num_steps) for k in range(self.num_sets)]
 
     def walk(self, epoch: int) -> str | None:
         """See :meth:`Stack.walk`."""

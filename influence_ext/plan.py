@@ -55,7 +55,7 @@ class Plan:
             if self._derived is not None:
                 offset = self._derived.offsets.get(index, offset)
             slots.append((math.prod(slot.shape), offset))
-        self._is_trained = [offset >= 0 for _, offset in slots]
+        self.is_trained = [offset >= 0 for _, offset in slots]
         read = {name for node in graph.nodes for index in node.slots for name in graph.slots[index].names()}
         self.parameters_read = frozenset(map(space.canonical, read)).intersection(space.names)
         aliases = [-1] * graph.num_values
@@ -274,7 +274,7 @@ class Plan:
 
     def _constants(self, tensors: Mapping[str, Tensor]) -> list[Tensor | None]:
         """Values of the slots that are not differentiated; None for the others."""
-        dtype, slots = self.space.dtype, zip(self.graph.slots, self._is_trained, strict=True)
+        dtype, slots = self.space.dtype, zip(self.graph.slots, self.is_trained, strict=True)
         return [None if is_trained else slot.read(tensors).to(dtype).contiguous() for slot, is_trained in slots]
 
 

@@ -164,6 +164,16 @@ def test_columns_that_cheap_steps_cannot_finish_are_finished_exactly(wrong: str)
     assert (wrong == "slightly") == (solution.stats["exact_products"] < solution.num_products / 2)
 
 
+def test_a_step_that_raises_the_residual_is_kept() -> None:
+    """Conjugate gradients lower the energy error at every step, the residual not always."""
+    exact = DenseOperator(torch.tensor([1.0, 0.01], dtype=torch.float64).diag())
+    B = torch.tensor([[0.1, 1.0]], dtype=torch.float64)
+    solver = CG(rtol=None, max_steps=1)
+    plain, refined = solver.solve(exact, B), solver.solve(Rounded(exact.A.clone(), exact), B)
+    assert float(plain.residual_norm[0]) > 1
+    assert torch.allclose(refined.value, plain.value)
+
+
 def test_truncation_and_running_out_of_steps() -> None:
     G = ie.GGN(*problem(12, 40, 4), 1e-3)
     rounded, B = G.at_precision("bfloat16"), torch.randn(2, G.shape[0])

@@ -42,11 +42,11 @@ class KroneckerFactored(LinearisedOperator):
         """Counted arithmetic of ``root_gram``: a cotangent sweep for each root of an example, ``2 R² (O + I)`` for a layer whose inputs are
         vectors, ``2 R²`` for every other trained parameter.
         """
-        graph, R = self._tape.plan.graph, self.num_roots  # type: ignore[attr-defined]
-        elements = 0
+        plan, R = self._tape.plan, self.num_roots  # type: ignore[attr-defined]
+        graph, elements = plan.graph, 0
         for node in graph.nodes:
-            sizes = [math.prod(graph.slots[index].shape) for index in node.slots if index >= 0 and graph.slots[index].kind == "parameter"]
-            is_simple = node.rule == "linear" and node.width == node.ints["out_features"]
+            sizes = [math.prod(graph.slots[index].shape) for index in node.slots if index >= 0 and plan.is_trained[index]]
+            is_simple = node.rule == "linear" and node.width == node.ints["out_features"] and bool(sizes)
             elements += node.width + node.ints["in_features"] if is_simple else sum(sizes)
         sweeps = 2.0 * R * sum(node.operations for node in graph.nodes)
         return sweeps + 2.0 * R**2 * elements

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,7 +35,8 @@ class CG(PreconditionedSolver):
     taken over, and the column goes on from its true residual.
 
     On an operator at reduced precision it solves the exact system by cheap steps and a few exact products
-    (``solvers/refinement.py``); statistics are then also ``replacements`` per column and ``exact_products``.
+    (``solvers/refinement.py``), looking at every step and summing in the operator's dtype; statistics are then also
+    ``replacements`` per column and ``exact_products``.
 
     Attributes:
         rtol: Stop a column when ``‖b − A x‖ ≤ rtol ‖b‖``. ``None`` runs ``max_steps`` steps (truncated CG; the status
@@ -78,10 +80,11 @@ class CG(PreconditionedSolver):
         if self.check_every is not None:
             self._require_count("check_every", self.check_every)
 
-    def _solve(self, operator: CountedOperator, B: Tensor, x0: Tensor | None = None) -> Outcome:
+    def _solve(self, operator: CountedOperator, B: Tensor, x0: Tensor | None = None, spent: Sequence[int] | None = None) -> Outcome:
+        """``spent``: steps that each column has taken already, of ``max_steps``."""
         num_columns = B.shape[0]
         precondition = None if self.preconditioner is None else inverse_of(self.preconditioner, operator, self.name)
-        iterations, restarts = [0] * num_columns, [0] * num_columns
+        iterations, restarts = [0] * num_columns if spent is None else list(spent), [0] * num_columns
         if isinstance(precondition, Status):
             return Outcome.failed(B, precondition, counts=("iterations", "restarts"))
         if operator.exact is not operator:

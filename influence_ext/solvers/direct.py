@@ -47,6 +47,7 @@ class Direct(FactorisingSolver):
         Raises:
             ArgumentError: the operator has more than ``max_parameters`` parameters.
         """
+        operator = operator.exact
         P = operator.num_parameters
         if self.max_parameters < P:
             size = P * P * operator.dtype.itemsize / 2**30

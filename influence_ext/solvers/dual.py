@@ -55,6 +55,7 @@ class Dual(FactorisingSolver):
         Raises:
             ArgumentError: an operator without a root, damping that is not above zero, or more than ``max_roots`` roots.
         """
+        operator = operator.exact
         if not isinstance(operator, CurvatureOperator):
             raise ArgumentError(
                 f"Dual: expected a CurvatureOperator, whose root U gives G = UᵀU, got {type(operator).__name__}; use CG or Direct."

@@ -86,12 +86,13 @@ class EKFAC(FactorisingSolver):
         factors = operator.kronecker_factors(self.num_samples, self.seed)
         status = Status.CONVERGED
         rotations: list[Rotation] = []
-        if all(bool(f.A.isfinite().all()) and bool(f.B.isfinite().all()) for f in factors):
+        finite = all(bool(f.A.isfinite().all()) and bool(f.B.isfinite().all()) for f in factors)
+        if finite:
             rotations = [Rotation(f.block, *(torch.linalg.eigh(M)[1].to(operator.dtype) for M in (f.B, f.A))) for f in factors]
         eigenvalues = operator.rotated_diagonal(rotations, self.num_samples, self.seed)
         if not bool((eigenvalues + operator.damping > 0).all()):
             status = Status.NOT_PSD
-        if not bool(eigenvalues.isfinite().all()):
+        if not (finite and bool(eigenvalues.isfinite().all())):
             status = Status.NON_FINITE
         return EKFACFactorisation(
             operator=operator,

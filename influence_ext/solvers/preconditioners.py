@@ -171,7 +171,7 @@ def inverse_of(preconditioner: Preconditioner | InverseFunction | str, operator:
     recipe = Jacobi() if preconditioner == "jacobi" else preconditioner
     inverse = recipe
     if isinstance(recipe, Preconditioner):
-        inverse = recipe.factorise(operator.operator)
+        inverse = recipe.factorise(operator.operator.exact)  # rounding would pass for eigenvalues
         operator.absorb(inverse)
     if isinstance(inverse, Inverse):
         return inverse if inverse.status is Status.CONVERGED else inverse.status
@@ -208,10 +208,11 @@ class PreconditionedSolver(Solver):
 
     def prepared(self, operator: LinearOperator) -> Self:
         """The same solver with its preconditioner made for ``operator``, to solve with again and again."""
-        if not isinstance(self.preconditioner, Preconditioner):
+        recipe = Jacobi() if self.preconditioner == "jacobi" else self.preconditioner
+        if not isinstance(recipe, Preconditioner):
             return self
         solver: Any = self  # whose dataclass has the field
-        prepared: Self = replace(solver, preconditioner=self.preconditioner.factorise(operator))
+        prepared: Self = replace(solver, preconditioner=recipe.factorise(operator.exact))
         return prepared
 
     @abc.abstractmethod

@@ -80,19 +80,24 @@ def refined(
             columns = index[positions]
             r[positions] = exact.residual(x[positions], B[columns])
             new, old = norm(r[positions]), level[columns]
-            better = new < old
+            # CG lowers the energy error at every step, the residual not always; after the first replacement it is the residual that counts
+            finite = new.isfinite()
+            fresh = torch.tensor([replacements[column] == 0 for column in columns.tolist()], device=B.device)
+            better = finite & (fresh | (new < old))
             X[columns] = torch.where(better[:, None], x[positions], X[columns])
             level[columns] = torch.where(better, new, old)
             # close to the tolerance there is no room for halving
             goes_on = usable[positions] & better & ((new <= old / 2) | (new <= 2 * target[columns]))
-            facts = torch.stack([new <= target[columns], goes_on]).T.tolist()
-            for position, column, (reached, good) in zip(positions.tolist(), columns.tolist(), facts, strict=True):
+            facts = torch.stack([new <= target[columns], goes_on, finite]).T.tolist()
+            for position, column, (reached, good, sound) in zip(positions.tolist(), columns.tolist(), facts, strict=True):
                 replacements[column] += 1
                 iterations[column] = step
                 if reached:
                     status[column] = Status.CONVERGED
                 elif not good and step < solver.max_steps:
                     stopped.append(column)
+                elif not sound:
+                    status[column] = Status.NON_FINITE
                 if reached or not good:
                     leaving.add(position)
         if leaving:
@@ -100,15 +105,15 @@ def refined(
             left = [left[position] for position in keep]
             x, r, p, rz = x[keep], r[keep], p[keep], rz[keep]
     if solver.rtol is None:
-        status = [Status.TRUNCATED] * B.shape[0]
+        status = [found if found is Status.NON_FINITE else Status.TRUNCATED for found in status]
     restarts = [0] * B.shape[0]
     if stopped:
-        steps = solver.max_steps - max(iterations[column] for column in stopped)
-        last = dataclasses.replace(solver, max_steps=steps)._solve(exact, B[stopped], X[stopped])
+        spent = [iterations[column] for column in stopped]
+        last = dataclasses.replace(solver, preconditioner=precondition)._solve(exact, B[stopped], X[stopped], spent)
         X[stopped], level[stopped] = last.value, last.residual_norm * B_norm[stopped]
         for position, column in enumerate(stopped):
             status[column] = last.status[position]
-            iterations[column] += last.columns["iterations"][position]
+            iterations[column] = last.columns["iterations"][position]
             restarts[column] = last.columns["restarts"][position]
     operator.absorb(exact)
     counts = {"iterations": iterations, "restarts": restarts, "replacements": replacements}

@@ -25,7 +25,7 @@ inline __attribute__((always_inline)) Vec<float> rounded(Vec<float> x) {
   typedef uint32_t Bits __attribute__((vector_size(INFL_VECTOR_BYTES)));
   const Bits bits = reinterpret_cast<Bits>(x);
   Bits result = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000;
-  result = x != x ? bits | 0x400000 : result;
+  result = x != x ? (bits & 0xffff0000) | 0x400000 : result;
   result = (bits & 0x7f800000) == 0 ? bits & 0x80000000 : result;
   return reinterpret_cast<Vec<float>>(result);
 }

@@ -138,7 +138,7 @@ CASES: tuple[Case, ...] = (
         for workload, N in ((REGRESSION, 1000), (CLASSIFIER, 4096), (LENET, 512), (TRANSFORMER, 16))
         for V in (1, 8)
     ),
-    *_per_example(REGRESSION, 256, False, "grads", "grads-out", "norms", "dots", "gram", seconds=15.0),
+    *_per_example(REGRESSION, 256, True, "grads", "grads-out", "norms", "dots", "gram", seconds=15.0),
     *_per_example(CLASSIFIER, 256, True, "grads", "grads-out", "norms", "dots", "gram", seconds=22.0),
     *_per_example(LENET, 256, True, "grads", "grads-out", "norms", "dots", "gram", seconds=22.0),
     *_per_example(RESNET, 64, True, "grads", "norms", seconds=50.0),

@@ -1,7 +1,7 @@
 """Run the benchmarks: verify every contender against float64, then time them in turn, weigh them, and append the results.
 
     python -m bench.run                     all cases; --list says how long each takes
-    python -m bench.run --quick             those of README's table, in short: about 20 minutes on two cores
+    python -m bench.run --quick             those of README's table, in short: about 25 minutes on two cores
     python -m bench.run --cases 'ggn-*'     some
     python -m bench.run --quick --minutes 20    as many of them as are expected to be done by then, the short ones first
     python -m bench.run --resume            those that this commit has no result of yet on this machine

@@ -118,9 +118,15 @@ def caption(records: list[Record]) -> str:
     commits = sorted({r["commit"]["id"] + (" with changes" if r["commit"]["dirty"] else "") for r in records})
     where = f"{machine['cpu']}, {machine['cores']} cores ({last['threads']} threads)"
     what = f"torch {versions['torch']}, curvlinops {versions['curvlinops-for-pytorch']}, {last['date'][:10]}, commit {', '.join(commits)}"
+    older = (
+        ""
+        if all("elapsed" in r for r in records)
+        else ("Rows without peak memory are older: all cases in one process, without torch.func.linearize among the peers. ")
+    )
     return (
-        f"Medians of interleaved runs on {where}, {what}; each case in a process of its own, every answer checked against float64 first. "
-        "Peak memory is what a call needs beyond network, data and vectors, kept state included. The floor is the count of the "
+        f"Medians of interleaved runs on {where}, {what}; each case in a process of its own, every answer checked against "
+        f"float64 first. {older}Peak memory is what a call needs beyond network, data and vectors, kept state included. "
+        "The floor is the count of the "
         "operations of plain sums (Winograd's algorithm needs fewer, and may pass it) "
         f"over the fastest matrix product measured in the same run ({last['rates']['gemm'] / 1e9:.0f} GFLOP/s), or of "
         "unavoidable writing over the speed of memory. Reproduce with `make bench`."

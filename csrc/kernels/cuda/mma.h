@@ -19,7 +19,7 @@
 //
 //   words     address                        banks
 //   Tf32      K slow: (32 i + 8) t + g       8 t + g: 32 different
-//   Float64   K slow: (32 i + 4) t + g       pairs of banks 4 t + g of the 16 lanes of a half warp: 16 different; K fast (16 i + 4) g + t likewise
+//   Float64   K slow: (32 i + 4) t + g       pairs of banks 4 t + g of the 16 lanes of a half warp: 16 different; K fast (16 i ± 4) g + t likewise
 //   ldmatrix  rows an odd multiple of 16 bytes apart: the 8 rows of a matrix start in 8 different groups of four banks
 #pragma once
 

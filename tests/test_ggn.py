@@ -255,13 +255,13 @@ def test_root_and_its_transpose_are_adjoint(problem: Network) -> None:
 @pytest.mark.parametrize("loss", ["ce-mean", "mse-sum"])
 @pytest.mark.parametrize("schedule", ["auto", "by_example", "by_operator"])
 def test_a_network_too_wide_for_a_dense_oracle(loss: str, schedule: Any, dtype: torch.dtype) -> None:
-    """Widths and an N that are no multiples of any tile; the oracle is PyTorch's own product in float64."""
+    """Widths and an N that are no multiples of any tile, V beyond one sweep; the oracle is PyTorch's own product in float64."""
     case = NetworkCase(f"wide-{loss}", lambda: mlp(61, 257, 131, 10, act=nn.GELU), normal(61), "wide", loss=loss,
                        num_examples=301)  # fmt: skip
     network, exact = Network(case, dtype), Network(case, dtype)
     exact.model, exact.X, exact.dtype = copy.deepcopy(network.model).double(), network.X.double(), torch.float64
     exact.y = network.y.double() if network.y.is_floating_point() else network.y
-    V = torch.randn(5, sum(p.numel() for p in network.model.parameters()), generator=generator("wide"), dtype=dtype)
+    V = torch.randn(21, sum(p.numel() for p in network.model.parameters()), generator=generator("wide"), dtype=dtype)
     product = operator(network, schedule=schedule).matmat(V)
     assert_close(product, eager.ggn_products(exact, V.double()), eager=partial(eager.ggn_products, network, V))
 

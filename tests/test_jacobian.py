@@ -7,7 +7,8 @@ from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jvp, vjp
 
 import influence_ext as ie
 from influence_ext.testing import assert_close
@@ -131,3 +132,22 @@ def test_buffers_are_read_at_the_moment_too(dtype: torch.dtype) -> None:
     moved = Network(network.case, dtype)
     moved.model = model
     assert_close(ie.jvp(model, network.X, v), expected_jvp(moved, v[None])[0], eager=partial(eager.jacobian_product, moved, v))
+
+
+def test_more_vectors_than_one_sweep_takes() -> None:
+    """A sweep takes as many right-hand sides as the cache holds beside one another; the last group is shorter."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 3)).double()
+    X, y, P = torch.randn(30, 20).double(), torch.randint(0, 3, (30,)), sum(p.numel() for p in model.parameters())
+    theta, flat = dict(model.named_parameters()), torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+    def outputs(vector: Tensor) -> Tensor:
+        parts = vector.split([p.numel() for p in theta.values()])
+        return functional_call(model, {k: v.view_as(p) for (k, p), v in zip(theta.items(), parts, strict=True)}, (X,))
+
+    V, G = torch.randn(19, P).double(), torch.randn(19, 30, 3).double()
+    assert_close(ie.jvp(model, X, V), torch.stack([jvp(outputs, (flat,), (v,))[1] for v in V]))
+    pull = vjp(outputs, flat)[1]
+    assert_close(ie.vjp(model, X, G), torch.stack([pull(g)[0] for g in G]))
+    gradient = grad(lambda vector: nn.functional.cross_entropy(outputs(vector), y))
+    assert_close(ie.Hessian(model, nn.CrossEntropyLoss(), (X, y)).matmat(V), torch.stack([jvp(gradient, (flat,), (v,))[1] for v in V]))

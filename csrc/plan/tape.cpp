@@ -18,6 +18,8 @@ namespace {
 constexpr int64_t kTileBytes = 448 << 10;
 constexpr int64_t kAccumulatorBytes = 1 << 20;
 constexpr int64_t kSmallestTile = 8, kLargestTile = 240;
+// Right-hand sides of one sweep: more share little that fewer do not, so beyond this many they must leave room for one another in the cache.
+constexpr int64_t kSharedSides = 8, kSidesBytes = 128 << 10;
 constexpr int64_t kWholeWorkspaceBytes = 64 << 20;           // by operator: workspace of one tile; by example: accumulators of all threads
 constexpr int64_t kDeviceWorkspaceBytes = int64_t{2} << 30;  // few, large launches
 
@@ -226,7 +228,8 @@ void Tape<T>::keep_cotangents(const Context& ctx, const T* g) {
 
 template <class T>
 Tiling Tape<T>::tiling(const Context& ctx, int64_t V) const {
-  return tiling(ctx, V, V);
+  const int64_t together = sides(ctx, V);
+  return tiling(ctx, together, together);
 }
 
 // Of a sweep for V right-hand sides that adds to `sums` vectors [P].
@@ -270,6 +273,21 @@ Tiling Tape<T>::tiling(const Context& ctx, int64_t V, int64_t sums) const {
   return tiling;
 }
 
+// body(first, count): all V right-hand sides, in groups of nearly equal size.
+template <class T>
+template <class Body>
+void Tape<T>::each_group(const Context& ctx, int64_t V, const Body& body) const {
+  const int64_t size = sides(ctx, V);
+  for (int64_t v0 = 0; v0 < V; v0 += size) body(v0, std::min(size, V - v0));
+}
+
+template <class T>
+int64_t Tape<T>::sides(const Context& ctx, int64_t V) const {
+  if (plan_->on_calling_thread() || ctx.on_device()) return V;  // calls and launches cost more than the cache saves
+  const int64_t bytes = std::max<int64_t>(1, plan_->num_parameters()) * static_cast<int64_t>(sizeof(T));
+  return ceil_div(V, ceil_div(V, std::max(kSharedSides, kSidesBytes / bytes)));
+}
+
 template <class T>
 int64_t Tape<T>::cached_bytes() const {
   int64_t bytes = 0;
@@ -285,10 +303,11 @@ int64_t Tape<T>::cached_bytes() const {
 
 template <class T>
 int64_t Tape<T>::workspace_bytes(const Context& ctx, int64_t V) const {
-  const Tiling t = tiling(ctx, V);
-  const int64_t sweep = plan_->schedules().sweep_width * V * t.tile;
-  const int64_t per_thread = t.by_example ? ctx.num_threads * (sweep + V * plan_->num_parameters()) : sweep;
-  return (per_thread + V * plan_->schedules().tangent_packed_size) * static_cast<int64_t>(sizeof(T));
+  const int64_t together = sides(ctx, V);
+  const Tiling t = tiling(ctx, together, together);
+  const int64_t sweep = plan_->schedules().sweep_width * together * t.tile;
+  const int64_t per_thread = t.by_example ? ctx.num_threads * (sweep + together * plan_->num_parameters()) : sweep;
+  return (per_thread + together * plan_->schedules().tangent_packed_size) * static_cast<int64_t>(sizeof(T));
 }
 
 // body(context, first example, number of examples, workspace, accumulator): every tile of the data once. `out` [sums, P] receives the sum of what
@@ -337,24 +356,28 @@ void Tape<T>::run_tiles(const Context& ctx, int64_t V, int64_t sums_wanted, T* o
 template <class T>
 void Tape<T>::jvp(const Context& ctx, int64_t V, const T* v, T* t_out) const {
   const int64_t C = plan_->output_width();
-  const auto t_theta = slot_rows(v);
-  Scratch<T> packed(ctx, V * plan_->schedules().tangent_packed_size);
-  const T* packed_data = packed.data();
-  pack_tangents(ctx, V, t_theta, packed.data());
-  run_tiles(ctx, V, V, nullptr, [&](const Context& inner, int64_t n0, int64_t n, T* workspace, T*) {
-    tangent_tile(inner, V, n0, n, t_theta, packed_data, workspace);
-    const T* t_z = workspace + plan_->schedules().output * V * n;
-    copy_rows_stub<T>(inner, V, n * C, t_z, n * C, t_out + n0 * C, N_ * C, false);
+  each_group(ctx, V, [&](int64_t first, int64_t count) {
+    const auto t_theta = slot_rows(v + first * plan_->num_parameters());
+    Scratch<T> packed(ctx, count * plan_->schedules().tangent_packed_size);
+    const T* packed_data = packed.data();
+    pack_tangents(ctx, count, t_theta, packed.data());
+    run_tiles(ctx, count, count, nullptr, [&](const Context& inner, int64_t n0, int64_t n, T* workspace, T*) {
+      tangent_tile(inner, count, n0, n, t_theta, packed_data, workspace);
+      const T* t_z = workspace + plan_->schedules().output * count * n;
+      copy_rows_stub<T>(inner, count, n * C, t_z, n * C, t_out + (first * N_ + n0) * C, N_ * C, false);
+    });
   });
 }
 
 template <class T>
 void Tape<T>::vjp(const Context& ctx, int64_t V, const T* g, T* out) const {
   const int64_t C = plan_->output_width();
-  run_tiles(ctx, V, V, out, [&](const Context& inner, int64_t n0, int64_t n, T* workspace, T* sum) {
-    T* g_z = workspace + plan_->schedules().output * V * n;
-    copy_rows_stub<T>(inner, V, n * C, g + n0 * C, N_ * C, g_z, n * C, false);
-    cotangent_tile(inner, V, n0, n, slot_rows(sum), workspace);
+  each_group(ctx, V, [&](int64_t first, int64_t count) {
+    run_tiles(ctx, count, count, out + first * plan_->num_parameters(), [&](const Context& inner, int64_t n0, int64_t n, T* workspace, T* sum) {
+      T* g_z = workspace + plan_->schedules().output * count * n;
+      copy_rows_stub<T>(inner, count, n * C, g + (first * N_ + n0) * C, N_ * C, g_z, n * C, false);
+      cotangent_tile(inner, count, n0, n, slot_rows(sum), workspace);
+    });
   });
 }
 
@@ -370,18 +393,21 @@ void Tape<T>::hvp(const Context& ctx, int64_t V, const T* v, const OutputHessian
 
 template <class T>
 void Tape<T>::product(const Context& ctx, int64_t V, const T* v, const OutputHessian<T>& h, bool second_order, T* out) const {
-  const auto t_theta = slot_rows(v);
-  Scratch<T> packed(ctx, V * plan_->schedules().tangent_packed_size);
-  const T* packed_data = packed.data();
-  pack_tangents(ctx, V, t_theta, packed.data());
-  run_tiles(ctx, V, V, out, [&](const Context& inner, int64_t n0, int64_t n, T* workspace, T* sum) {
-    tangent_tile(inner, V, n0, n, t_theta, packed_data, workspace);
-    output_hessian_stub<T>(inner, h.from(n0), HessianPart::product, V, n, workspace + plan_->schedules().output * V * n);
-    if (second_order) {
-      curved_cotangent_tile(inner, V, n0, n, t_theta, packed_data, slot_rows(sum), workspace);
-    } else {
-      cotangent_tile(inner, V, n0, n, slot_rows(sum), workspace);
-    }
+  each_group(ctx, V, [&](int64_t first, int64_t count) {
+    const int64_t at = first * plan_->num_parameters();
+    const auto t_theta = slot_rows(v + at);
+    Scratch<T> packed(ctx, count * plan_->schedules().tangent_packed_size);
+    const T* packed_data = packed.data();
+    pack_tangents(ctx, count, t_theta, packed.data());
+    run_tiles(ctx, count, count, out + at, [&](const Context& inner, int64_t n0, int64_t n, T* workspace, T* sum) {
+      tangent_tile(inner, count, n0, n, t_theta, packed_data, workspace);
+      output_hessian_stub<T>(inner, h.from(n0), HessianPart::product, count, n, workspace + plan_->schedules().output * count * n);
+      if (second_order) {
+        curved_cotangent_tile(inner, count, n0, n, t_theta, packed_data, slot_rows(sum), workspace);
+      } else {
+        cotangent_tile(inner, count, n0, n, slot_rows(sum), workspace);
+      }
+    });
   });
 }
 

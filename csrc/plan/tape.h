@@ -44,7 +44,8 @@ class Tape {
   const T* outputs() const { return value(plan_->output(), 0); }  // [N, C]
 
   void set_schedule(ScheduleChoice choice) { choice_ = choice; }
-  Tiling tiling(const Context& ctx, int64_t V) const;  // of products onto V vectors
+  int64_t sides(const Context& ctx, int64_t V) const;  // how many of V right-hand sides a sweep takes at once
+  Tiling tiling(const Context& ctx, int64_t V) const;  // of its sweeps
   int64_t cached_bytes() const;
   int64_t workspace_bytes(const Context& ctx, int64_t V) const;  // of one product onto V vectors, beyond operand and result
 
@@ -83,6 +84,8 @@ class Tape {
   void product(const Context& ctx, int64_t V, const T* v, const OutputHessian<T>& h, bool second_order, T* out) const;
   void pack_tangents(const Context& ctx, int64_t V, const std::vector<const T*>& t_theta, T* packed) const;
   Tiling tiling(const Context& ctx, int64_t V, int64_t sums) const;
+  template <class Body>
+  void each_group(const Context& ctx, int64_t V, const Body& body) const;
   template <class Body>
   void run_tiles(const Context& ctx, int64_t V, int64_t sums, T* out, const Body& body) const;
 

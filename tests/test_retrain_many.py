@@ -339,15 +339,18 @@ def test_a_memory_budget_decides_how_many_go_together(monkeypatch: pytest.Monkey
     sizes: set[int] = set()
     step = stacks.NativeStack.step
     monkeypatch.setattr(stacks.NativeStack, "step", lambda self, *args: sizes.add(self.num_sets) or step(self, *args))
-    each = together._probe(trainer_of(run), run.final).bytes_per_set
-    for budget, expected in ((10 * each, {5}), (4 * each, {3, 2}), (2 * each, {2, 1})):
+    probed = together._probe(trainer_of(run), run.final)
+    shared, each = probed.bytes_shared, probed.bytes_per_set
+    assert each == 4 * 8 * run.params.numel()  # a set has no tape of its own
+    assert shared > each
+    for budget, expected in ((shared + 5 * each, {5}), (shared + 4 * each, {3, 2}), (shared + 2 * each, {2, 1})):
         sizes.clear()
         tight = ie.retrain_many(run, [[i] for i in range(5)], "warm", memory_budget=budget)
         assert sizes == expected
         for a, b in zip(tight, free, strict=True):
             assert_close(a.params, b.params)
     alone = ie.retrain_many(run, [[1], [2]], "warm", memory_budget=1)
-    assert alone[0].one_by_one == f"two sets together take {2 * each} bytes, more than the memory budget of 1"
+    assert alone[0].one_by_one == f"two sets together take {shared + 2 * each} bytes, more than the memory budget of 1"
 
 
 def trainer_of(run: ie.Run) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor
 from influence_ext.bregman.minimise import minimise
 from influence_ext.bregman.objective import BregmanObjective, Reference
 from influence_ext.bregman.pbrf import check_damping, checked, default_rtol, response_at
-from influence_ext.bregman.progress import Progress, reporter
+from influence_ext.bregman.progress import Progress, portion, reporter
 from influence_ext.bregman.recipe import Run
 from influence_ext.bregman.response import LateNorms, Norms, Response, ResponseStatus, TrainedNetwork, removed_indices
 from influence_ext.bregman.together import TogetherTrainer, Trained
@@ -267,7 +267,13 @@ class Branches:
     def cold(self, groups: Sequence[tuple[int, ...]], report: Progress) -> list[Response]:
         """From θ₀ through the base run's epochs, then on; once without each of ``groups``."""
         epochs = self._first if self._converge else range(self._later.stop)
-        found = self._trainers.advance(self.run.initial, epochs, groups, report=report, label="cold start")
+        if self._converge:
+            before = len(groups) * len(epochs)
+            total = before + len(groups) * self._max_steps
+            first, report = portion(report, 0, total), portion(report, before, total)
+        else:
+            first = report
+        found = self._trainers.advance(self.run.initial, epochs, groups, report=first, label="cold start")
         if not self._converge:
             return self._trained("cold_start", groups, found, None, len(epochs))
         starts = [trained.point.theta.double() - self.network.exact_theta for trained in found]

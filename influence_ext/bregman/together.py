@@ -288,7 +288,7 @@ def _native(trainer: Trainer, X: ModelInput, thetas: Tensor, gs: Tensor) -> _Nat
         _log.warning("together: the C++ core failed, torch.vmap takes the steps: %s", first_line(error))
         return None
     P = space.num_parameters * space.dtype.itemsize
-    # For each thread a tape with its workspace and a gradient; the batch as it is and packed for two products; twice if the last is smaller.
+    # For each thread a tape, workspace and gradient; the batch as it is and packed for two products; twice where the last batch is smaller.
     args, kwargs = call_arguments(X)
     batch = sum(x.nbytes for x in (*args, *(kwargs or {}).values()) if isinstance(x, Tensor))
     shared = torch.get_num_threads() * (tape.cached_bytes + tape.workspace_bytes(1) + P) + 3 * batch

@@ -32,6 +32,7 @@ Tape<T>::Tape(const Context& ctx, std::shared_ptr<const Plan<T>> plan, int64_t N
     : plan_(std::move(plan)),
       N_(N),
       inputs_(std::move(inputs)),
+      prepared_(plan_->nodes().size()),
       values_(plan_->num_values()),
       states_(plan_->nodes().size()),
       packed_(plan_->nodes().size()),
@@ -97,6 +98,7 @@ struct Tape<T>::Sweep {
     tile.state = state.data();
     tile.theta = theta.data();
     tile.packed = const_cast<T*>(tape.packed_[index].data());
+    tile.prepared = tape.prepared_[index];
   }
   const Node& node;
   std::vector<const T*> x, theta;
@@ -379,6 +381,54 @@ void Tape<T>::vjp(const Context& ctx, int64_t V, const T* g, T* out) const {
       cotangent_tile(inner, count, n0, n, slot_rows(sum), workspace);
     });
   });
+}
+
+template <class T>
+void Tape<T>::descend(const Context& ctx, const T* g, const Descent<T>& descent, const Moved<T>& moved) const {
+  const Schedules& s = plan_->schedules();
+  const int64_t P = plan_->num_parameters(), C = plan_->output_width();
+  Scratch<T> gradient(ctx, P);
+  if (ctx.on_device() || !is_whole(ctx)) {  // with several tiles, a gradient is complete after the last one only
+    vjp(ctx, 1, g, gradient.data());
+    infl::descend<T>(ctx, 0, P, descent, gradient.data(), moved);
+    return;
+  }
+  std::vector<T*> sums = slot_rows(gradient.data());
+  std::vector<std::vector<size_t>> early(plan_->nodes().size());  // per node: the operands that move during the sweep
+  std::vector<std::pair<int64_t, int64_t>> moved_early;           // their begin and end in the flat vector
+  for (const CotangentStep& step : s.cotangent) {
+    const Node& node = plan_->nodes()[step.node];
+    for (size_t k = 0; step.params && k < node.slots.size(); ++k) {
+      if (!node.is_trainable(k) || !plan_->is_read_once(node.slots[k]) || !plan_->rule(step.node).descends(node, k)) continue;
+      const Slot& slot = plan_->slots()[node.slots[k]];
+      early[step.node].push_back(k);
+      moved_early.emplace_back(slot.offset, slot.offset + slot.size);
+      sums[node.slots[k]] = nullptr;
+    }
+  }
+  std::sort(moved_early.begin(), moved_early.end());
+  moved_early.emplace_back(P, P);
+  const auto each_other_part = [&](const auto& body) {
+    int64_t at = 0;
+    for (const auto& [begin, end] : moved_early) {
+      if (begin > at) body(at, begin - at);
+      at = end;
+    }
+  };
+  each_other_part([&](int64_t begin, int64_t size) { fill_zero<T>(ctx, size, gradient.data() + begin); });
+  Scratch<T> workspace(ctx, s.sweep_width * N_);
+  copy<T>(ctx, N_ * C, g, workspace.data() + s.output * N_);
+  for (const CotangentStep& step : s.cotangent) {
+    if (step.params) {
+      Sweep sweep(*this, ctx, step.node, 1, 0, N_);
+      for (const size_t k : early[step.node]) {
+        const int64_t begin = plan_->slots()[sweep.node.slots[k]].offset;
+        plan_->rule(step.node).descend(sweep.tile, k, workspace.data() + step.g_output * N_, descent, moved, begin);
+      }
+    }
+    cotangent_step(ctx, step, 1, 0, N_, sums, workspace.data());
+  }
+  each_other_part([&](int64_t begin, int64_t size) { infl::descend<T>(ctx, begin, size, descent, gradient.data() + begin, moved); });
 }
 
 template <class T>

@@ -111,6 +111,7 @@ class _RecordedStep:
         self.arrays = tuple(t.clone() for t in (vectors.x, vectors.r, vectors._p, vectors._table))
         self.z = torch.zeros_like(vectors.r) if has_z else None
         self._product, self._lower = product, vectors._lower
+        _C.add_multiple(0.0, vectors._p, torch.zeros_like(vectors._p))  # the one kernel of a step that no step before has loaded
         self.graph = _C.Graph(vectors.r.device, self._enqueue)
 
     def _enqueue(self) -> None:

@@ -270,6 +270,32 @@ def test_solves_in_threads() -> None:
     assert len(found) == 6
 
 
+def test_lists_come_to_the_device_before_a_recording() -> None:
+    """A first use, which uploads, cannot be recorded; a second can."""
+    pooled = nn.Sequential(nn.Linear(4, 4), nn.Unflatten(1, (1, 4)), nn.AdaptiveAvgPool1d(3), nn.Flatten(), nn.Linear(3, 2)).double()
+    rolled = nn.Sequential(nn.Linear(4, 4), Rolled(), nn.Linear(4, 2)).double()
+    X = torch.randn(3, 4, dtype=torch.float64)
+    for network in (pooled, rolled):
+        tape = Plan.of(network, X).linearize(X)
+        tape.replayed("always")
+        v = torch.randn(2, tape.plan.space.num_parameters, dtype=torch.float64)
+        g = torch.randn(2, 3, 2, dtype=torch.float64)
+        first = tape.jvp(v), tape.vjp(g)
+        for _ in range(2):
+            assert torch.equal(tape.jvp(v), first[0])
+            assert torch.equal(tape.vjp(g), first[1])
+    fresh = Plan.of(nn.Sequential(nn.Linear(4, 4), Rolled(), nn.Linear(4, 2)).double(), X).linearize(X)
+    with pytest.raises(RuntimeError, match="got a copy from the host"):
+        _C.Graph(CPU, lambda: fresh.vjp(g))
+
+
+class Rolled(nn.Module):
+    """A gather, whose transpose needs the inverse of its index."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.roll(x, 1, dims=1)[:, [0, 0, 1, 3]]
+
+
 class Failing(Exception):
     """Raised in the middle of a recording."""
 

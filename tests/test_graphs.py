@@ -222,6 +222,8 @@ def test_steps_of_cg_are_replayed(kind: str, preconditioner: Any, replays: list[
             assert found.num_products == expected.num_products
             assert found.stats == expected.stats
             assert len(replays) > before
+    stiffer = [solver.solve(operator.damped(4.0), B).value for operator in (G, plain)]
+    assert torch.equal(*stiffer), "steps with another damping"
     residual = plain.matmat(found.value) + 2 * B
     assert float(residual.norm() / B.norm()) < 1e-8
 
@@ -240,9 +242,6 @@ def test_a_whole_step_is_one_replay(replays: list[int]) -> None:
     steps = -(-solution.stats["iterations"][0] // 8) * 8
     assert replays.count(launches + 5) == steps
     assert len(replays) == steps + 1  # the product that verifies
-    G.damped(0.5).matmat(b)
-    other = solver.solve(G.damped(0.5), b).value
-    assert float((G.damped(0.5).matmat(other) - b).norm() / b.norm()) < 1e-7, "steps with another damping"
 
 
 def test_solves_in_threads() -> None:

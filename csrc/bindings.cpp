@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "bindings_generic.h"
+#include "bindings_graph.h"
 #include "bindings_tensors.h"
 #include "common/build_info.h"
 #include "common/device_library.h"
@@ -479,8 +480,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_info", &build_info);
   // Kernels of a device, run on the CPU by another library: for tests of their arithmetic where there is no GPU.
   m.def(
-      "emulate_device", [](const std::optional<std::string>& library) { emulated_runtime = library ? load_device_library(*library) : nullptr; },
+      "emulate_device",
+      [](const std::optional<std::string>& library) {
+        const DeviceLibrary device = library ? load_device_library(*library) : DeviceLibrary{};
+        emulated_runtime = device.runtime;
+        emulated_recorder = device.recorder;
+      },
       py::arg("library"));
+  bind_graphs(m);
   m.def("rules", &rule_names);
   m.def("losses", &loss_names);
   m.def(

@@ -5,6 +5,7 @@
 #include <torch/extension.h>
 
 #include "common/context.h"
+#include "common/launch_graph.h"
 #include "common/pages.h"
 
 #ifdef INFL_WITH_CUDA
@@ -15,6 +16,7 @@ namespace infl {
 
 // What stands in for a GPU in the tests (emulation/): takes CPU tensors for a device's. Null unless switched on.
 inline DeviceRuntime* emulated_runtime = nullptr;
+inline LaunchRecorder* emulated_recorder = nullptr;
 
 // What a call runs in: a device made current, its stream, and the threads of the CPU.
 struct Run {
@@ -35,6 +37,14 @@ struct Run {
   c10::OptionalDeviceGuard guard;
   Context ctx;
 };
+
+// Of the device that a context is for; null on the CPU.
+inline LaunchRecorder* launch_recorder([[maybe_unused]] const Context& ctx) {
+#ifdef INFL_WITH_CUDA
+  if (ctx.runtime != nullptr && ctx.runtime != emulated_runtime) return cuda_recorder(ctx);
+#endif
+  return ctx.runtime == nullptr ? nullptr : emulated_recorder;
+}
 
 // For what only the CPU has a kernel for, whatever stands in for a device.
 inline Context cpu_context() { return {.num_threads = at::get_num_threads()}; }

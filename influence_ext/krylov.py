@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 import influence_ext._C as _C
 from influence_ext.context import about_to_start_threads
+
+if TYPE_CHECKING:
+    from influence_ext.graphs import RecordableProduct
 
 # csrc/math/krylov.h: CgStatus, and the columns of the table of scalars.
 ENDS = ("running", "converged", "max_steps", "stalled", "breakdown", "non_finite", "not_psd")
@@ -33,6 +39,8 @@ class CGVectors:
         self.x = torch.zeros_like(R)
         self._p = torch.zeros_like(R)
         self._lower = lower_bound
+        self._recorded: _RecordedStep | None = None
+        self._give_back: Callable[[], None] | None = None
         self._table = torch.zeros(R.shape[0], _C.cg_scalars, dtype=torch.float64, device=R.device)
         size = torch.linalg.vector_norm(R, dim=1).double()
         self._table[:, _RR] = size.square()
@@ -63,6 +71,56 @@ class CGVectors:
     def select(self, keep: list[int]) -> None:
         """Go on with these recurrences alone, in new buffers."""
         self.x, self.r, self._p, self._table = self.x[keep], self.r[keep], self._p[keep], self._table[keep]
+        if self._give_back is not None:
+            self._give_back()
+            self._recorded = self._give_back = None
+
+    def replay(self, product: RecordableProduct, z: Tensor | None, times: int) -> bool:
+        """Take ``times`` steps with ``product``, each one replay; False, and none is taken, if there is no recording.
+
+        The first of such steps is to be taken by :meth:`direction` and :meth:`step`; the second is recorded, and later recurrences of as
+        many columns replay it. x, r and p move to where the recording has them.
+
+        Args:
+            product: ``A``, the same until the next :meth:`select`.
+            z: ``M⁻¹r``, None for M = I; at most one step then.
+            times: steps.
+
+        Cost: a launch for each step, one for each array when a recording is taken over.
+        """
+        if self._recorded is None:
+            recordings = product.recordings
+            kind = ("cg", product.call.key, product.damping, self._lower, z is None)
+            key, found = recordings.take(kind, self.r, lambda: _RecordedStep(self, product, z is not None))
+            if found is None:
+                return False
+            for there, here in zip(found.arrays, (self.x, self.r, self._p, self._table), strict=True):
+                there.copy_(here)
+            self.x, self.r, self._p, self._table = found.arrays
+            self._recorded, self._give_back = found, lambda: recordings.put(key, found)
+        if z is not None and self._recorded.z is not None:
+            self._recorded.z.copy_(z)
+        self._recorded.graph.replay(times)
+        return True
+
+
+class _RecordedStep:
+    """A step on arrays of its own: direction, product, move."""
+
+    def __init__(self, vectors: CGVectors, product: RecordableProduct, has_z: bool):
+        self.arrays = tuple(t.clone() for t in (vectors.x, vectors.r, vectors._p, vectors._table))
+        self.z = torch.zeros_like(vectors.r) if has_z else None
+        self._product, self._lower = product, vectors._lower
+        _C.add_multiple(0.0, vectors._p, torch.zeros_like(vectors._p))  # the one kernel of a step that no step before has loaded
+        self.graph = _C.Graph(vectors.r.device, self._enqueue)
+
+    def _enqueue(self) -> None:
+        x, r, p, table = self.arrays
+        _C.cg_direction(r, self.z, p, table)
+        self._q = self._product.call.run(p)
+        if self._product.damping:
+            _C.add_multiple(self._product.damping, p, self._q)
+        _C.cg_step(self._lower, p, self._q, x, r, table)
 
 
 def _is_native(like: Tensor) -> bool:

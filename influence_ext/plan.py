@@ -20,6 +20,7 @@ from influence_ext.derived import DerivedFactors, DerivedParameters, DerivedPoin
 from influence_ext.ensemble import Ensemble
 from influence_ext.errors import ArgumentError, DataError, DeviceError, DTypeError, ShapeError, UnsupportedModelError
 from influence_ext.finite import all_finite
+from influence_ext.graphs import Replayable
 from influence_ext.losses import Loss, OutputHessian
 from influence_ext.params import PRECISIONS, ParameterSpace, Precision, Selection, check_precision, is_half, widened
 
@@ -278,7 +279,7 @@ class Plan:
         return [None if is_trained else slot.read(tensors).to(dtype).contiguous() for slot, is_trained in slots]
 
 
-class Tape:
+class Tape(Replayable):
     """A network linearised at θ on N examples. Made by :meth:`Plan.linearize`.
 
     Attributes:

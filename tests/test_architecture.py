@@ -29,7 +29,8 @@ MAY_USE: dict[str, set[str]] = {
     "derived": {"capture", "params"},
     "chunks": set(),
     "ensemble": {"_C", "context", "losses"},
-    "plan": {"_C", "capture", "chunks", "context", "derived", "ensemble", "finite", "losses", "errors", "params", "data"},
+    "graphs": {"_C", "errors", "params"},
+    "plan": {"_C", "capture", "chunks", "context", "derived", "ensemble", "finite", "graphs", "losses", "errors", "params", "data"},
     "operators.base": {"errors", "context"},
     "operators": {"operators.base", "plan", "losses"},
     "krylov": {"_C", "context"},
@@ -54,13 +55,24 @@ CPP_MAY_USE: dict[str, set[str]] = {
     "losses": {"losses", "kernels", "common"},
     "per_example": {"per_example", "layers/node.h", "kernels", "common"},
     "plan": {"plan", "layers", "losses", "per_example", "kernels", "common"},
-    "bindings.cpp": {"bindings_generic.h", "bindings_tensors.h", "plan", "layers", "losses", "per_example", "kernels", "common"},
+    "bindings.cpp": {
+        "bindings_generic.h",
+        "bindings_graph.h",
+        "bindings_tensors.h",
+        "plan",
+        "layers",
+        "losses",
+        "per_example",
+        "kernels",
+        "common",
+    },
     "bindings_generic.h": {"bindings_tensors.h", "layers"},
+    "bindings_graph.h": {"bindings_tensors.h", "kernels"},
     "bindings_tensors.h": {"bindings_cuda.h", "common"},
     "bindings_cuda.h": {"common"},
     "bindings_cuda.cpp": {"bindings_cuda.h", "common"},
 }
-BINDINGS = ("bindings.cpp", "bindings_generic.h", "bindings_tensors.h", "bindings_cuda.h", "bindings_cuda.cpp")
+BINDINGS = ("bindings.cpp", "bindings_generic.h", "bindings_graph.h", "bindings_tensors.h", "bindings_cuda.h", "bindings_cuda.cpp")
 TORCH_HEADER = re.compile(r"^(torch|ATen|c10|pybind11|Python\.h)")
 DEVICE = re.compile(r"cuda|cudnn|cublas|__device__|__global__|__host__|Device::|\bgpu\b", re.IGNORECASE)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 
 import influence_ext as ie
+import influence_ext._C as _C
 from influence_ext import reference
 from influence_ext.errors import DeviceError
 from influence_ext.losses import resolve
@@ -195,3 +198,127 @@ def test_a_tensor_elsewhere_is_refused() -> None:
     model = torch.nn.Linear(3, 2).cuda()
     with pytest.raises(DeviceError, match="parameters' device"):
         ie.GGN(model, torch.nn.MSELoss(), (torch.randn(4, 3), torch.randn(4, 2)))
+
+
+@pytest.mark.parametrize("kind", [ie.GGN, ie.Hessian, ie.EmpiricalFisher])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_replayed_products(kind: Any, dtype: torch.dtype) -> None:
+    """To the last digit what launches give: other vectors, dampings, parameters, numbers of vectors, after memory was freed and taken."""
+    model, X, y = small_problem()
+    model, X, y = model.to(dtype).cuda(), X.to(dtype).cuda(), y.cuda()
+    loss = torch.nn.CrossEntropyLoss()
+    replayed, launched = (kind(model, loss, (X, y), damping=0.25, graphs=graphs) for graphs in ("always", "never"))
+    P = replayed.num_parameters
+    for _ in range(4):
+        for V in (1, 5):
+            v = torch.randn(V, P, dtype=dtype, device="cuda")
+            assert torch.equal(replayed.matmat(v), launched.matmat(v))
+            assert torch.equal(replayed.damped(0.5).matmat(v), launched.damped(0.5).matmat(v))
+        torch.cuda.empty_cache()
+        junk = torch.full((2**20,), torch.nan, dtype=dtype, device="cuda")
+        del junk
+        theta = torch.randn(P, dtype=dtype, device="cuda")
+        for operator in (replayed, launched):
+            operator.tape.relinearize(theta)
+            operator._prepare()
+    assert "replayed as a graph of" in replayed.report()
+
+
+@pytest.mark.parametrize("preconditioner", [None, "jacobi"])
+def test_replayed_steps_of_cg(preconditioner: Any) -> None:
+    model, X, y = small_problem()
+    data, loss = (X.cuda(), y.cuda()), torch.nn.CrossEntropyLoss()
+    model = model.cuda()
+    replayed, launched = (ie.GGN(model, loss, data, damping=2**-6, graphs=graphs) for graphs in ("always", "never"))
+    solver = CG(rtol=1e-9, preconditioner=preconditioner)
+    for _ in range(3):
+        B = torch.randn(6, replayed.num_parameters, dtype=torch.float64, device="cuda")
+        B[2] = 0
+        found, expected = solver.solve(replayed, B), solver.solve(launched, B)
+        assert torch.equal(found.value, expected.value)
+        assert found.status == expected.status
+        assert found.stats == expected.stats
+
+
+def test_replays_on_several_streams_and_in_threads() -> None:
+    model, X, y = small_problem()
+    G = ie.GGN(model.cuda(), torch.nn.CrossEntropyLoss(), (X.cuda(), y.cuda()), damping=2**-6, graphs="always")
+    V = torch.randn(4, 3, G.num_parameters, dtype=torch.float64, device="cuda")
+    solver = CG(rtol=1e-9)
+    expected = [(G.matmat(v), solver.solve(G, v).value) for v in V]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream(), torch.cuda.Stream(), None, None]  # the last two share the default stream
+    found: dict[int, list[tuple[Tensor, Tensor]]] = {}
+
+    def work(which: int) -> None:
+        with torch.cuda.stream(streams[which]):
+            found[which] = []
+            for _ in range(5):
+                torch.randn(10, device="cuda")  # others may draw random numbers while somebody captures
+                found[which].append((G.matmat(V[which]), solver.solve(G, V[which]).value))
+
+    threads = [threading.Thread(target=work, args=(which,)) for which in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    torch.cuda.synchronize()
+    for which, results in found.items():
+        assert len(results) == 5
+        for product, solution in results:
+            assert torch.equal(product, expected[which][0])
+            assert torch.equal(solution, expected[which][1])
+    assert len(found) == 4
+
+
+def test_a_product_in_a_graph_of_the_users() -> None:
+    model, X, y = small_problem()
+    G = ie.GGN(model.cuda(), torch.nn.CrossEntropyLoss(), (X.cuda(), y.cuda()), damping=0.25)
+    v = torch.randn(2, G.num_parameters, dtype=torch.float64, device="cuda")
+    for _ in range(3):
+        G.matmat(v)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = G.matmat(v)
+    for _ in range(2):
+        v.copy_(torch.randn_like(v))
+        graph.replay()
+        assert_close(result.cpu(), G.matmat(v).cpu(), scope="model")
+
+
+def test_a_capture_that_fails_leaves_the_device_usable() -> None:
+    model, X, y = small_problem()
+    G = ie.GGN(model.cuda(), torch.nn.CrossEntropyLoss(), (X.cuda(), y.cuda()), graphs="always")
+    v = torch.randn(2, G.num_parameters, dtype=torch.float64, device="cuda")
+    expected = G.matmat(v)
+    lookup = torch.nn.Sequential(torch.nn.Embedding(5, 3), torch.nn.Flatten(), torch.nn.Linear(6, 2)).cuda()
+    indices = torch.randint(5, (4, 2), device="cuda")
+    embedding = Plan.of(lookup, indices).linearize(indices)
+
+    def waits() -> None:
+        G.matmat(v)
+        torch.cuda.synchronize()
+
+    with pytest.raises(RuntimeError):
+        _C.Graph(v.device, waits)
+    with pytest.raises(RuntimeError, match="expected launches alone while a CUDA graph is captured, got a copy"):
+        _C.Graph(v.device, lambda: embedding.relinearize(embedding.theta))  # reads back whether indices are in range
+    for _ in range(3):
+        assert torch.equal(G.matmat(v), expected)
+
+
+def test_memory_of_graphs_is_given_back() -> None:
+    model, X, y = small_problem()
+    model, data = model.cuda(), (X.cuda(), y.cuda())
+    for _ in range(2):  # the first time torch and cuBLAS take what they keep
+        gc.collect()
+        before = torch.cuda.memory_allocated()
+        G = ie.GGN(model, torch.nn.CrossEntropyLoss(), data, damping=0.25, graphs="always")
+        for V in range(1, 30):
+            v = torch.randn(V, G.num_parameters, dtype=torch.float64, device="cuda")
+            for _ in range(3):
+                G.matmat(v)
+        del G, v
+        gc.collect()
+        after = torch.cuda.memory_allocated()
+    assert after == before

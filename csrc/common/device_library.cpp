@@ -4,7 +4,7 @@
 
 namespace infl {
 
-DeviceRuntime* load_device_library(const std::string& path) {
+DeviceLibrary load_device_library(const std::string& path) {
   const std::string who = "load_device_library: ";
   void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (handle == nullptr) throw std::runtime_error(who + "expected a library of device kernels at " + path + ", got: " + dlerror() + ".");
@@ -19,7 +19,7 @@ DeviceRuntime* load_device_library(const std::string& path) {
     }
     installer->second(library.kernels[i]);
   }
-  return library.runtime;
+  return library;
 }
 
 }  // namespace infl

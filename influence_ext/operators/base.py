@@ -18,6 +18,8 @@ from influence_ext.errors import ArgumentError, DeviceError, DTypeError, ShapeEr
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator as ScipyLinearOperator
 
+    from influence_ext.graphs import RecordableProduct
+
 
 class LinearOperator(abc.ABC):
     """A symmetric matrix known by its products.
@@ -75,6 +77,13 @@ class LinearOperator(abc.ABC):
             )
         self._check(v, "[P] or [P, V]", v.dim() in (1, 2) and v.shape[0] == self.num_parameters)
         return self.matvec(v) if v.dim() == 1 else self.matmat(v.T).T
+
+    def recordable(self) -> RecordableProduct | None:
+        """The product as launches of the core alone, for a solver that records more than a product; None: there is only ``matmat``.
+
+        What computes another product than the class it inherits from says so here too.
+        """
+        return None
 
     def product_operations(self, V: int) -> float:
         """Counted arithmetic of a product with V vectors, what ``solvers.auto`` weighs solvers by: ``2 P² V`` unless a subclass knows."""

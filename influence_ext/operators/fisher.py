@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from influence_ext.context import standalone
 from influence_ext.errors import ArgumentError
+from influence_ext.graphs import Graphs
 from influence_ext.losses import Loss, LossLike
 from influence_ext.operators.base import CurvatureOperator
 from influence_ext.operators.kronecker import KroneckerFactored
@@ -116,13 +117,14 @@ class MonteCarloFisher(_OuterProducts):
         memory_budget: int | None = None,
         reduction: str | None = None,
         schedule: Schedule = "auto",
+        graphs: Graphs = "auto",
         weights: Tensor | None = None,
     ):
         if num_samples < 1:
             raise ArgumentError(f"MonteCarloFisher: expected num_samples >= 1, got {num_samples}; draw at least one target an example.")
         self.num_samples, self.seed = int(num_samples), int(seed)
-        options: dict[str, Any] = {"memory_budget": memory_budget, "reduction": reduction, "schedule": schedule, "weights": weights}
-        super().__init__(model, loss, data, damping, params=params, **options)
+        options: dict[str, Any] = {"memory_budget": memory_budget, "reduction": reduction, "schedule": schedule}
+        super().__init__(model, loss, data, damping, params=params, graphs=graphs, weights=weights, **options)
 
     def _prepare(self) -> None:
         z = self._tape.outputs

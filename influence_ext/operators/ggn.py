@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from influence_ext.context import standalone
+from influence_ext.graphs import RecordableProduct
 from influence_ext.losses import OutputHessian
 from influence_ext.operators.base import CurvatureOperator
 from influence_ext.operators.kronecker import KroneckerFactored
@@ -36,6 +37,10 @@ class GGN(KroneckerFactored, CurvatureOperator):
 
     def _undamped(self, V: Tensor) -> Tensor:
         return self._tape.ggn(V, self._hessian)
+
+    def recordable(self) -> RecordableProduct | None:
+        """``G v + damping·v`` as launches of the core alone."""
+        return self._tape.recordable("ggn", self._hessian, self.damping)
 
     @standalone
     def diagonal(self) -> Tensor:

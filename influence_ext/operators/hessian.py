@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from influence_ext.graphs import RecordableProduct
 from influence_ext.losses import OutputHessian
 from influence_ext.operators.linearised import LinearisedOperator
 
@@ -42,6 +43,10 @@ class Hessian(LinearisedOperator):
 
     def _undamped(self, V: Tensor) -> Tensor:
         return self._tape.hvp(V, self._hessian)
+
+    def recordable(self) -> RecordableProduct | None:
+        """``∇²J v + damping·v`` as launches of the core alone."""
+        return self._tape.recordable("hvp", self._hessian, self.damping)
 
     def report(self) -> str:
         """What runs how: the nodes and their rules, schedule, and memory; and which nodes are curved."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from influence_ext.context import standalone
 from influence_ext.data import Examples, load
 from influence_ext.errors import ArgumentError
+from influence_ext.graphs import Graphs
 from influence_ext.losses import Loss, LossLike, resolve
 from influence_ext.losses.base import check_weights
 from influence_ext.operators.base import LinearOperator
@@ -44,14 +45,17 @@ class LinearisedOperator(LinearOperator):
             the exact system to the tolerance that is asked, CG with few exact products. On the CPU, linear layers and products between
             activations are rounded.
         schedule: "auto", or "by_example" / "by_operator" to force how products run (see docs/design.md).
+        graphs: whether products on a device are recorded and replayed as CUDA graphs: "auto", if launching their kernels takes longer than
+            running them and no ``memory_budget`` is set; "always", which makes what cannot be recorded an error; or "never". See
+            docs/cuda.md.
         weights: ``[N]``, w_n >= 0, multiplies the loss of example n: the matrix is that of ``c Σ w_n ℓ_n``. c stays what it is without
             them, ``1/N`` for a mean. None: ones.
 
     Raises:
         UnsupportedModelError, UnsupportedLossError: see :meth:`Plan.of`, :func:`resolve`.
         DataError, ShapeError, DTypeError, DeviceError: data or targets do not fit.
-        ArgumentError: negative damping, weights that are not ``[N]`` or negative, a ``memory_budget`` that holds not even one example, or a
-            precision that the device or the data type has not.
+        ArgumentError: negative damping, weights that are not ``[N]`` or negative, a ``memory_budget`` that holds not even one example, a
+            precision that the device or the data type has not, or graphs of what cannot be recorded.
     """
 
     _second_order: ClassVar[bool] = False
@@ -70,6 +74,7 @@ class LinearisedOperator(LinearOperator):
         reduction: str | None = None,
         schedule: Schedule = "auto",
         precision: Precision = "full",
+        graphs: Graphs = "auto",
         weights: Tensor | None = None,
     ):
         who = type(self).__name__
@@ -78,6 +83,7 @@ class LinearisedOperator(LinearOperator):
         plan = Plan.of(model, self.examples.X, params, who)
         self.damping = check_damping(damping, who)
         self._tape: Tape = plan.linearize(self.examples, memory_budget=memory_budget, second_order=self._second_order, precision=precision)
+        self._tape.replayed(graphs, memory_budget is not None)
         self._tape.set_schedule(schedule)
         self._tape.check_outputs(who)
         self.loss.check(self._tape.outputs, self.examples.targets, who)
@@ -187,6 +193,7 @@ class LinearisedOperator(LinearOperator):
         batch._tape = self._tape.plan.linearize(
             batch.examples.X, self._tape.theta, second_order=self._second_order, precision=self.precision
         )
+        batch._tape.replayed(self._tape.graphs)
         # c/|B| instead of c/N for a mean loss, N/|B| instead of 1 for a sum: the same factor N/|B| on c.
         batch._factor = self._factor * N / batch_size
         batch._prepare()
@@ -221,7 +228,7 @@ class LinearisedOperator(LinearOperator):
         ]
         for V in (1, 8):
             workspace = self._tape.workspace_bytes(V) / 2**20
-            lines.append(f"V = {V}: {self._tape.schedule(V)}, workspace {workspace:.1f} MiB")
+            lines.append(f"V = {V}: {self._tape.schedule(V)}, workspace {workspace:.1f} MiB{self._tape.launches(V)}")
         return "\n".join(lines)
 
     def _hint(self) -> str:

@@ -6,7 +6,7 @@ import abc
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from torch import Tensor
 from influence_ext.context import standalone
 from influence_ext.errors import ArgumentError, DataError, DeviceError, DTypeError, ShapeError, SolverFailure
 from influence_ext.operators.base import CurvatureOperator, LinearOperator
+
+if TYPE_CHECKING:
+    from influence_ext.graphs import RecordableProduct
 
 OnFailure = Literal["raise", "return"]
 
@@ -185,6 +188,15 @@ class CountedOperator(LinearOperator):
         self.num_products += V.shape[0]
         self.num_calls += 1
         return operator.matmat(V).detach()
+
+    def recordable(self) -> RecordableProduct | None:
+        """Of the operator; what replays it calls :meth:`replayed`."""
+        return self.operator.recordable()
+
+    def replayed(self, num_vectors: int, times: int) -> None:
+        """Count products that were made by replays."""
+        self.num_products += num_vectors * times
+        self.num_calls += times
 
     def absorb(self, other: Counted) -> None:
         """Add what ``other`` has counted to one's own."""

@@ -149,6 +149,7 @@ class _Descent:
         self.operator = operator
         self.precondition = precondition
         self.vectors = CGVectors(R, target, budget, operator.lower_bound)
+        self.product = operator.recordable()
         self.change = self.vectors.x
         self.check_every = check_every
         self.max_steps = max(budget, default=0)
@@ -157,16 +158,24 @@ class _Descent:
 
     def run(self) -> list[Status]:
         """Iterate until every column has ended, and say how."""
-        vectors = self.vectors
         columns = self._sort_out(list(range(len(self.ended))))
-        for step in range(1, self.max_steps + 1):
-            if not columns:
-                break
-            z = None if self.precondition is None else self.precondition(vectors.r)
-            vectors.step(self.operator.matmat(vectors.direction(z)))
+        step = 0
+        while columns and step < self.max_steps:
+            step += self._advance(min(self.check_every - step % self.check_every, self.max_steps - step))
             if step % self.check_every == 0 or step == self.max_steps:
                 columns = self._sort_out(columns)
         return self.ended
+
+    def _advance(self, most: int) -> int:
+        """Take a step, or up to ``most`` of them by replays; how many."""
+        vectors = self.vectors
+        z = None if self.precondition is None else self.precondition(vectors.r)
+        times = most if z is None else 1
+        if self.product is not None and vectors.replay(self.product, z, times):
+            self.operator.replayed(len(vectors.x), times)
+            return times
+        vectors.step(self.operator.matmat(vectors.direction(z)))
+        return 1
 
     def _sort_out(self, columns: list[int]) -> list[int]:
         """Record which columns have ended; the others go on."""

@@ -152,7 +152,7 @@ namespace infl::cuda {
 
 template <class... Parameters, class... Arguments>
 void launch(const Context&, const char* who, void (*kernel)(Parameters...), dim3 blocks, dim3 threads, size_t shared, Arguments... arguments) {
-  emulation::launch(who, blocks, threads, shared, [&] { kernel(static_cast<Parameters>(arguments)...); });
+  emulation::launch(who, blocks, threads, shared, [=] { kernel(static_cast<Parameters>(arguments)...); });  // copies, as a launch does
 }
 
 }  // namespace infl::cuda

@@ -1,6 +1,9 @@
 // Fibers for the threads of a block, memory and matrix products of the emulated device, and the table that the extension loads.
 #include <cstdlib>
+#include <deque>
+#include <map>
 #include <memory>
+#include <mutex>
 
 #include "common/device_library.h"
 #include "common/out_of_memory.h"
@@ -191,19 +194,156 @@ void run_block(Block& block, const char* who) {
   }
 }
 
-class HostRuntime final : public DeviceRuntime {
+// What has been enqueued while it was recorded, and the memory that was allocated meanwhile. Freed memory serves later allocations of the recording,
+// as torch's allocator has it, and nobody else as long as the graph lives.
+struct Recording {
+  std::vector<std::function<void()>> launches;
+  std::map<void*, size_t> held, spare;
+  bool is_valid = true;
+
+  void invalidate(const char* what) {
+    is_valid = false;
+    throw std::runtime_error(std::string("emulated device: expected launches alone while they are recorded, got ") + what + ".");
+  }
+};
+
+// A thread's own: another may go on as before.
+thread_local std::shared_ptr<Recording> recording;
+
+void* fresh(size_t bytes) {
+  void* p = std::aligned_alloc(256, bytes);
+  if (p == nullptr) throw OutOfMemory(static_cast<int64_t>(bytes), "on the emulated device");
+  std::memset(p, 0xff, bytes);  // NaN
+  return p;
+}
+
+// Memory of the device. What is freed holds NaN and is kept back for a while, so that a launch that still reads it shows.
+class Memory {
  public:
-  void* allocate(int64_t bytes, void*) override {
-    void* p = std::aligned_alloc(256, static_cast<size_t>((bytes + 255) / 256 * 256));
-    if (p == nullptr) throw OutOfMemory(bytes, "on the emulated device");
-    std::memset(p, 0xff, static_cast<size_t>(bytes));  // NaN
+  void* allocate(int64_t wanted) {
+    const auto bytes = static_cast<size_t>((wanted + 255) / 256 * 256);
+    const std::lock_guard<std::mutex> guard(mutex_);
+    if (recording == nullptr) {
+      void* p = fresh(bytes);
+      sizes_[p] = bytes;
+      return p;
+    }
+    for (auto it = recording->spare.begin(); it != recording->spare.end(); ++it) {
+      if (it->second < bytes) continue;
+      void* p = it->first;
+      recording->spare.erase(it);
+      return p;
+    }
+    void* p = fresh(bytes);
+    recording->held[p] = bytes;
+    owners_[p] = recording;
     return p;
   }
-  void release(void* p) noexcept override { std::free(p); }
-  void upload(void* to, const void* from, int64_t bytes, void*) override { std::memcpy(to, from, static_cast<size_t>(bytes)); }
-  void download(void* to, const void* from, int64_t bytes, void*) override { std::memcpy(to, from, static_cast<size_t>(bytes)); }
-  void multiply(const MatrixProduct<float>& p, Precision, void*) override { product(p); }
-  void multiply(const MatrixProduct<double>& p, Precision, void*) override { product(p); }
+  void release(void* p) noexcept {
+    if (p == nullptr) return;
+    const std::lock_guard<std::mutex> guard(mutex_);
+    if (const auto it = owners_.find(p); it != owners_.end()) {
+      if (const auto owner = it->second.lock()) owner->spare[p] = owner->held[p];
+      return;
+    }
+    const auto it = sizes_.find(p);
+    if (it == sizes_.end()) return;  // of a graph that is gone
+    keep_back(p, it->second);
+    sizes_.erase(it);
+  }
+  void release(const Recording& graph) noexcept {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    for (const auto& [p, bytes] : graph.held) {
+      owners_.erase(p);
+      keep_back(p, bytes);
+    }
+  }
+
+ private:
+  static constexpr size_t kKeptBack = 256 << 20;
+  void keep_back(void* p, size_t bytes) {
+    std::memset(p, 0xff, bytes);
+    freed_.emplace_back(p, bytes);
+    freed_bytes_ += bytes;
+    while (freed_bytes_ > kKeptBack) {
+      freed_bytes_ -= freed_.front().second;
+      std::free(freed_.front().first);
+      freed_.pop_front();
+    }
+  }
+
+  std::mutex mutex_;
+  std::map<void*, size_t> sizes_;
+  std::map<void*, std::weak_ptr<Recording>> owners_;  // of what was allocated in a recording
+  std::deque<std::pair<void*, size_t>> freed_;
+  size_t freed_bytes_ = 0;
+};
+
+Memory& memory() {
+  static auto* all = new Memory;  // outlives every tape, whatever order a process ends in
+  return *all;
+}
+
+void run(const std::function<void()>& work) {
+  if (recording != nullptr) {
+    recording->launches.push_back(work);
+  } else {
+    work();
+  }
+}
+
+class RecordedLaunches final : public LaunchGraph {
+ public:
+  explicit RecordedLaunches(std::shared_ptr<Recording> recorded) : recorded_(std::move(recorded)) {}
+  ~RecordedLaunches() override { memory().release(*recorded_); }
+
+  // Nothing that an earlier replay left in the graph's own memory may be read.
+  void replay(void*) override {
+    if (recording == nullptr) {
+      for (const auto& [p, bytes] : recorded_->held) std::memset(p, 0xff, bytes);
+    }
+    for (const auto& launch : recorded_->launches) run(launch);
+  }
+  int64_t num_launches() const override { return static_cast<int64_t>(recorded_->launches.size()); }
+
+ private:
+  std::shared_ptr<Recording> recorded_;
+};
+
+class Recorder final : public LaunchRecorder {
+ public:
+  bool is_recording(void*) override { return recording != nullptr; }
+  std::unique_ptr<LaunchGraph> record(void*, const std::function<void()>& body) override {
+    if (recording != nullptr) recording->invalidate("another recording");
+    recording = std::make_shared<Recording>();
+    struct End {
+      ~End() { recording.reset(); }
+    } end;
+    auto graph = std::make_unique<RecordedLaunches>(recording);
+    body();
+    if (!recording->is_valid) throw std::runtime_error("emulated device: expected a recording that nothing has broken, got one that something has.");
+    return graph;
+  }
+};
+
+class HostRuntime final : public DeviceRuntime {
+ public:
+  void* allocate(int64_t bytes, void*) override { return memory().allocate(bytes); }
+  void release(void* p) noexcept override { memory().release(p); }
+  void upload(void* to, const void* from, int64_t bytes, void*) override {
+    if (recording != nullptr) recording->invalidate("a copy from the host");
+    std::memcpy(to, from, static_cast<size_t>(bytes));
+  }
+  void download(void* to, const void* from, int64_t bytes, void*) override {
+    if (recording != nullptr) recording->invalidate("a copy to the host");
+    std::memcpy(to, from, static_cast<size_t>(bytes));
+  }
+  void multiply(const MatrixProduct<float>& p, Precision, void*) override {
+    run([p] { product(p); });
+  }
+  void multiply(const MatrixProduct<double>& p, Precision, void*) override {
+    run([p] { product(p); });
+  }
 
  private:
   template <class T>
@@ -253,6 +393,10 @@ bool is_alive(int lane) {
 }
 
 void launch(const char* who, dim3 blocks, dim3 threads, size_t shared, const std::function<void()>& kernel) {
+  if (recording != nullptr) {
+    recording->launches.push_back([=] { launch(who, blocks, threads, shared, kernel); });
+    return;
+  }
   Block& block = own_block;
   running_block = &block;
   block.count = static_cast<int>(threads.x * threads.y * threads.z);
@@ -292,5 +436,6 @@ std::vector<DeviceKernel>& kernels() {
 
 extern "C" __attribute__((visibility("default"))) infl::DeviceLibrary influence_ext_device_library() {
   static infl::emulation::HostRuntime runtime;
-  return {&runtime, infl::emulation::kernels().data(), static_cast<int64_t>(infl::emulation::kernels().size())};
+  static infl::emulation::Recorder recorder;
+  return {&runtime, &recorder, infl::emulation::kernels().data(), static_cast<int64_t>(infl::emulation::kernels().size())};
 }

@@ -75,7 +75,7 @@ class _Ensemble:
         output_shape: Sequence[int],
         target: Tensor,
         weight: Tensor | None,
-        dropped: Sequence[Sequence[int]],
+        kept: Tensor,
     ) -> Tensor: ...
 
 class Plan32(_Plan): ...

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from influence_ext.bregman.progress import Progress
-from influence_ext.bregman.stacks import MappedStack, NativeStack, Stack, first_line, kept_examples, outputs, positions
+from influence_ext.bregman.stacks import MappedStack, NativeStack, Stack, first_line, kept_examples, outputs
 from influence_ext.bregman.training import Proximity, Trainer, TrainingPoint, isolated_random_state, rows
 from influence_ext.data import ModelInput, call_arguments
 from influence_ext.ensemble import Ensemble
@@ -135,21 +135,21 @@ class TogetherTrainer:
             return [float(gradient.double().norm()) for gradient in by_one]
         _, at_once = self._room(found[0].point, len(found))
         examples, recipe = trainer.examples, trainer.recipe
-        batches = torch.arange(examples.num_examples).split(recipe.batch_size)
+        batches = torch.arange(examples.num_examples, device=trainer.space.device).split(recipe.batch_size)
         norms: list[float] = []
         for first in range(0, len(found), at_once):
             part = slice(first, first + at_once)
-            dropped = ~kept_examples(groups[part], examples.num_examples)
+            kept = kept_examples(groups[part], examples.num_examples).to(trainer.space.device)
             gradients = ensemble.gradients(
                 torch.stack([trained.point.theta for trained in found[part]]),
                 batches,
                 scale=trainer.loss.factor(examples.targets),
-                dropped=[positions(dropped[:, batch]) for batch in batches],
+                kept=[kept.index_select(1, batch) for batch in batches],
                 decay=recipe.weight_decay,
                 damping=0.0 if proximity is None else proximity.damping,
                 anchor=None if proximity is None else proximity.anchor,
             )
-            norms += [float(gradient.double().norm()) for gradient in gradients]
+            norms += gradients.double().norm(dim=1).tolist()
         return norms
 
     def _stack(self, point: TrainingPoint, members: Sequence[Sequence[int]], proximity: Proximity | None) -> Stack:
@@ -260,9 +260,9 @@ class _Native:
 
 
 def _native(trainer: Trainer, X: ModelInput, thetas: Tensor, gs: Tensor) -> _Native | None:
-    """None where the core has not all that a step needs, and on devices: there a kernel for each set would be many small launches."""
+    """None where the core has not all that a step needs."""
     space = trainer.space
-    if space.device.type != "cpu" or space.dtype not in AGREEMENT:
+    if space.dtype not in AGREEMENT:
         return None
     trainer.model.eval()
     try:
@@ -278,8 +278,11 @@ def _native(trainer: Trainer, X: ModelInput, thetas: Tensor, gs: Tensor) -> _Nat
     except InfluenceExtError as error:
         _log.debug("together: not in the C++ core: %s", error)
         return None
-    # Parameters, moments and gradient, and what a thread that takes a set has besides.
-    return _Native(ensemble, tape.cached_bytes + tape.workspace_bytes(1) + 4 * space.num_parameters * space.dtype.itemsize, together)
+    # Parameters, moments and gradient; targets, losses and cotangents; a sweep, the tape, and that of an epoch's last, smaller batch.
+    numbers = 4 * space.num_parameters + 3 * gs[0].numel()
+    rest = trainer.examples.num_examples % len(gs[0]) / len(gs[0])
+    tapes = math.ceil((1 + rest) * tape.cached_bytes)
+    return _Native(ensemble, tapes + tape.workspace_bytes(1) + numbers * space.dtype.itemsize, together)
 
 
 def _gradient(trainer: Trainer, theta: dict[str, Tensor], z: Tensor, g: Tensor) -> Tensor:

@@ -1,6 +1,9 @@
 // Fibers for the threads of a block, memory and matrix products of the emulated device, and the table that the extension loads.
+#include <malloc.h>
+
 #include <cstdlib>
 #include <memory>
+#include <utility>
 
 #include "common/device_library.h"
 #include "common/out_of_memory.h"
@@ -191,23 +194,39 @@ void run_block(Block& block, const char* who) {
   }
 }
 
+// What was asked of the device so far: launches of kernels, the vendor's products, copies to and from the host.
+struct Traffic {
+  int64_t launches = 0, products = 0, copies = 0;
+  int64_t bytes = 0, most_bytes = 0;  // of memory now, and at most since it was asked
+} traffic;
+
 class HostRuntime final : public DeviceRuntime {
  public:
   void* allocate(int64_t bytes, void*) override {
     void* p = std::aligned_alloc(256, static_cast<size_t>((bytes + 255) / 256 * 256));
     if (p == nullptr) throw OutOfMemory(bytes, "on the emulated device");
     std::memset(p, 0xff, static_cast<size_t>(bytes));  // NaN
+    traffic.bytes += static_cast<int64_t>(malloc_usable_size(p));
+    traffic.most_bytes = std::max(traffic.most_bytes, traffic.bytes);
     return p;
   }
-  void release(void* p) noexcept override { std::free(p); }
-  void upload(void* to, const void* from, int64_t bytes, void*) override { std::memcpy(to, from, static_cast<size_t>(bytes)); }
-  void download(void* to, const void* from, int64_t bytes, void*) override { std::memcpy(to, from, static_cast<size_t>(bytes)); }
+  void release(void* p) noexcept override {
+    traffic.bytes -= static_cast<int64_t>(malloc_usable_size(p));
+    std::free(p);
+  }
+  void upload(void* to, const void* from, int64_t bytes, void*) override { copy(to, from, bytes); }
+  void download(void* to, const void* from, int64_t bytes, void*) override { copy(to, from, bytes); }
   void multiply(const MatrixProduct<float>& p, Precision, void*) override { product(p); }
   void multiply(const MatrixProduct<double>& p, Precision, void*) override { product(p); }
 
  private:
+  static void copy(void* to, const void* from, int64_t bytes) {
+    ++traffic.copies;
+    std::memcpy(to, from, static_cast<size_t>(bytes));
+  }
   template <class T>
   static void product(const MatrixProduct<T>& p) {
+    ++traffic.products;
     for (int64_t i = 0; i < p.batch; ++i) {
       const T *a = p.a + i * p.a_batch, *b = p.b + i * p.b_batch;
       for (int64_t m = 0; m < p.M; ++m) {
@@ -253,6 +272,7 @@ bool is_alive(int lane) {
 }
 
 void launch(const char* who, dim3 blocks, dim3 threads, size_t shared, const std::function<void()>& kernel) {
+  ++traffic.launches;
   Block& block = own_block;
   running_block = &block;
   block.count = static_cast<int>(threads.x * threads.y * threads.z);
@@ -293,4 +313,13 @@ std::vector<DeviceKernel>& kernels() {
 extern "C" __attribute__((visibility("default"))) infl::DeviceLibrary influence_ext_device_library() {
   static infl::emulation::HostRuntime runtime;
   return {&runtime, infl::emulation::kernels().data(), static_cast<int64_t>(infl::emulation::kernels().size())};
+}
+
+// launches, products, copies, and the most bytes of memory since the last call
+extern "C" __attribute__((visibility("default"))) void influence_ext_device_traffic(int64_t* counts) {
+  auto& traffic = infl::emulation::traffic;
+  counts[0] = traffic.launches;
+  counts[1] = traffic.products;
+  counts[2] = traffic.copies;
+  counts[3] = std::exchange(traffic.most_bytes, traffic.bytes);
 }

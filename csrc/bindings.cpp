@@ -471,6 +471,8 @@ void bind_ensemble(py::module_& m, const std::string& suffix) {
   py::class_<Ensemble<T>>(m, ("Ensemble" + suffix).c_str())
       .def(py::init<std::shared_ptr<Plan<T>>, int64_t>(), py::arg("plan"), py::arg("num_examples"))
       .def_property_readonly("cached_bytes", &Ensemble<T>::cached_bytes)
+      .def_static(
+          "sets_at_once", [](const at::Tensor& t) { return Ensemble<T>::sets_at_once(Run(t.device()).ctx, t.size(0)); }, py::arg("theta"))
       .def("step", &ensemble_step<T>, py::arg("inputs"), py::arg("constants"), py::arg("theta"), py::arg("moments"), py::arg("descent"),
            py::arg("anchor"), py::arg("loss"), py::arg("loss_scale"), py::arg("loss_parameter"), py::arg("output_shape"), py::arg("target"),
            py::arg("weight"), py::arg("kept"));

@@ -104,6 +104,11 @@ class Ensemble:
         )
         return total
 
+    @staticmethod
+    def sets_at_once(theta: Tensor) -> int:
+        """How many of the sets ``[S, P]`` go through each kernel together: one on a CPU, all on a device."""
+        return (_C.Ensemble32 if theta.dtype == torch.float32 else _C.Ensemble64).sets_at_once(theta)
+
     def gradients(
         self,
         theta: Tensor,

@@ -287,6 +287,14 @@ def test_progress_counts_responses(run: ie.Run) -> None:
     assert {"cold-start retraining", "warm-start retraining", "proximal response", "PBRF"} <= {label for label, _, _ in seen}
 
 
+def test_progress_of_convergence_never_goes_back(run: ie.Run) -> None:
+    seen: list[tuple[str, int, int]] = []
+    ie.decompose(run, GROUPS[:2], DAMPING, ie.solvers.Direct(), converge=True, progress=lambda *args: seen.append(args))
+    counts = [done for _, done, _ in seen]
+    assert counts == sorted(counts)
+    assert (counts[0], counts[-1]) == (0, 12)
+
+
 def test_an_interruption_leaves_the_run_as_it_was(run: ie.Run) -> None:
     def stop(label: str, done: int, total: int) -> None:
         if label == "PBRF":

@@ -87,6 +87,23 @@ def normalised() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.GELU(), nn.Linear(4, 1)).double()
 
 
+class Matrix(nn.Module):
+    """A product with a matrix stored the other way round."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Parameter(torch.linspace(-1, 1, 18, dtype=F64).view(3, 6)), nn.Linear(6, 1).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        z: Tensor = self.last(torch.tanh(x @ self.first))
+        return z
+
+
+def wide() -> nn.Module:
+    """A weight whose gradient takes several blocks."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(36, 500, bias=False), nn.Tanh(), nn.Linear(500, 3)).double()
+
+
 class Sequence(nn.Module):
     """Several positions an example, a linear layer without bias and a frozen one between trained ones."""
 
@@ -141,6 +158,8 @@ ROWS: dict[str, tuple[ie.Recipe, Callable[[], tuple[Tensor, Tensor]]]] = {
     "callable": (replace(SGD, loss=lambda z, t: ((z - t) ** 4).mean(), reduction="mean"), data),
     "tied": (replace(SGD, build_model=Tied, weight_decay=0.02), data),
     "sequence": (replace(SGD, build_model=Sequence), data),
+    "matrix": (replace(SGD, build_model=Matrix, weight_decay=0.02), data),
+    "wide": (replace(ADAM, build_model=wide, loss=nn.CrossEntropyLoss(), weight_decay=0.02, epochs=3, batch_size=16), images),
     "frozen-first": (replace(SGD, build_model=frozen_first), data),
     "shared-gradient": (replace(SGD, build_model=Sum, weight_decay=0.02), data),
     "convolution": (replace(SGD, build_model=convolutional, loss=nn.CrossEntropyLoss()), images),
@@ -191,6 +210,25 @@ def test_threads_take_sets_and_change_nothing(threads: int) -> None:
         torch.set_num_threads(before)
     for a, b in zip(alone, shared, strict=True):
         assert_close(a.params, b.params)
+
+
+def test_results_repeat_bit_for_bit() -> None:
+    recipe, examples = ROWS["wide"]
+    run, before = ie.train(recipe, examples()), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        first, second = (ie.retrain_many(run, GROUPS, "warm") for _ in range(2))
+    finally:
+        torch.set_num_threads(before)
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a.params, b.params)
+
+
+def test_a_batch_that_takes_several_tiles_is_one_step() -> None:
+    X = torch.randn(2500, 3, generator=generator("long batch"), dtype=F64)
+    run = ie.train(replace(SGD, batch_size=len(X), epochs=2), (X, torch.sin(X[:, :1])))
+    for group, response in zip(GROUPS, ie.retrain_many(run, GROUPS, "warm"), strict=True):
+        same(response, ie.retrain(run, group, "warm"))
 
 
 def check_trajectories(row: str) -> None:
@@ -318,15 +356,18 @@ def test_a_memory_budget_decides_how_many_go_together(monkeypatch: pytest.Monkey
     sizes: set[int] = set()
     step = stacks.NativeStack.step
     monkeypatch.setattr(stacks.NativeStack, "step", lambda self, *args: sizes.add(self.num_sets) or step(self, *args))
-    each = together._probe(trainer_of(run), run.final).bytes_per_set
-    for budget, expected in ((10 * each, {5}), (4 * each, {3, 2}), (2 * each, {2, 1})):
+    probed = together._probe(trainer_of(run), run.final)
+    shared, each = probed.bytes_shared, probed.bytes_per_set
+    assert each == 4 * 8 * run.params.numel()  # a set has no tape of its own
+    assert shared > each
+    for budget, expected in ((shared + 5 * each, {5}), (shared + 4 * each, {3, 2}), (shared + 2 * each, {2, 1})):
         sizes.clear()
         tight = ie.retrain_many(run, [[i] for i in range(5)], "warm", memory_budget=budget)
         assert sizes == expected
         for a, b in zip(tight, free, strict=True):
             assert_close(a.params, b.params)
     alone = ie.retrain_many(run, [[1], [2]], "warm", memory_budget=1)
-    assert alone[0].one_by_one == f"two sets together take {2 * each} bytes, more than the memory budget of 1"
+    assert alone[0].one_by_one == f"two sets together take {shared + 2 * each} bytes, more than the memory budget of 1"
 
 
 def trainer_of(run: ie.Run) -> Any:

@@ -26,9 +26,26 @@ struct Descent {
   int64_t anchor_size = 0;    // where several parameter sets share it: [anchor_size], again and again
 };
 
-// theta, first, second [size] in place; `second` is Adam's alone.
+// What a step moves, in place; `second` is Adam's alone.
+template <class T>
+struct Moved {
+  T* theta = nullptr;
+  T *first = nullptr, *second = nullptr;
+
+  Moved from(int64_t element) const { return {theta + element, first + element, second ? second + element : nullptr}; }
+};
+
+// theta, first, second [size].
 template <class T>
 inline KernelStub<void(const Context&, int64_t size, const Descent<T>& descent, const T* gradient, T* theta, T* first, T* second)> descend_stub{
     "descend"};
+
+// The step of elements [begin, begin + size) of what is moved, by their gradient.
+template <class T>
+void descend(const Context& ctx, int64_t begin, int64_t size, Descent<T> descent, const T* gradient, const Moved<T>& moved) {
+  if (descent.anchor) descent.anchor += begin;
+  const Moved<T> part = moved.from(begin);
+  descend_stub<T>(ctx, size, descent, gradient, part.theta, part.first, part.second);
+}
 
 }  // namespace infl

@@ -8,9 +8,15 @@
 //   tape         x if W is differentiated; W packed, both ways if x has a cotangent (each O·I elements, shared by all tiles)
 //   sets         each of the three products is one batched call, with W as it lies
 //
+//   prepared x packed both ways, as the right factor of W xᵀ and of the gradient; forward is then (W xᵀ)ᵀ with W where it lies
+//
 // With M = n·t rows the products cost 2 M·O·I operations each; nothing is spent on absent tangents or frozen parameters.
+#include <algorithm>
+
+#include "common/scratch.h"
 #include "kernels/elementwise.h"
 #include "kernels/gemm.h"
+#include "kernels/movement.h"
 #include "layers/rule.h"
 
 namespace infl {
@@ -38,10 +44,22 @@ class Linear final : public Rule<T> {
 
   bool takes_sets() const override { return true; }
 
+  int64_t prepared_size(const Node& node, int64_t n) const override {
+    const int64_t I = node.attribute("in_features"), M = n * (node.input_widths[0] / I);
+    return gemm_packed_size<T>(I, M) + (multiplies_prepared(node) ? gemm_packed_size<T>(M, I) : 0);
+  }
+
+  void prepare_input(const Tile<T>& tile, T* prepared) const override {
+    const Shape s(tile);
+    // as the right factor of W xᵀ [I, M], then of the gradient gᵀ x [M, I]
+    gemm_pack_stub<T>(tile.ctx, 1, s.I, s.M, tile.x[0], 0, 1, s.I, prepared);
+    if (multiplies_prepared(tile.node)) gemm_pack_stub<T>(tile.ctx, 1, s.M, s.I, tile.x[0], 0, s.I, 1, prepared + gemm_packed_size<T>(s.I, s.M));
+  }
+
   void pack(const Tile<T>& tile) const override {
     const Shape s(tile);
     // as the right factor of x Wᵀ [I, O], then, where x has a cotangent, of g W [O, I]
-    gemm_pack_stub<T>(tile.ctx, 1, s.I, s.O, tile.theta[0], 0, s.in_stride, s.out_stride, tile.packed);
+    if (!tile.prepared) gemm_pack_stub<T>(tile.ctx, 1, s.I, s.O, tile.theta[0], 0, s.in_stride, s.out_stride, tile.packed);
     if (!tile.node.needs_tangent[0]) return;
     gemm_pack_stub<T>(tile.ctx, 1, s.O, s.I, tile.theta[0], 0, s.out_stride, s.in_stride, tile.packed + gemm_packed_size<T>(s.I, s.O));
   }
@@ -56,6 +74,7 @@ class Linear final : public Rule<T> {
 
   void forward(const Tile<T>& tile, T* y) const override {
     const Shape s(tile);
+    if (tile.prepared) return forward_prepared(tile, s, y);
     Gemm<T> g = product(s, tile.sets, s.O, y);
     g.terms[0] = left(s, tile.x[0], s.I, tile.sets > 1 ? tile.x_stride[0] : 0);
     weights(tile, s.in_stride, s.out_stride, 0, g.terms[0]);
@@ -101,6 +120,31 @@ class Linear final : public Rule<T> {
     const Shape s(tile);
     if (g_theta[0]) weight_gradient(tile, s, g_y, s.M * s.O, tile.x[0], tile.sets > 1 ? tile.x_stride[0] : 0, g_theta[0], stride);
     if (g_theta[1]) column_sum_stub<T>(tile.ctx, tile.V * tile.sets, s.M, s.O, g_y, g_theta[1], stride);
+  }
+
+  bool descends(const Node&, size_t k) const override { return k == 0; }
+
+  // W by blocks of rows whose gradient stays in the cache. vjp_input reads W packed, as it was before the step.
+  void descend(const Tile<T>& tile, size_t /*k*/, const T* g_y, const Descent<T>& descent, const Moved<T>& moved, int64_t begin) const override {
+    const Shape s(tile);
+    Gemm<T> p = gradient_product(s, 1, g_y, 0, tile.x[0], 0);
+    const int64_t rows = p.M, cols = p.N, M = s.M;
+    Scratch<T> packed(tile.ctx, tile.prepared && !s.transposed ? 0 : gemm_packed_size<T>(M, cols));
+    p.terms[0].packed = packed.data();
+    if (tile.prepared && !s.transposed) {
+      p.terms[0].packed = tile.prepared + gemm_packed_size<T>(s.I, M);
+    } else {
+      gemm_pack_stub<T>(tile.ctx, 1, M, cols, p.terms[0].b, 0, cols, 1, packed.data());
+    }
+    const int64_t block = tile.ctx.num_threads > 1 ? rows : rows_of_a_block(rows, cols);
+    Scratch<T> gradient(tile.ctx, block * cols);
+    p.c = gradient.data();
+    for (int64_t r = 0; r < rows; r += block) {
+      p.M = std::min(block, rows - r);
+      gemm_stub<T>(tile.ctx, p);
+      infl::descend<T>(tile.ctx, begin + r * cols, p.M * cols, descent, gradient.data(), moved);
+      p.terms[0].a += block;
+    }
   }
 
   void second_order(const Tile<T>& tile, const SecondOrder<T>& order) const override {
@@ -159,15 +203,20 @@ class Linear final : public Rule<T> {
 
   // g_W += Σ g xᵀ over rows, g [V, M, O] and x [V, M, I]; a batch stride of 0: the same for all right-hand sides.
   static void weight_gradient(const Tile<T>& tile, const Shape& s, const T* g, int64_t g_batch, const T* x, int64_t x_batch, T* out, int64_t stride) {
-    const int64_t rows = s.transposed ? s.I : s.O, cols = s.transposed ? s.O : s.I;
-    Gemm<T> p;
-    p.V = tile.V * tile.sets;
-    p.M = rows;
-    p.N = cols;
+    Gemm<T> p = gradient_product(s, tile.V * tile.sets, g, g_batch, x, x_batch);
     p.c = out;
     p.c_batch = stride;
-    p.ldc = cols;
     p.accumulate = true;
+    gemm_stub<T>(tile.ctx, p);
+  }
+
+  static Gemm<T> gradient_product(const Shape& s, int64_t V, const T* g, int64_t g_batch, const T* x, int64_t x_batch) {
+    const int64_t rows = s.transposed ? s.I : s.O, cols = s.transposed ? s.O : s.I;
+    Gemm<T> p;
+    p.V = V;
+    p.M = rows;
+    p.N = cols;
+    p.ldc = cols;
     GemmTerm<T>& term = p.terms[0];
     // The parameter's rows come from g as stored [O, I], from x as stored [I, O].
     term.K = s.M;
@@ -179,7 +228,35 @@ class Linear final : public Rule<T> {
     term.b_row = cols;
     term.b_col = 1;
     term.b_batch = s.transposed ? g_batch : x_batch;
-    gemm_stub<T>(tile.ctx, p);
+    return p;
+  }
+
+  // Rows of W, a multiple of the product's register tile, of which gradient, values and moments take half of a core's second-level cache.
+  static int64_t rows_of_a_block(int64_t rows, int64_t cols) {
+    constexpr int64_t kBytes = 512 << 10, kTile = 12;
+    const int64_t most = std::max<int64_t>(1, kBytes / (4 * cols * static_cast<int64_t>(sizeof(T))) / kTile) * kTile;
+    const int64_t blocks = (rows + most - 1) / most;
+    return ((rows + blocks - 1) / blocks + kTile - 1) / kTile * kTile;
+  }
+
+  // Whether the gradient has the input as its right factor.
+  static bool multiplies_prepared(const Node& node) { return node.is_trainable(0) && node.attribute("transposed") == 0; }
+
+  // y = (W xᵀ)ᵀ + b: the weights are read where they lie, once, and need no packing.
+  static void forward_prepared(const Tile<T>& tile, const Shape& s, T* y) {
+    Scratch<T> transposed(tile.ctx, s.O * s.M);
+    Gemm<T> g;
+    g.M = s.O;
+    g.N = g.ldc = s.M;
+    g.c = transposed.data();
+    g.terms[0].K = s.I;
+    g.terms[0].a = tile.theta[0];
+    g.terms[0].a_row = s.out_stride;
+    g.terms[0].a_col = s.in_stride;
+    g.terms[0].packed = tile.prepared;
+    gemm_stub<T>(tile.ctx, g);
+    strided_gather_stub<T>(tile.ctx, 1, StridedMap(0, {s.M, s.O}, {1, s.M}), transposed.data(), 0, y, 0);
+    if (tile.theta[1]) affine_stub<T>(tile.ctx, s.M, s.O, T(1), nullptr, T(0), tile.theta[1], y, y, false);
   }
 
   // W as the right factor: for one set what `pack` put at `packed`, of several as it lies, element (k, n) at k · row + n · col.

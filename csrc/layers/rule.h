@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "common/context.h"
+#include "kernels/descent.h"
 #include "layers/node.h"
 #include "per_example/factor.h"
 
@@ -39,6 +40,7 @@ struct Tile {
   T* const* state = nullptr;        // per state array: [n, width]
   const T* const* theta = nullptr;  // per slot: parameter or constant, null if absent
   T* packed = nullptr;              // packed_size elements; null for several sets
+  const T* prepared = nullptr;      // what prepare_input made of the first input, if anything
 
   int64_t sets = 1;                   // parameter sets at once, n examples each
   int64_t theta_stride = 0;           // between trained parameters of neighbouring sets; constants are shared
@@ -87,11 +89,25 @@ class Rule {
   // Derives what jvp and vjp_input want of θ, into tile.packed (tile.n is 0).
   virtual void pack(const Tile<T>&) const {}
 
+  // How many elements prepare_input writes for n examples; 0: the rule has no use for it.
+  virtual int64_t prepared_size(const Node&, int64_t /*n*/) const { return 0; }
+
+  // Derives what forward, vjp_params and descend want of the first input alone, for many parameter sets to share, from tile.x. Given to the tile of
+  // all n examples, it takes the place of what pack would derive for forward.
+  virtual void prepare_input(const Tile<T>&, T* /*prepared*/) const {}
+
   // Derives what jvp wants of V parameter tangents, into `packed` [V, tangent_packed_size].
   virtual void pack_tangents(const Tile<T>&, const ParameterTangents<T>&, T* /*packed*/) const {}
 
   // g_theta [per slot: [V, size] rows `stride` apart; null if not wanted] += the sum over the tile's examples.
   virtual void vjp_params(const Tile<T>&, const T* /*g_y*/, T* const* /*g_theta*/, int64_t /*stride*/) const {}
+
+  // Whether descend moves the parameter of slot k.
+  virtual bool descends(const Node&, size_t /*k*/) const { return false; }
+
+  // The step of slot k's parameter, which lies from `begin` on in what is moved, by the gradient that vjp_params would add, part after part while
+  // that is in the cache. vjp_input comes after it and must not read the slot.
+  virtual void descend(const Tile<T>&, size_t /*k*/, const T* /*g_y*/, const Descent<T>&, const Moved<T>&, int64_t /*begin*/) const {}
 
   // Adds to g_x and g_theta what vjp changes by along (t_x, t_theta) at a fixed g_y: the second derivative of g_yᵀ f contracted with the tangent,
   //   S = ∂²(g_yᵀ f)/∂(x, θ)² · (t_x, t_θ), summed over the examples for parameters. Called where node.curved.

@@ -55,14 +55,16 @@ class Ensemble {
 
   const Plan<T>& plan() const { return *plan_; }
   int64_t num_examples() const { return N_; }
-  int64_t cached_bytes() const;  // of the tapes
+  int64_t cached_bytes() const;  // of the tapes and the prepared inputs
 
  private:
+  std::vector<const T*> prepare(const Context& ctx, const std::vector<const T*>& inputs);
   void take(const Context& ctx, Tape<T>& tape, const EnsembleStep<T>& step, int64_t first) const;
 
   std::shared_ptr<const Plan<T>> plan_;
   int64_t N_;
   std::vector<std::unique_ptr<Tape<T>>> tapes_;  // per thread; on a device one of all sets
+  std::vector<Buffer<T>> prepared_;              // per node
   std::mutex stepping_;
 };
 

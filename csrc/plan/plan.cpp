@@ -121,6 +121,22 @@ void Plan<T>::analyse() {
     }
   }
   if (producer_[output()] >= 0) kept_[output()] = true;
+  std::vector<int> readers(slots_.size(), 0);
+  for (const Node& node : nodes_) {
+    for (int slot : node.slots) {
+      if (slot >= 0) ++readers[slot];
+    }
+  }
+  const auto meet = [](const Slot& a, const Slot& b) {
+    return a.offset >= 0 && b.offset >= 0 && a.offset < b.offset + b.size && b.offset < a.offset + a.size;
+  };
+  for (size_t s = 0; s < slots_.size(); ++s) {
+    int all = readers[s];
+    for (size_t other = 0; other < slots_.size(); ++other) {
+      if (other != s && meet(slots_[s], slots_[other])) all += readers[other];
+    }
+    read_once_.push_back(all == 1);
+  }
 }
 
 template <class T>

@@ -89,7 +89,8 @@ class Plan {
   int64_t output_width() const { return width(output_); }
   int64_t num_parameters() const { return num_parameters_; }
   bool output_depends_on_parameters() const { return needs_tangent_[output()]; }
-  bool on_calling_thread() const;  // does a node refuse other threads?
+  bool is_read_once(int slot) const { return read_once_[slot]; }  // by one node, of all that read any of its elements
+  bool on_calling_thread() const;                                 // does a node refuse other threads?
   int64_t widest_activation() const;
 
  private:
@@ -111,6 +112,7 @@ class Plan {
   std::vector<int64_t> widths_;  // per canonical value
   std::vector<int> producer_;    // per canonical value: node, or -1 for inputs
   std::vector<bool> kept_, needs_tangent_;
+  std::vector<bool> read_once_;       // per slot
   std::vector<int> first_curved_;     // per canonical value with a tangent: the first curved node that reads it, or -1
   std::vector<Place> tangent_place_;  // of such values
   Schedules schedules_;

@@ -37,6 +37,7 @@ Tape<T>::Tape(const Context& ctx, std::shared_ptr<const Plan<T>> plan, int64_t N
       N_(N),
       sets_(num_sets),
       inputs_(std::move(inputs)),
+      prepared_(plan_->nodes().size()),
       values_(plan_->num_values()),
       states_(plan_->nodes().size()),
       packed_(plan_->nodes().size()),
@@ -133,6 +134,7 @@ struct Tape<T>::Sweep {
     tile.state = state.data();
     tile.theta = theta.data();
     if (part.sets == 1) tile.packed = const_cast<T*>(tape.packed_[index].data()) + part.first * storage.packed_size;
+    tile.prepared = tape.prepared_[index];
     tile.sets = part.sets;
     tile.theta_stride = tape.theta_stride_;
     tile.x_stride = x_stride.data();
@@ -410,6 +412,56 @@ void Tape<T>::vjp(const Context& ctx, int64_t V, const T* g, T* out) const {
     copy_rows_stub<T>(inner, rows, n * C, g + n0 * C, N_ * C, g_z, n * C, false);
     cotangent_tile(inner, V, n0, n, slot_rows(sum), workspace);
   });
+}
+
+template <class T>
+void Tape<T>::descend(const Context& ctx, const T* g, const Descent<T>& descent, const Moved<T>& moved) const {
+  const Schedules& s = plan_->schedules();
+  const int64_t P = plan_->num_parameters(), C = plan_->output_width();
+  Scratch<T> gradient(ctx, sets_ * P);
+  if (ctx.on_device() || sets_ > 1 || !is_whole(ctx)) {  // with several tiles, a gradient is complete after the last one only
+    vjp(ctx, 1, g, gradient.data());
+    Descent<T> of_all = descent;
+    of_all.anchor_size = P;
+    infl::descend<T>(ctx, 0, sets_ * P, of_all, gradient.data(), moved);
+    return;
+  }
+  std::vector<T*> sums = slot_rows(gradient.data());
+  std::vector<std::vector<size_t>> early(plan_->nodes().size());  // per node: the operands that move during the sweep
+  std::vector<std::pair<int64_t, int64_t>> moved_early;           // their begin and end in the flat vector
+  for (const CotangentStep& step : s.cotangent) {
+    const Node& node = plan_->nodes()[step.node];
+    for (size_t k = 0; step.params && k < node.slots.size(); ++k) {
+      if (!node.is_trainable(k) || !plan_->is_read_once(node.slots[k]) || !plan_->rule(step.node).descends(node, k)) continue;
+      const Slot& slot = plan_->slots()[node.slots[k]];
+      early[step.node].push_back(k);
+      moved_early.emplace_back(slot.offset, slot.offset + slot.size);
+      sums[node.slots[k]] = nullptr;
+    }
+  }
+  std::sort(moved_early.begin(), moved_early.end());
+  moved_early.emplace_back(P, P);
+  const auto each_other_part = [&](const auto& body) {
+    int64_t at = 0;
+    for (const auto& [begin, end] : moved_early) {
+      if (begin > at) body(at, begin - at);
+      at = end;
+    }
+  };
+  each_other_part([&](int64_t begin, int64_t size) { fill_zero<T>(ctx, size, gradient.data() + begin); });
+  Scratch<T> workspace(ctx, s.sweep_width * N_);
+  copy<T>(ctx, N_ * C, g, workspace.data() + s.output * N_);
+  for (const CotangentStep& step : s.cotangent) {
+    if (step.params) {
+      Sweep sweep(*this, ctx, step.node, 1, 0, N_);
+      for (const size_t k : early[step.node]) {
+        const int64_t begin = plan_->slots()[sweep.node.slots[k]].offset;
+        plan_->rule(step.node).descend(sweep.tile, k, workspace.data() + step.g_output * N_, descent, moved, begin);
+      }
+    }
+    cotangent_step(ctx, step, 1, 0, N_, sums, workspace.data());
+  }
+  each_other_part([&](int64_t begin, int64_t size) { infl::descend<T>(ctx, begin, size, descent, gradient.data() + begin, moved); });
 }
 
 template <class T>

@@ -38,7 +38,13 @@ class Tape {
   Tape(const Context& ctx, std::shared_ptr<const Plan<T>> plan, int64_t N, std::vector<const T*> inputs, int64_t num_sets = 1);
 
   // The same number of other examples; linearize is to follow.
-  void rebind(std::vector<const T*> inputs) { inputs_ = std::move(inputs); }
+  void rebind(std::vector<const T*> inputs) {
+    inputs_ = std::move(inputs);
+    prepared_.assign(prepared_.size(), nullptr);
+  }
+
+  // Per node what Rule::prepare_input made of these examples, or null, until they change; for schedules that are whole.
+  void set_prepared(std::vector<const T*> prepared) { prepared_ = std::move(prepared); }
 
   // The forward pass at θ, given per slot; copies what it needs of θ, or with `borrow` reads it where it is, which must then outlive what follows.
   // Of several sets it is always read there, trained parameters `stride` apart.
@@ -50,12 +56,16 @@ class Tape {
   const T* outputs() const { return value(plan_->output(), 0); }  // [sets, N, C]
 
   void set_schedule(ScheduleChoice choice) { choice_ = choice; }
-  Tiling tiling(const Context& ctx, int64_t V) const;  // of products onto V vectors
+  Tiling tiling(const Context& ctx, int64_t V) const;                            // of products onto V vectors
+  bool is_whole(const Context& ctx) const { return tiling(ctx, 1).tile >= N_; }  // do sweeps of one right-hand side take all examples at once?
   int64_t cached_bytes() const;
   int64_t workspace_bytes(const Context& ctx, int64_t V) const;  // of one product onto V vectors, beyond operand and result
 
   void jvp(const Context& ctx, int64_t V, const T* v, T* t_out) const;  // [V, P] -> [V, N, C]
   void vjp(const Context& ctx, int64_t V, const T* g, T* out) const;    // [V, N, C] -> [V, P], summed over N; [sets, N, C] -> [sets, P]
+  // One step of a gradient method by the gradient of vjp, g [N, C]; parameters that one node reads move as soon as their gradient is complete. Of
+  // several sets, g [sets, N, C] and what moves [sets, P], in one launch.
+  void descend(const Context& ctx, const T* g, const Descent<T>& descent, const Moved<T>& moved) const;
   void ggn(const Context& ctx, int64_t V, const T* v, const OutputHessian<T>& h, T* out) const;  // [V, P] -> [V, P]
 
   // Of a plan for second-order products: the cotangent sweep of g [N, C], once; curved nodes keep their output's cotangent for hvp.
@@ -98,6 +108,7 @@ class Tape {
   std::shared_ptr<const Plan<T>> plan_;
   int64_t N_, sets_;
   std::vector<const T*> inputs_;
+  std::vector<const T*> prepared_;              // per node
   std::vector<Buffer<T>> values_;               // per value: kept outputs [N, width]
   std::vector<std::vector<Buffer<T>>> states_;  // per node
   std::vector<Buffer<T>> packed_;               // per node

@@ -247,8 +247,7 @@ def response_at(minimum: Minimum, kind: str, removed: tuple[int, ...], network: 
         network.exact_theta + minimum.delta,
         network,
         minimum.status,
-        gradient_norm=minimum.gradient_norm,
-        relative_gradient_norm=minimum.relative_gradient_norm,
+        norms=(minimum.gradient_norm, minimum.relative_gradient_norm),
         num_steps=minimum.num_steps,
         num_products=minimum.num_products,
     )

@@ -15,6 +15,23 @@ def reporter(progress: bool | Progress) -> Progress:
     return _print_line if progress else _ignore
 
 
+def onward(report: Progress) -> Progress:
+    """``report`` that never counts back: what is done a second time, in another way, counts from where the first got to."""
+    most = 0
+
+    def forward(label: str, done: int, total: int) -> None:
+        nonlocal most
+        most = max(most, done)
+        report(label, most, total)
+
+    return forward
+
+
+def portion(report: Progress, before: int, total: int) -> Progress:
+    """``report`` for a part of the work: after ``before`` of ``total``."""
+    return lambda label, done, _: report(label, before + done, total)
+
+
 def _ignore(label: str, done: int, total: int) -> None:
     pass
 

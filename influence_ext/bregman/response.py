@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import enum
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 from influence_ext.bregman.recipe import Run
 from influence_ext.bregman.training import CHUNK
-from influence_ext.context import standalone
+from influence_ext.context import exclusive, standalone
 from influence_ext.data import Examples, check_indices, load
 from influence_ext.errors import ArgumentError
 from influence_ext.losses import Loss, resolve
@@ -162,6 +162,38 @@ def in_double(examples: Examples) -> Examples:
     return replace(examples, inputs=tuple(map(double, examples.inputs)), targets=double(examples.targets))
 
 
+Norms = tuple[float, float]
+"""Norm of a gradient where a search ended, and the same over the norm where it began."""
+
+
+class LateNorms:
+    """The :data:`Norms` of responses that were found together, computed together when the first is asked for.
+
+    A training needs no gradient of its objective over all data, which costs as much as an epoch; who never looks does not pay for it.
+    A copy or a pickle holds the numbers.
+
+    Args:
+        compute: Gives them, one a response.
+    """
+
+    def __init__(self, compute: Callable[[], list[Norms]]):
+        self._compute: Callable[[], list[Norms]] | None = compute
+        self._found: list[Norms] = []
+
+    @standalone
+    def of(self, position: int) -> Norms:
+        """Those of one response."""
+        with exclusive:
+            if self._compute is not None:
+                self._found = self._compute()
+                self._compute = None  # and the data it holds
+        return self._found[position]
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.of(0)
+        return self.__dict__
+
+
 @dataclass(frozen=True, eq=False)
 class Response:
     """Where the parameters go when training examples are removed.
@@ -173,8 +205,7 @@ class Response:
         network: θs, with data and loss.
         status: How the search ended: a :class:`ResponseStatus`, or the solver's own :class:`~influence_ext.solvers.Status` for the linear
             ones; both have ``.success`` and ``.explanation``.
-        gradient_norm: Norm of the gradient of this response's own objective at ``params`` (``None`` for the linear ones).
-        relative_gradient_norm: The same over the norm where the search began.
+        norms: The :data:`Norms`, or what gives them; ``None`` for the linear ones.
         relative_residual: ``‖b − (G + λ_eff I) x‖ / ‖b‖`` of the linear ones.
         num_steps: Steps of the minimiser, or epochs.
         num_products: Curvature products spent.
@@ -187,8 +218,7 @@ class Response:
     exact_params: Tensor = field(repr=False)
     network: TrainedNetwork = field(repr=False)
     status: ResponseStatus | Status
-    gradient_norm: float | None = None
-    relative_gradient_norm: float | None = None
+    norms: Norms | Callable[[], Norms] | None = field(default=None, repr=False)
     relative_residual: float | None = None
     num_steps: int = 0
     num_products: int = 0
@@ -199,6 +229,21 @@ class Response:
     def params(self) -> Tensor:
         """``[P]``, the response's parameters in the network's dtype."""
         return self.exact_params.to(self.network.theta.dtype)
+
+    @property
+    def gradient_norm(self) -> float | None:
+        """Norm of the gradient of this response's own objective at ``params`` (``None`` for the linear ones).
+
+        Cost: of a trained response a pass over the data, at the first look at any of those that were trained together.
+        """
+        found = self.norms() if callable(self.norms) else self.norms
+        return None if found is None else found[0]
+
+    @property
+    def relative_gradient_norm(self) -> float | None:
+        """The same over the norm where the search began."""
+        found = self.norms() if callable(self.norms) else self.norms
+        return None if found is None else found[1]
 
     @property
     def displacement(self) -> Tensor:

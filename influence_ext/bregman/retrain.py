@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -13,9 +14,9 @@ from torch import Tensor
 from influence_ext.bregman.minimise import minimise
 from influence_ext.bregman.objective import BregmanObjective, Reference
 from influence_ext.bregman.pbrf import check_damping, checked, default_rtol, response_at
-from influence_ext.bregman.progress import Progress, reporter
+from influence_ext.bregman.progress import Progress, portion, reporter
 from influence_ext.bregman.recipe import Run
-from influence_ext.bregman.response import Response, ResponseStatus, TrainedNetwork, removed_indices
+from influence_ext.bregman.response import LateNorms, Norms, Response, ResponseStatus, TrainedNetwork, removed_indices
 from influence_ext.bregman.together import TogetherTrainer, Trained
 from influence_ext.bregman.training import Proximity, Trainer
 from influence_ext.context import standalone
@@ -54,7 +55,7 @@ def retrain(
         progress: ``True`` for a line on stderr, or a function ``(label, done, total)``.
 
     Returns:
-        The response, with the gradient norm of ``Q₋S`` at its end. ``relative_gradient_norm`` compares with θs (with the point after the
+        The response; its gradient norm is that of ``Q₋S`` at its end. ``relative_gradient_norm`` compares with θs (with the point after the
         first ``K`` epochs for a cold start that is solved to convergence).
 
     Raises:
@@ -266,7 +267,13 @@ class Branches:
     def cold(self, groups: Sequence[tuple[int, ...]], report: Progress) -> list[Response]:
         """From θ₀ through the base run's epochs, then on; once without each of ``groups``."""
         epochs = self._first if self._converge else range(self._later.stop)
-        found = self._trainers.advance(self.run.initial, epochs, groups, report=report, label="cold start")
+        if self._converge:
+            before = len(groups) * len(epochs)
+            total = before + len(groups) * self._max_steps
+            first, report = portion(report, 0, total), portion(report, before, total)
+        else:
+            first = report
+        found = self._trainers.advance(self.run.initial, epochs, groups, report=first, label="cold start")
         if not self._converge:
             return self._trained("cold_start", groups, found, None, len(epochs))
         starts = [trained.point.theta.double() - self.network.exact_theta for trained in found]
@@ -291,28 +298,32 @@ class Branches:
     def _trained(
         self, kind: str, groups: Sequence[tuple[int, ...]], found: Sequence[Trained], proximity: Proximity | None, num_epochs: int
     ) -> list[Response]:
-        responses = []
-        if len(groups) > 1 and all(trained.one_by_one is None for trained in found):  # then examples do not depend on each other
-            norms_s = [_norm(g) for g in self._trainer.gradients_without(self.run.final, groups)]  # the proximity term has none at θs
-        else:
-            norms_s = [_norm(self._trainer.gradient(self.run.final, removed=removed, proximity=proximity)) for removed in groups]
-        norms = self._trainers.gradient_norms(found, groups, proximity=proximity)
-        for removed, trained, norm, norm_s in zip(groups, found, norms, norms_s, strict=True):
-            responses.append(
-                Response(
-                    kind,
-                    removed,
-                    trained.point.theta.double(),
-                    self.network,
-                    ResponseStatus.TRAINED,
-                    gradient_norm=norm,
-                    relative_gradient_norm=norm / norm_s if norm_s else 0.0,
-                    num_steps=num_epochs,
-                    buffers=trained.point.buffers,
-                    one_by_one=trained.one_by_one,
-                )
+        # What the gradients at the ends are computed of: no optimiser state.
+        ends = [replace(trained, point=replace(trained.point, moments=())) for trained in found]
+        norms = LateNorms(partial(self._norms, groups, ends, proximity))
+        return [
+            Response(
+                kind,
+                removed,
+                trained.point.theta.double(),
+                self.network,
+                ResponseStatus.TRAINED,
+                norms=partial(norms.of, k),
+                num_steps=num_epochs,
+                buffers=trained.point.buffers,
+                one_by_one=trained.one_by_one,
             )
-        return responses
+            for k, (removed, trained) in enumerate(zip(groups, ends, strict=True))
+        ]
+
+    def _norms(self, groups: Sequence[tuple[int, ...]], ends: Sequence[Trained], proximity: Proximity | None) -> list[Norms]:
+        start = self.run.final
+        if len(groups) > 1 and all(trained.one_by_one is None for trained in ends):  # then examples do not depend on each other
+            norms_s = [_norm(g) for g in self._trainer.gradients_without(start, groups)]  # the proximity term has none at θs
+        else:
+            norms_s = [_norm(self._trainer.gradient(start, removed=removed, proximity=proximity)) for removed in groups]
+        norms = self._trainers.gradient_norms(ends, groups, proximity=proximity)
+        return [(norm, norm / norm_s if norm_s else 0.0) for norm, norm_s in zip(norms, norms_s, strict=True)]
 
     def _converged(
         self, kind: str, groups: Sequence[tuple[int, ...]], damping: float, starts: Sequence[Tensor], report: Progress

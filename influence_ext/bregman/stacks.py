@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +18,14 @@ from influence_ext.bregman.recipe import Recipe
 from influence_ext.bregman.training import Proximity, Trainer, TrainingPoint, descend, isolated_random_state, no_moments, rows
 from influence_ext.data import ModelInput, call_arguments
 from influence_ext.ensemble import Ensemble
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why sets cannot go on together, and at which level that is logged: errors are not what a probed network leads one to expect."""
+
+    reason: str
+    level: int
 
 
 class Stack(ABC):
@@ -34,11 +44,14 @@ class Stack(ABC):
         self.scale = trainer.loss.factor(trainer.examples.targets) * trainer.examples.num_examples
         self.kept = kept_examples(groups, trainer.examples.num_examples)
 
-    def walk(self, epoch: int) -> str | None:
+    def walk(self, epoch: int) -> Problem | None:
         """Take the steps of one epoch; returns why this cannot go on together, if so.
 
         What fails for one set says nothing about the others, and a removed example, which is evaluated here and would not be one by one,
         may be what failed: training one by one tells.
+
+        Raises:
+            AssertionError: a mistake of this package, which training one by one would hide.
         """
         recipe, N = self.trainer.recipe, self.trainer.examples.num_examples
         total = torch.zeros(self.num_sets, dtype=torch.float64, device=self.point.theta.device)
@@ -47,11 +60,13 @@ class Stack(ABC):
             for batch in recipe.batch_order(epoch, N).to(self.kept.device).split(recipe.batch_size):
                 self.num_steps += 1
                 total += self.step(batch, lr)
+        except AssertionError:
+            raise
         except Exception as error:
-            return first_line(error)
+            return Problem(first_line(error), logging.WARNING)
         # A finite sum says as much as finite elements, in one pass; a sum that is not may have overflowed.
         finite = torch.isfinite(total).all() and all(v.sum().isfinite() or v.isfinite().all() for v in self.parameters())
-        return None if finite else "a parameter or a training loss left the finite numbers"
+        return None if finite else Problem("a parameter or a training loss left the finite numbers", logging.INFO)
 
     @abstractmethod
     def step(self, batch: Tensor, lr: float) -> Tensor:
@@ -158,7 +173,7 @@ class MappedStack(Stack):
         buffers = self.point.buffers
         return [TrainingPoint(theta[k].clone(), buffers, tuple(m[k] for m in moments), self.num_steps) for k in range(self.num_sets)]
 
-    def walk(self, epoch: int) -> str | None:
+    def walk(self, epoch: int) -> Problem | None:
         """See :meth:`Stack.walk`."""
         self.trainer.load_buffers(self.point.buffers)
         self.trainer.model.train()

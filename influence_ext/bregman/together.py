@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from influence_ext.bregman.progress import Progress
-from influence_ext.bregman.stacks import MappedStack, NativeStack, Stack, first_line, kept_examples, outputs
+from influence_ext.bregman.progress import Progress, onward
+from influence_ext.bregman.stacks import MappedStack, NativeStack, Problem, Stack, first_line, kept_examples, outputs
 from influence_ext.bregman.training import Proximity, Trainer, TrainingPoint, isolated_random_state, rows
 from influence_ext.data import ModelInput, call_arguments
 from influence_ext.ensemble import Ensemble
@@ -85,6 +85,7 @@ class TogetherTrainer:
             For each set and step a forward and a backward pass; the overhead of a step is paid once for all sets that are together.
         """
         total = len(groups) * len(epochs)
+        report = onward(report)
 
         def alone(first: int, reason: str | None, members: Sequence[Sequence[int]]) -> list[Trained]:
             found = []
@@ -111,7 +112,7 @@ class TogetherTrainer:
         for first in range(0, len(groups), at_once):
             members = groups[first : first + at_once]
             stack = self._stack(point, members, proximity)
-            problem: str | None = None
+            problem: Problem | None = None
             for epoch in epochs:
                 report(label, first * len(epochs) + len(members) * (epoch - epochs.start), total)
                 problem = stack.walk(epoch)
@@ -120,8 +121,8 @@ class TogetherTrainer:
             if problem is None:
                 found += [Trained(end) for end in stack.points()]
                 continue
-            _log.info("%s: %d removed sets are trained one by one: %s.", label, len(members), problem)
-            found += alone(first, problem, members)
+            _log.log(problem.level, "%s: %d removed sets are trained one by one: %s.", label, len(members), problem.reason)
+            found += alone(first, problem.reason, members)
         report(label, total, total)
         return found
 
@@ -164,18 +165,20 @@ class TogetherTrainer:
             self._probed = _probe(self._trainer, point)
         if self._probed.obstacle is not None:
             return self._probed.obstacle, 1
-        most = self._budget // self._probed.bytes_per_set
+        shared, each = self._probed.bytes_shared, self._probed.bytes_per_set
+        most = (self._budget - shared) // each
         if most < 2:
-            return f"two sets together take {2 * self._probed.bytes_per_set} bytes, more than the memory budget of {self._budget}", 1
+            return f"two sets together take {shared + 2 * each} bytes, more than the memory budget of {self._budget}", 1
         return None, math.ceil(num_sets / math.ceil(num_sets / most))
 
 
 @dataclass(frozen=True)
 class _Probe:
-    """Why a network's trainings cannot run together (``None``: they can), what memory one of them takes, and what takes the steps."""
+    """Why a network's trainings cannot run together (``None``: they can), what memory they take, and what takes the steps."""
 
     obstacle: str | None
     bytes_per_set: int = 0
+    bytes_shared: int = 0
     ensemble: Ensemble | None = None
 
 
@@ -219,7 +222,7 @@ def _probe(trainer: Trainer, point: TrainingPoint) -> _Probe:
         gs[1, :first] = 0
         native = _native(trainer, X, thetas, gs)
         if native is not None and _agree(by_one, native.together, first, space.dtype):
-            return _Probe(None, native.bytes_per_set, native.ensemble)
+            return _Probe(None, native.bytes_per_set, native.bytes_shared, native.ensemble)
         trainer.model.train()
         theta = {name: value.clone().requires_grad_() for name, value in space.unflatten(thetas).items()}
         try:
@@ -252,10 +255,11 @@ def _agree(by_one: _Results, together: _Results, first: int, dtype: torch.dtype)
 
 @dataclass(frozen=True)
 class _Native:
-    """The core's ensemble, what it takes for each set, and what it gives at the two points of the probe."""
+    """The core's ensemble, what it takes for each set and for all, and what it gives at the two points of the probe."""
 
     ensemble: Ensemble
     bytes_per_set: int
+    bytes_shared: int
     together: _Results
 
 
@@ -278,11 +282,24 @@ def _native(trainer: Trainer, X: ModelInput, thetas: Tensor, gs: Tensor) -> _Nat
     except InfluenceExtError as error:
         _log.debug("together: not in the C++ core: %s", error)
         return None
-    # Parameters, moments and gradient; targets, losses and cotangents; a sweep, the tape, and that of an epoch's last, smaller batch.
-    numbers = 4 * space.num_parameters + 3 * gs[0].numel()
-    rest = trainer.examples.num_examples % len(gs[0]) / len(gs[0])
-    tapes = math.ceil((1 + rest) * tape.cached_bytes)
-    return _Native(ensemble, tapes + tape.workspace_bytes(1) + numbers * space.dtype.itemsize, together)
+    except AssertionError:
+        raise
+    except Exception as error:
+        _log.warning("together: the C++ core failed, torch.vmap takes the steps: %s", first_line(error))
+        return None
+    itemsize = space.dtype.itemsize
+    P = space.num_parameters * itemsize
+    args, kwargs = call_arguments(X)
+    batch = sum(x.nbytes for x in (*args, *(kwargs or {}).values()) if isinstance(x, Tensor))
+    sizes = 2 if trainer.examples.num_examples % trainer.recipe.batch_size else 1
+    ends = 4 * P  # parameters, up to two moments, and where the set ends
+    if ensemble.sets_at_once(thetas) > 1:
+        # For each set a tape, another if the last batch is smaller, a sweep and a gradient; targets, losses and cotangents.
+        each = sizes * tape.cached_bytes + tape.workspace_bytes(1) + P + 3 * gs[0].numel() * itemsize
+        return _Native(ensemble, ends + each, batch, together)
+    # For each thread a tape, its workspace and a gradient; the batch as it is and packed for two products; twice if the last is smaller.
+    shared = torch.get_num_threads() * (tape.cached_bytes + tape.workspace_bytes(1) + P) + 3 * batch
+    return _Native(ensemble, ends, sizes * shared, together)
 
 
 def _gradient(trainer: Trainer, theta: dict[str, Tensor], z: Tensor, g: Tensor) -> Tensor:

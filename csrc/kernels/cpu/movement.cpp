@@ -3,6 +3,7 @@
 #include "kernels/movement.h"
 
 #include "kernels/cpu/parallel.h"
+#include "kernels/cpu/transpose.h"
 
 namespace infl {
 namespace INFL_ISA {
@@ -77,6 +78,23 @@ inline void move(std::conditional_t<put == Put::read, const T, T>& x, std::condi
   }
 }
 
+// y[i][j] = x[j][i] for a block, in registers.
+template <class T>
+inline void transpose_block(const T* x, int64_t x_stride, T* y, int64_t y_stride) {
+  constexpr int L = kLanes<T>;
+  static_assert(kBlock % L == 0);
+  Vec<T> square[L];
+  for (int64_t i = 0; i < kBlock; i += L) {
+    for (int64_t j = 0; j < kBlock; j += L) {
+#pragma GCC unroll 16
+      for (int r = 0; r < L; ++r) square[r] = load(x + (j + r) * x_stride + i);
+      transpose_square<T>(square);
+#pragma GCC unroll 16
+      for (int r = 0; r < L; ++r) store(y + (i + r) * y_stride + j, square[r]);
+    }
+  }
+}
+
 template <Put put, class T, class X, class Y>
 void walk_row(const Walk& w, X* x, Y* y) {
   if (w.is_transposition) {
@@ -85,6 +103,12 @@ void walk_row(const Walk& w, X* x, Y* y) {
         const int64_t i1 = std::min(w.cross, i0 + kBlock);
         for (int64_t j0 = 0; j0 < w.inner; j0 += kBlock) {
           const int64_t j1 = std::min(w.inner, j0 + kBlock);
+          if constexpr (put == Put::read) {
+            if (i1 - i0 == kBlock && j1 - j0 == kBlock) {
+              transpose_block<T>(x + x_at + i0 + j0 * w.inner_stride, w.inner_stride, y + y_at + i0 * w.cross_y + j0, w.cross_y);
+              continue;
+            }
+          }
           for (int64_t i = i0; i < i1; ++i) {
             X* from = x + x_at + i;
             Y* to = y + y_at + i * w.cross_y;

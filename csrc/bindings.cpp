@@ -340,10 +340,10 @@ T* writable(const OptionalTensor& t, int64_t size, at::Device device, const char
 }
 
 // What a loss is of, without outputs and results, for outputs [N, *shape] = [N, C] or [N, K, positions]; weight by element, by example and element,
-// or by class.
+// or by class. `is_checked`: class indices were looked at before; looking would wait for a device.
 template <class T>
 LossArguments<T> loss_arguments(const Loss<T>& loss, double s, double parameter, at::IntArrayRef shape, const at::Tensor& target,
-                                const OptionalTensor& weight, at::Device device) {
+                                const OptionalTensor& weight, at::Device device, bool is_checked = false) {
   LossArguments<T> a;
   const bool by_class = loss.hessian_shape() == HessianShape::softmax;
   a.N = shape[0];
@@ -355,7 +355,7 @@ LossArguments<T> loss_arguments(const Loss<T>& loss, double s, double parameter,
     TORCH_CHECK(target.is_contiguous() && target.numel() == a.N * a.positions && target.device() == device,
                 "loss: expected int64 targets [N, positions] on ", device, ".");
     a.index = target.const_data_ptr<int64_t>();
-    if (target.numel() > 0) {
+    if (target.numel() > 0 && !is_checked) {
       const auto [lowest, highest] = at::aminmax(target);
       TORCH_CHECK(lowest.item<int64_t>() >= -1 && highest.item<int64_t>() < shape[1], "loss: expected class indices in [-1, ", shape[1], "), got ",
                   lowest.item<int64_t>(), " to ", highest.item<int64_t>(), ".");
@@ -399,21 +399,30 @@ void loss_evaluate(const std::string& name, double s, double parameter, const at
   loss.evaluate(Run(device).ctx, a);
 }
 
+// `times` copies, one after another.
+at::Tensor repeated(const at::Tensor& rows, int64_t times) {
+  if (times == 1) return rows;
+  std::vector<int64_t> by_axis(rows.dim(), 1);
+  by_axis[0] = times;
+  return rows.repeat(by_axis);
+}
+
 // A batch of training steps, one for each parameter set: see influence_ext/ensemble.py.
 template <class T>
 at::Tensor ensemble_step(Ensemble<T>& ensemble, const std::vector<at::Tensor>& inputs, const std::vector<OptionalTensor>& constants,
                          const at::Tensor& theta, const std::vector<at::Tensor>& moments, const std::map<std::string, double>& descent,
                          const OptionalTensor& anchor, const std::string& loss, double loss_scale, double loss_parameter,
-                         const std::vector<int64_t>& output_shape, const at::Tensor& target, const OptionalTensor& weight,
-                         std::vector<std::vector<int64_t>> dropped) {
+                         std::vector<int64_t> output_shape, const at::Tensor& target, const OptionalTensor& weight, const at::Tensor& kept) {
   const Plan<T>& plan = ensemble.plan();
   const int64_t N = ensemble.num_examples(), S = theta.size(0), P = plan.num_parameters();
   const at::Device device = theta.device();
+  const Run run(device);
   EnsembleStep<T> step;
   step.num_sets = S;
-  TORCH_CHECK(
-      constants.size() == plan.slots().size() && static_cast<int>(inputs.size()) == plan.num_inputs() && dropped.size() == static_cast<size_t>(S),
-      "Ensemble: expected ", plan.slots().size(), " slots, ", plan.num_inputs(), " inputs and ", S, " lists of dropped examples.");
+  TORCH_CHECK(constants.size() == plan.slots().size() && static_cast<int>(inputs.size()) == plan.num_inputs(), "Ensemble: expected ",
+              plan.slots().size(), " slots and ", plan.num_inputs(), " inputs.");
+  TORCH_CHECK(kept.device() == device && kept.is_contiguous() && kept.scalar_type() == at::kBool && kept.numel() == S * N,
+              "Ensemble: expected contiguous booleans [", S, ", ", N, "] on ", device, " that say which examples count.");
   for (size_t s = 0; s < constants.size(); ++s) {
     TORCH_CHECK(constants[s] || plan.slots()[s].offset >= 0, "Ensemble: expected a value for slot ", s, ", got none.");
     step.constants.push_back(constants[s] ? data<T>(*constants[s], plan.slots()[s].size, device, "Ensemble constant") : nullptr);
@@ -442,15 +451,17 @@ at::Tensor ensemble_step(Ensemble<T>& ensemble, const std::vector<at::Tensor>& i
                   .anchor = anchor ? data<T>(*anchor, P, device, "Ensemble anchor") : nullptr};
   TORCH_CHECK(step.descent.damping == 0 || anchor, "Ensemble: expected an anchor with damping, got none.");
   step.loss = &native_loss<T>(loss);
-  step.arguments = loss_arguments<T>(*step.loss, loss_scale, loss_parameter, output_shape, target, weight, device);
-  TORCH_CHECK(step.arguments.N == N && step.arguments.C == plan.output_width(), "Ensemble: expected outputs [", N, ", ", plan.output_width(), "].");
-  for (const auto& rows_of_set : dropped) {
-    for (const int64_t n : rows_of_set) TORCH_CHECK(n >= 0 && n < N, "Ensemble: expected dropped examples in [0, ", N, "), got ", n, ".");
-  }
-  step.dropped = std::move(dropped);
+  const int64_t at_once = Ensemble<T>::sets_at_once(run.ctx, S);
+  const at::Tensor targets = repeated(target, at_once);
+  const bool by_example = weight && weight->dim() == 2;
+  const OptionalTensor weights = by_example ? repeated(*weight, at_once) : weight;
+  output_shape[0] *= at_once;
+  step.arguments = loss_arguments<T>(*step.loss, loss_scale, loss_parameter, output_shape, targets, weights, device, /*is_checked=*/true);
+  TORCH_CHECK(step.arguments.N == at_once * N && step.arguments.C == plan.output_width(), "Ensemble: expected outputs [", N, ", ",
+              plan.output_width(), "].");
+  step.kept = kept.const_data_ptr<bool>();
   at::Tensor total = empty<T>({S}, device);
   step.total = total.mutable_data_ptr<T>();
-  const Run run(device);
   py::gil_scoped_release release;
   if (S > 0) ensemble.step(run.ctx, rows, step);
   return total;
@@ -461,9 +472,11 @@ void bind_ensemble(py::module_& m, const std::string& suffix) {
   py::class_<Ensemble<T>>(m, ("Ensemble" + suffix).c_str())
       .def(py::init<std::shared_ptr<Plan<T>>, int64_t>(), py::arg("plan"), py::arg("num_examples"))
       .def_property_readonly("cached_bytes", &Ensemble<T>::cached_bytes)
+      .def_static(
+          "sets_at_once", [](const at::Tensor& t) { return Ensemble<T>::sets_at_once(Run(t.device()).ctx, t.size(0)); }, py::arg("theta"))
       .def("step", &ensemble_step<T>, py::arg("inputs"), py::arg("constants"), py::arg("theta"), py::arg("moments"), py::arg("descent"),
            py::arg("anchor"), py::arg("loss"), py::arg("loss_scale"), py::arg("loss_parameter"), py::arg("output_shape"), py::arg("target"),
-           py::arg("weight"), py::arg("dropped"));
+           py::arg("weight"), py::arg("kept"));
 }
 
 CgColumn* cg_columns(const at::Tensor& state, int64_t V, at::Device device) {

@@ -62,6 +62,8 @@ class _Ensemble:
     def __init__(self, plan: Any, num_examples: int) -> None: ...
     @property
     def cached_bytes(self) -> int: ...
+    @staticmethod
+    def sets_at_once(theta: Tensor) -> int: ...
     def step(
         self,
         inputs: Sequence[Tensor],
@@ -76,7 +78,7 @@ class _Ensemble:
         output_shape: Sequence[int],
         target: Tensor,
         weight: Tensor | None,
-        dropped: Sequence[Sequence[int]],
+        kept: Tensor,
     ) -> Tensor: ...
 
 class Plan32(_Plan): ...

@@ -175,7 +175,8 @@ class Plan:
         """
         if self._derived is not None or any(node.operator is not None for node in self.graph.nodes):
             return None
-        if loss.as_kernel(torch.zeros(1, *self.output_shape, dtype=self.space.dtype), examples.targets[:1]) is None:
+        one = torch.zeros(1, *self.output_shape, dtype=self.space.dtype, device=self.space.device)
+        if loss.as_kernel(one, examples.targets[:1]) is None:
             return None
         tensors = named_tensors(self._model)
         inputs, constants = self._inputs(examples.X, tensors), self._constants(tensors)

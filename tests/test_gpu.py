@@ -15,6 +15,7 @@ from torch import Tensor
 import influence_ext as ie
 import influence_ext._C as _C
 from influence_ext import reference
+from influence_ext.bregman.training import Trainer
 from influence_ext.errors import DeviceError
 from influence_ext.losses import resolve
 from influence_ext.plan import Plan
@@ -138,6 +139,38 @@ def test_streams_at_the_same_time() -> None:
             found.append(G.matmat(v))
     torch.cuda.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_trainings_together_end_as_one_by_one() -> None:
+    """In the core, all sets at once, and no step waits for the device."""
+    g = generator("together on the GPU")
+    X, y = torch.randn(40, 6, generator=g, dtype=torch.float64), torch.randint(3, (40,), generator=g)
+    net = torch.nn.Sequential
+    recipe = ie.Recipe(
+        lambda: net(torch.nn.Linear(6, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3)).double(),
+        torch.nn.CrossEntropyLoss(),
+        lr=0.05,
+        epochs=3,
+        batch_size=16,
+        device="cuda",
+    )
+    run = ie.train(recipe, (X, y))
+    groups = [[3], [1, 17, 30], []]
+    for group, response in zip(groups, ie.retrain_many(run, groups), strict=True):
+        assert response.one_by_one is None
+        assert_close(response.params.cpu(), ie.retrain(run, group).params.cpu())
+    trainer = Trainer(run.recipe, copy.deepcopy(run.model), run.loss, run.data)
+    ensemble = Plan.of(trainer.model.eval(), trainer.examples.X).ensemble(trainer.examples, trainer.loss)
+    assert ensemble is not None
+    theta, batch = run.params.repeat(3, 1), torch.arange(16, device="cuda")
+    kept, moments = torch.ones(3, 16, dtype=torch.bool, device="cuda"), [torch.zeros_like(theta)]
+    numbers = {"lr": 0.1, "momentum": 0.9}
+    ensemble.step(theta, moments, batch, scale=1.0, kept=kept, descent=numbers)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ensemble.step(theta, moments, batch, scale=1.0, kept=kept, descent=numbers)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")

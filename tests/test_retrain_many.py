@@ -20,7 +20,6 @@ from influence_ext.bregman.training import Trainer
 from influence_ext.errors import ArgumentError, DivergenceError
 from influence_ext.testing import assert_close
 from tests.cases import generator
-from tests.emulation import emulated_device
 
 F64 = torch.float64
 N = 23  # not a multiple of the batch size
@@ -119,6 +118,25 @@ class Sequence(nn.Module):
         return z
 
 
+class Residual(nn.Module):
+    """Values of all sets meet such that are the same for all: the input, and what a frozen layer makes of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen, self.inner, self.last = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 1)
+        self.frozen.requires_grad_(False)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.frozen(x))
+        z: Tensor = self.last(torch.tanh(self.inner(h)) * h + x)
+        return z
+
+
+def indices() -> tuple[Tensor, Tensor]:
+    return torch.randint(5, (N, 2), generator=generator("indices")), data()[1]
+
+
 SGD = ie.Recipe(mlp, nn.MSELoss(), lr=0.05, epochs=5, batch_size=6, seed=1)
 ADAM = replace(SGD, optimizer="adam", lr=0.01)
 ROWS: dict[str, tuple[ie.Recipe, Callable[[], tuple[Tensor, Tensor]]]] = {
@@ -146,6 +164,12 @@ ROWS: dict[str, tuple[ie.Recipe, Callable[[], tuple[Tensor, Tensor]]]] = {
     "shared-gradient": (replace(SGD, build_model=Sum, weight_decay=0.02), data),
     "convolution": (replace(SGD, build_model=convolutional, loss=nn.CrossEntropyLoss()), images),
     "layer-norm": (replace(SGD, build_model=normalised), data),
+    "residual": (replace(SGD, build_model=Residual), data),
+    "embedding": (replace(SGD, build_model=lambda: nn.Sequential(nn.Embedding(5, 3), nn.Flatten(), nn.Linear(6, 1)).double()), indices),
+    "weighted-elements": (
+        replace(SGD, build_model=lambda: mlp(2), loss=nn.BCEWithLogitsLoss(pos_weight=torch.tensor([2.0, 0.5], dtype=F64))),
+        lambda: (data()[0], (data()[0][:, :2] > 0).double()),
+    ),
 }
 IN_TORCH = {"callable", "shared-gradient"}
 """Rows that the C++ core has not all of: the loss, and a parameter that is computed from others."""
@@ -172,13 +196,6 @@ def test_every_trajectory_is_the_one_by_itself(row: str, native: bool, routes: l
         monkeypatch.setattr(together, "_native", lambda *args: None)
     check_trajectories(row)
     assert set(routes) == {"NativeStack" if native and row not in IN_TORCH else "MappedStack"}
-
-
-@pytest.mark.parametrize("row", ["sgd-decay", "adam-decay", "tied", "convolution"])
-def test_every_trajectory_on_the_device_is_the_one_by_itself(row: str, routes: list[str]) -> None:
-    with emulated_device():
-        check_trajectories(row)
-    assert set(routes) == {"NativeStack"}
 
 
 @pytest.mark.parametrize("threads", [2, 5])

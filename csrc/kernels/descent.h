@@ -23,6 +23,7 @@ struct Descent {
   T root_correction = 1, eps = 0;  // √(1 − β₂ᵗ)
   T decay = 0, damping = 0;
   const T* anchor = nullptr;  // [size], needed where damping is not 0
+  int64_t anchor_size = 0;    // where several parameter sets share it: [anchor_size], again and again
 };
 
 // What a step moves, in place; `second` is Adam's alone.

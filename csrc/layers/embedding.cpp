@@ -6,6 +6,7 @@
 //   vjp_params  g_W[x[n, t]] += g_y[n, t]
 //   per_example row scatter: indices x, rows g_y as they lie (per_example/factor.h)
 //   tape        x
+//   sets        one gather, one scatter
 #include "kernels/embedding.h"
 
 #include "kernels/movement.h"
@@ -35,10 +36,12 @@ class Embedding final : public Rule<T> {
 
   bool is_curved(const Node&) const override { return false; }
 
+  bool takes_sets() const override { return true; }
+
   void forward(const Tile<T>& tile, T* y) const override {
     const int64_t positions = tile.n * tile.node.input_widths[0];
     check_indices_stub<T>(tile.ctx, positions, tile.x[0], tile.node.attribute("rows"), false, tile.node.name.c_str());
-    row_gather_stub<T>(tile.ctx, 1, positions, cols(tile), tile.x[0], -1, tile.theta[0], 0, y);
+    row_gather_stub<T>(tile.ctx, tile.sets, positions, cols(tile), tile.x[0], -1, tile.theta[0], tile.theta_stride, y);
   }
 
   void jvp(const Tile<T>& tile, const T* const* /*t_x*/, const ParameterTangents<T>& t_theta, const T* /*scale*/, T* t_y) const override {
@@ -51,8 +54,8 @@ class Embedding final : public Rule<T> {
 
   void vjp_params(const Tile<T>& tile, const T* g_y, T* const* g_theta, int64_t stride) const override {
     if (g_theta[0] == nullptr) return;
-    row_scatter_stub<T>(tile.ctx, tile.V, tile.n * tile.node.input_widths[0], cols(tile), tile.x[0], 0, tile.node.attribute("padding"), g_y,
-                        g_theta[0], stride);
+    row_scatter_stub<T>(tile.ctx, tile.V * tile.sets, tile.n * tile.node.input_widths[0], cols(tile), tile.x[0], 0, tile.node.attribute("padding"),
+                        g_y, g_theta[0], stride);
   }
 
   void per_example(const Tile<T>& tile, const T* g_y, FactorSink<T>& factors) const override {

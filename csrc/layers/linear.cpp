@@ -6,6 +6,7 @@
 //   second_order S_x = g_y T_W,  S_W = Σ_{n,t} g_y t_xᵀ; curved if W is trained and x has a tangent
 //   per_example  W: outer product of g_y and x;  b: dense g_y
 //   tape         x if W is differentiated; W packed, both ways if x has a cotangent (each O·I elements, shared by all tiles)
+//   sets         each of the three products is one batched call, with W as it lies
 //
 //   prepared x packed both ways, as the right factor of W xᵀ and of the gradient; forward is then (W xᵀ)ᵀ with W where it lies
 //
@@ -41,6 +42,8 @@ class Linear final : public Rule<T> {
 
   bool fuses_scale() const override { return true; }
 
+  bool takes_sets() const override { return true; }
+
   int64_t prepared_size(const Node& node, int64_t n) const override {
     const int64_t I = node.attribute("in_features"), M = n * (node.input_widths[0] / I);
     return gemm_packed_size<T>(I, M) + (multiplies_prepared(node) ? gemm_packed_size<T>(M, I) : 0);
@@ -72,10 +75,11 @@ class Linear final : public Rule<T> {
   void forward(const Tile<T>& tile, T* y) const override {
     const Shape s(tile);
     if (tile.prepared) return forward_prepared(tile, s, y);
-    Gemm<T> g = product(s, 1, s.O, y);
-    g.terms[0] = left(s, tile.x[0], s.I, 0);
-    g.terms[0].packed = tile.packed;
+    Gemm<T> g = product(s, tile.sets, s.O, y);
+    g.terms[0] = left(s, tile.x[0], s.I, tile.sets > 1 ? tile.x_stride[0] : 0);
+    weights(tile, s.in_stride, s.out_stride, 0, g.terms[0]);
     g.bias = tile.theta[1];
+    g.bias_batch = tile.node.is_trainable(1) ? tile.theta_stride : 0;
     gemm_stub<T>(tile.ctx, g);
   }
 
@@ -100,19 +104,22 @@ class Linear final : public Rule<T> {
 
   void vjp_input(const Tile<T>& tile, int /*i*/, const T* g_y, const T* scale, T* g_x, bool accumulate) const override {
     const Shape s(tile);
-    Gemm<T> g = product(s, tile.V, s.I, g_x);
+    Gemm<T> g = product(s, tile.V * tile.sets, s.I, g_x);
     g.terms[0] = left(s, g_y, s.O, s.M * s.O);
-    g.terms[0].packed = tile.packed + gemm_packed_size<T>(s.I, s.O);
+    weights(tile, s.out_stride, s.in_stride, gemm_packed_size<T>(s.I, s.O), g.terms[0]);
     g.accumulate = accumulate;
-    g.scale = scale;
-    g.scale_ld = s.I;
+    if (tile.sets == 1) {
+      g.scale = scale;
+      g.scale_ld = s.I;
+    }
     gemm_stub<T>(tile.ctx, g);
+    if (tile.sets > 1 && scale) scale_stub<T>(tile.ctx, 1, tile.sets * s.M * s.I, scale, g_x, g_x, false);  // the epilogue's is the same for all V
   }
 
   void vjp_params(const Tile<T>& tile, const T* g_y, T* const* g_theta, int64_t stride) const override {
     const Shape s(tile);
-    if (g_theta[0]) weight_gradient(tile, s, g_y, s.M * s.O, tile.x[0], 0, g_theta[0], stride);
-    if (g_theta[1]) column_sum_stub<T>(tile.ctx, tile.V, s.M, s.O, g_y, g_theta[1], stride);
+    if (g_theta[0]) weight_gradient(tile, s, g_y, s.M * s.O, tile.x[0], tile.sets > 1 ? tile.x_stride[0] : 0, g_theta[0], stride);
+    if (g_theta[1]) column_sum_stub<T>(tile.ctx, tile.V * tile.sets, s.M, s.O, g_y, g_theta[1], stride);
   }
 
   bool descends(const Node&, size_t k) const override { return k == 0; }
@@ -196,7 +203,7 @@ class Linear final : public Rule<T> {
 
   // g_W += Σ g xᵀ over rows, g [V, M, O] and x [V, M, I]; a batch stride of 0: the same for all right-hand sides.
   static void weight_gradient(const Tile<T>& tile, const Shape& s, const T* g, int64_t g_batch, const T* x, int64_t x_batch, T* out, int64_t stride) {
-    Gemm<T> p = gradient_product(s, tile.V, g, g_batch, x, x_batch);
+    Gemm<T> p = gradient_product(s, tile.V * tile.sets, g, g_batch, x, x_batch);
     p.c = out;
     p.c_batch = stride;
     p.accumulate = true;
@@ -250,6 +257,18 @@ class Linear final : public Rule<T> {
     gemm_stub<T>(tile.ctx, g);
     strided_gather_stub<T>(tile.ctx, 1, StridedMap(0, {s.M, s.O}, {1, s.M}), transposed.data(), 0, y, 0);
     if (tile.theta[1]) affine_stub<T>(tile.ctx, s.M, s.O, T(1), nullptr, T(0), tile.theta[1], y, y, false);
+  }
+
+  // W as the right factor: for one set what `pack` put at `packed`, of several as it lies, element (k, n) at k · row + n · col.
+  static void weights(const Tile<T>& tile, int64_t row, int64_t col, int64_t packed, GemmTerm<T>& term) {
+    if (tile.sets == 1) {
+      term.packed = tile.packed + packed;
+      return;
+    }
+    term.b = tile.theta[0];
+    term.b_row = row;
+    term.b_col = col;
+    term.b_batch = tile.node.is_trainable(0) ? tile.theta_stride : 0;
   }
 
   static GemmTerm<T> left(const Shape&, const T* a, int64_t K, int64_t batch) {

@@ -1,5 +1,8 @@
 // The contract of a rule: what one kind of node does forward, in tangent and cotangent direction, to second order, and per example.
 //
+// A tape at several parameter sets (plan/tape.h) hands all of them to a rule that takes_sets(), in forward, vjp_input and vjp_params alone: V is 1,
+// every array but shared inputs is [sets, n, width], and parameters are read where they lie, nothing being packed. Other rules see a set at a time.
+//
 // Axes: V right-hand sides first, n examples of a tile, then the node's width. All pointers stand at the tile's first example, all arrays
 // are contiguous. A rule knows no device (it calls kernel stubs), no schedule and no data type. vjp is the transpose of jvp.
 // To add one: copy identity.cpp, fill it in, add a row to capture/lowering.py and to tests/cases/layers.py.
@@ -36,8 +39,12 @@ struct Tile {
   const T* const* x = nullptr;      // per input: its value [n, width], null unless kept (all present in forward)
   T* const* state = nullptr;        // per state array: [n, width]
   const T* const* theta = nullptr;  // per slot: parameter or constant, null if absent
-  T* packed = nullptr;              // packed_size elements
+  T* packed = nullptr;              // packed_size elements; null for several sets
   const T* prepared = nullptr;      // what prepare_input made of the first input, if anything
+
+  int64_t sets = 1;                   // parameter sets at once, n examples each
+  int64_t theta_stride = 0;           // between trained parameters of neighbouring sets; constants are shared
+  const int64_t* x_stride = nullptr;  // per input, the same between inputs; 0: shared
 };
 
 template <class T>
@@ -110,6 +117,8 @@ class Rule {
   virtual void per_example(const Tile<T>&, const T* /*g_y*/, FactorSink<T>& /*factors*/) const {}
 
   virtual bool fuses_scale() const { return false; }
+
+  virtual bool takes_sets() const { return false; }
 };
 
 // Registry: name -> rule. A rule registers itself with INFL_REGISTER_RULE in its own file.

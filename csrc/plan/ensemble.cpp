@@ -6,33 +6,27 @@
 
 #include "common/parallel.h"
 #include "common/scratch.h"
-#include "kernels/elementwise.h"
-#include "kernels/movement.h"
+#include "kernels/drop.h"
 
 namespace infl {
 
+// The tape's sets, from `first` on.
 template <class T>
-void Ensemble<T>::one(const Context& ctx, Tape<T>& tape, const EnsembleStep<T>& step, int64_t set) const {
-  const int64_t P = plan_->num_parameters(), C = plan_->output_width();
-  T* theta = step.theta + set * P;
+void Ensemble<T>::take(const Context& ctx, Tape<T>& tape, const EnsembleStep<T>& step, int64_t first) const {
+  const int64_t P = plan_->num_parameters(), C = plan_->output_width(), S = tape.num_sets(), at = first * P;
   std::vector<const T*> slots = step.constants;
   for (size_t s = 0; s < slots.size(); ++s) {
-    if (slots[s] == nullptr) slots[s] = theta + plan_->slots()[s].offset;
+    if (slots[s] == nullptr) slots[s] = step.theta + at + plan_->slots()[s].offset;
   }
-  tape.linearize(ctx, slots, /*borrow=*/true);
-  Scratch<T> cotangent(ctx, N_ * C), values(ctx, N_);
+  tape.linearize(ctx, slots, /*borrow=*/true, P);
+  Scratch<T> cotangent(ctx, S * N_ * C), values(ctx, S * N_);
   LossArguments<T> loss = step.arguments;
   loss.z = tape.outputs();
   loss.value = values.data();
   loss.gradient = cotangent.data();
   step.loss->evaluate(ctx, loss);
-  for (const int64_t n : step.dropped[set]) {
-    fill_zero<T>(ctx, C, cotangent.data() + n * C);
-    fill_zero<T>(ctx, 1, values.data() + n);
-  }
-  fill_zero<T>(ctx, 1, step.total + set);
-  column_sum_stub<T>(ctx, 1, N_, 1, values.data(), step.total + set, 1);
-  tape.descend(ctx, cotangent.data(), step.descent, {theta, step.first + set * P, step.second ? step.second + set * P : nullptr});
+  drop_stub<T>(ctx, S, N_, C, step.kept + first * N_, values.data(), cotangent.data(), step.total + first);
+  tape.descend(ctx, cotangent.data(), step.descent, {step.theta + at, step.first + at, step.second ? step.second + at : nullptr});
 }
 
 // What rules derive of the inputs alone, once for all sets.
@@ -59,9 +53,11 @@ std::vector<const T*> Ensemble<T>::prepare(const Context& ctx, const std::vector
 template <class T>
 void Ensemble<T>::step(const Context& ctx, const std::vector<const T*>& inputs, const EnsembleStep<T>& step) {
   const std::lock_guard<std::mutex> lock(stepping_);
-  const bool by_set = !ctx.on_device() && !plan_->on_calling_thread() && step.num_sets >= ctx.num_threads;
+  const int64_t at_once = sets_at_once(ctx, step.num_sets);
+  const bool by_set = at_once == 1 && !plan_->on_calling_thread() && step.num_sets >= ctx.num_threads;
   const int threads = by_set ? ctx.num_threads : 1;
-  while (static_cast<int>(tapes_.size()) < threads) tapes_.push_back(std::make_unique<Tape<T>>(ctx, plan_, N_, inputs));
+  if (!tapes_.empty() && tapes_[0]->num_sets() != at_once) tapes_.clear();
+  while (static_cast<int>(tapes_.size()) < threads) tapes_.push_back(std::make_unique<Tape<T>>(ctx, plan_, N_, inputs, at_once));
   // A thread that has a set to itself takes the batch whole: for one right-hand side the gradient, written and read again for every tile, weighs more
   // than the activations.
   for (auto& tape : tapes_) tape->set_schedule(by_set ? ScheduleChoice::by_operator : ScheduleChoice::automatic);
@@ -73,14 +69,14 @@ void Ensemble<T>::step(const Context& ctx, const std::vector<const T*>& inputs, 
     for (auto& tape : tapes_) tape->set_prepared(prepared);
   }
   if (threads == 1) {
-    for (int64_t set = 0; set < step.num_sets; ++set) one(inner, *tapes_[0], step, set);
+    for (int64_t first = 0; first < step.num_sets; first += at_once) take(inner, *tapes_[0], step, first);
     return;
   }
   RegionErrors errors;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
   for (int64_t set = 0; set < step.num_sets; ++set) {
     try {
-      one(inner, *tapes_[omp_get_thread_num()], step, set);
+      take(inner, *tapes_[omp_get_thread_num()], step, set);
     } catch (...) {
       errors.keep();
     }

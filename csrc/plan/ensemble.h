@@ -2,7 +2,20 @@
 //
 // Sets do not depend on each other, so threads share them out, and a thread takes one set through forward pass, loss, cotangent sweep and update
 // before the next: what a set needs (packed weights, activations, gradient) stays in the core's cache, and the thread's tape and gradient serve
-// every set it takes. Where threads outnumber sets, and on a device, sets go one after another with all threads inside each kernel.
+// every set it takes. Where threads outnumber sets, sets go one after another with all threads inside each kernel.
+//
+// A device takes all sets through each kernel: one tape stands at all of them (plan/tape.h). The number of launches does not depend on theirs but at
+// nodes that are called set by set: convolutions, norms, affine maps, and where a value of each set meets one that all share. Nothing waits for the
+// device but what checks indices in the data. An MLP of L layers, with an activation between two, takes
+//   forward    of each layer a batched product and its bias, and the activations                             3 L − 1 launches
+//   loss       values and gradients; zeros for what is dropped and the sums                                  2
+//   cotangents zeros for the gradient, a copy of the cotangent; of each layer a batched product and a sum of   4 L
+//              columns (two launches if long), above the first a batched product and the derivative
+//   update     of all parameters                                                                             1
+// A set moves 10 P numbers (Adam: 12 P) at most: weights are read by two products, gradients zeroed, read, written, and five (seven) accesses are the
+// update's. A hidden unit of an example of a set moves 15: its product's output, 2 for the bias, 3 for the activation and its derivative, the next
+// product's input; its cotangent, 3 for the derivative, 2 for the weights' gradient, 1 for the bias's and the next product's input. The examples
+// themselves are shared: one copy, a batch stride of zero.
 #pragma once
 
 #include <cstdint>
@@ -24,15 +37,18 @@ struct EnsembleStep {
   T *first = nullptr, *second = nullptr;  // [S, P], the optimiser's moments
   Descent<T> descent;
   const Loss<T>* loss = nullptr;
-  LossArguments<T> arguments;                 // of the examples; z, value and gradient are each set's own
-  std::vector<std::vector<int64_t>> dropped;  // per set: examples that do not count
-  T* total = nullptr;                         // [S], the sum of the losses that count
+  LossArguments<T> arguments;  // of the examples of sets_at_once sets; z, value and gradient are the step's own
+  const bool* kept = nullptr;  // [S, N], whether an example counts
+  T* total = nullptr;          // [S], the sum of the losses that count
 };
 
 template <class T>
 class Ensemble {
  public:
   Ensemble(std::shared_ptr<const Plan<T>> plan, int64_t num_examples) : plan_(std::move(plan)), N_(num_examples) {}
+
+  // How many of S sets take each kernel together.
+  static int64_t sets_at_once(const Context& ctx, int64_t S) { return ctx.on_device() ? S : 1; }
 
   // `inputs`: one array [N, width] per plan input. Callers from several threads take turns.
   void step(const Context& ctx, const std::vector<const T*>& inputs, const EnsembleStep<T>& step);
@@ -43,11 +59,11 @@ class Ensemble {
 
  private:
   std::vector<const T*> prepare(const Context& ctx, const std::vector<const T*>& inputs);
-  void one(const Context& ctx, Tape<T>& tape, const EnsembleStep<T>& step, int64_t set) const;
+  void take(const Context& ctx, Tape<T>& tape, const EnsembleStep<T>& step, int64_t first) const;
 
   std::shared_ptr<const Plan<T>> plan_;
   int64_t N_;
-  std::vector<std::unique_ptr<Tape<T>>> tapes_;  // per thread
+  std::vector<std::unique_ptr<Tape<T>>> tapes_;  // per thread; on a device one of all sets
   std::vector<Buffer<T>> prepared_;              // per node
   std::mutex stepping_;
 };

@@ -84,6 +84,7 @@ class Plan {
   int canonical(int value) const { return canonical_[value]; }
   int64_t width(int value) const { return widths_[canonical_[value]]; }
   bool is_kept(int value) const { return kept_[canonical_[value]]; }
+  bool needs_tangent(int value) const { return needs_tangent_[canonical_[value]]; }  // does a differentiated parameter influence it?
   int output() const { return canonical_[output_]; }
   int64_t output_width() const { return width(output_); }
   int64_t num_parameters() const { return num_parameters_; }

@@ -27,10 +27,17 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 
+// Sets [first, first + sets), n examples each; or, with one set, the n examples of all of them.
 template <class T>
-Tape<T>::Tape(const Context& ctx, std::shared_ptr<const Plan<T>> plan, int64_t N, std::vector<const T*> inputs)
+struct Tape<T>::Part {
+  int64_t first = 0, sets = 1, n = 0;
+};
+
+template <class T>
+Tape<T>::Tape(const Context& ctx, std::shared_ptr<const Plan<T>> plan, int64_t N, std::vector<const T*> inputs, int64_t num_sets)
     : plan_(std::move(plan)),
       N_(N),
+      sets_(num_sets),
       inputs_(std::move(inputs)),
       prepared_(plan_->nodes().size()),
       values_(plan_->num_values()),
@@ -39,16 +46,37 @@ Tape<T>::Tape(const Context& ctx, std::shared_ptr<const Plan<T>> plan, int64_t N
       theta_(plan_->slots().size()),
       theta_at_(plan_->slots().size()),
       cotangents_(plan_->nodes().size()) {
+  const auto rows = [&](int id) { return (plan_->needs_tangent(id) ? sets_ : 1) * N_; };
   for (int id = 0; id < plan_->num_values(); ++id) {
-    if (plan_->canonical(id) == id && plan_->is_kept(id)) values_[id].resize(ctx, N_ * plan_->width(id));
+    if (plan_->canonical(id) == id && plan_->is_kept(id)) values_[id].resize(ctx, rows(id) * plan_->width(id));
   }
   for (size_t i = 0; i < states_.size(); ++i) {
     const Storage& storage = plan_->storage(static_cast<int>(i));
-    for (int64_t width : storage.state_widths) states_[i].emplace_back(ctx, N_ * width);
-    packed_[i].resize(ctx, storage.packed_size);
-    if (plan_->nodes()[i].curved) cotangents_[i].resize(ctx, N_ * plan_->nodes()[i].width);
+    const Node& node = plan_->nodes()[i];
+    for (int64_t width : storage.state_widths) states_[i].emplace_back(ctx, rows(node.output) * width);
+    const std::vector<Part> shares = parts(static_cast<int>(i), N_);
+    if (shares[0].sets == 1) packed_[i].resize(ctx, static_cast<int64_t>(shares.size()) * storage.packed_size);
+    if (node.curved) cotangents_[i].resize(ctx, N_ * node.width);
   }
-  for (size_t s = 0; s < theta_.size(); ++s) theta_[s].resize(ctx, plan_->slots()[s].size);
+  for (size_t s = 0; s < theta_.size() && sets_ == 1; ++s) theta_[s].resize(ctx, plan_->slots()[s].size);
+}
+
+template <class T>
+std::vector<typename Tape<T>::Part> Tape<T>::parts(int index, int64_t n) const {
+  const Node& node = plan_->nodes()[index];
+  if (sets_ == 1 || !plan_->needs_tangent(node.output)) return {{0, 1, n}};
+  const auto any = [](const std::vector<bool>& flags, bool wanted) { return std::find(flags.begin(), flags.end(), wanted) != flags.end(); };
+  if (!any(node.trainable, true) && !any(node.needs_tangent, false)) return {{0, 1, sets_ * n}};
+  if (plan_->rule(index).takes_sets()) return {{0, sets_, n}};
+  std::vector<Part> each;
+  for (int64_t set = 0; set < sets_; ++set) each.push_back({set, 1, n});
+  return each;
+}
+
+// Elements of a value [sets, n, width] before a part's first set.
+template <class T>
+int64_t Tape<T>::skipped(int id, const Part& part, int64_t n) const {
+  return plan_->needs_tangent(id) ? part.first * n * plan_->width(id) : 0;
 }
 
 template <class T>
@@ -87,35 +115,52 @@ std::vector<P> operands(const Node& node, const std::vector<P>& by_slot) {
 // The arrays a rule sees for one tile. Owns the small pointer tables that the Tile points to.
 template <class T>
 struct Tape<T>::Sweep {
-  Sweep(const Tape& tape, const Context& ctx, int index, int64_t V, int64_t n0, int64_t n) : node(tape.plan_->nodes()[index]), tile{ctx, node, V, n} {
-    const Storage& storage = tape.plan_->storage(index);
-    for (size_t k = 0; k < node.inputs.size(); ++k) x.push_back(storage.keeps_input[k] ? tape.value(node.inputs[k], n0) : nullptr);
-    for (size_t k = 0; k < storage.state_widths.size(); ++k) {
-      state.push_back(const_cast<T*>(tape.states_[index][k].data()) + n0 * storage.state_widths[k]);
+  Sweep(const Tape& tape, const Context& ctx, int index, int64_t V, int64_t n0, int64_t n) : Sweep(tape, ctx, index, V, n0, Part{0, 1, n}) {}
+  Sweep(const Tape& tape, const Context& ctx, int index, int64_t V, int64_t n0, const Part& part)
+      : node(tape.plan_->nodes()[index]), tile{ctx, node, V, part.n} {
+    const Plan<T>& plan = *tape.plan_;
+    const Storage& storage = plan.storage(index);
+    for (size_t k = 0; k < node.inputs.size(); ++k) {
+      const int id = plan.canonical(node.inputs[k]);
+      x.push_back(storage.keeps_input[k] ? tape.value(id, n0) + tape.skipped(id, part, tape.N_) : nullptr);
+      if (part.sets > 1) x_stride.push_back(plan.needs_tangent(id) ? tape.N_ * plan.width(id) : 0);
     }
-    for (int slot : node.slots) theta.push_back(slot >= 0 ? tape.theta_at_[slot] : nullptr);
+    for (size_t k = 0; k < storage.state_widths.size(); ++k) {
+      state.push_back(const_cast<T*>(tape.states_[index][k].data()) + (n0 + part.first * tape.N_) * storage.state_widths[k]);
+    }
+    for (size_t k = 0; k < node.slots.size(); ++k) {
+      const T* at = node.slots[k] >= 0 ? tape.theta_at_[node.slots[k]] : nullptr;
+      theta.push_back(node.is_trainable(k) ? at + part.first * tape.theta_stride_ : at);
+    }
     tile.x = x.data();
     tile.state = state.data();
     tile.theta = theta.data();
-    tile.packed = const_cast<T*>(tape.packed_[index].data());
+    if (part.sets == 1) tile.packed = const_cast<T*>(tape.packed_[index].data()) + part.first * storage.packed_size;
     tile.prepared = tape.prepared_[index];
+    tile.sets = part.sets;
+    tile.theta_stride = tape.theta_stride_;
+    tile.x_stride = x_stride.data();
   }
   const Node& node;
   std::vector<const T*> x, theta;
+  std::vector<int64_t> x_stride;
   std::vector<T*> state;
   Tile<T> tile;
 };
 
 template <class T>
-void Tape<T>::linearize(const Context& ctx, const std::vector<const T*>& theta, bool borrow) {
+void Tape<T>::linearize(const Context& ctx, const std::vector<const T*>& theta, bool borrow, int64_t stride) {
   theta_at_ = theta;
-  for (size_t s = 0; s < theta_.size() && !borrow; ++s) {
+  theta_stride_ = stride;
+  for (size_t s = 0; s < theta_.size() && sets_ == 1 && !borrow; ++s) {
     copy<T>(ctx, plan_->slots()[s].size, theta[s], theta_[s].data());
     theta_at_[s] = theta_[s].data();
   }
   for (size_t i = 0; i < packed_.size(); ++i) {
-    Sweep sweep(*this, ctx, static_cast<int>(i), 1, 0, 0);
-    plan_->rule(static_cast<int>(i)).pack(sweep.tile);
+    for (const Part& part : parts(static_cast<int>(i), 0)) {
+      Sweep sweep(*this, ctx, static_cast<int>(i), 1, 0, part);
+      if (part.sets == 1) plan_->rule(static_cast<int>(i)).pack(sweep.tile);
+    }
   }
   run_tiles(ctx, 1, 1, nullptr, [&](const Context& inner, int64_t n0, int64_t n, T* workspace, T*) { forward_tile(inner, n0, n, workspace); });
 }
@@ -123,14 +168,17 @@ void Tape<T>::linearize(const Context& ctx, const std::vector<const T*>& theta, 
 template <class T>
 void Tape<T>::forward_tile(const Context& ctx, int64_t n0, int64_t n, T* workspace) {
   for (const ForwardStep& step : plan_->schedules().forward) {
-    Sweep sweep(*this, ctx, step.node, 1, n0, n);
-    for (size_t k = 0; k < sweep.x.size(); ++k) {
-      const int id = plan_->canonical(sweep.node.inputs[k]);
-      const T* kept = value(id, n0);
-      sweep.x[k] = kept ? kept : workspace + step.inputs[k] * n;
+    for (const Part& part : parts(step.node, n)) {
+      Sweep sweep(*this, ctx, step.node, 1, n0, part);
+      for (size_t k = 0; k < sweep.x.size(); ++k) {
+        const int id = plan_->canonical(sweep.node.inputs[k]);
+        const T* kept = value(id, n0);
+        sweep.x[k] = (kept ? kept : workspace + step.inputs[k] * sets_ * n) + skipped(id, part, n);
+      }
+      const int output = sweep.node.output;
+      T* y = step.output == kNowhere ? const_cast<T*>(value(output, n0)) : workspace + step.output * sets_ * n;
+      plan_->rule(step.node).forward(sweep.tile, y + skipped(output, part, n));
     }
-    T* y = step.output == kNowhere ? const_cast<T*>(value(sweep.node.output, n0)) : workspace + step.output * n;
-    plan_->rule(step.node).forward(sweep.tile, y);
   }
 }
 
@@ -169,16 +217,20 @@ void Tape<T>::cotangent_tile(const Context& ctx, int64_t V, int64_t n0, int64_t 
 template <class T>
 void Tape<T>::cotangent_step(const Context& ctx, const CotangentStep& step, int64_t V, int64_t n0, int64_t n, const std::vector<T*>& g_theta,
                              T* workspace) const {
-  Sweep sweep(*this, ctx, step.node, V, n0, n);
   const Rule<T>& rule = plan_->rule(step.node);
-  const T* g_y = workspace + step.g_output * V * n;
-  if (step.params && !g_theta.empty()) {
-    const auto targets = operands(sweep.node, g_theta);
-    rule.vjp_params(sweep.tile, g_y, targets.data(), plan_->num_parameters());
-  }
-  if (step.input >= 0) {
-    const T* scale = step.scale_by < 0 ? nullptr : Sweep(*this, ctx, step.scale_by, V, n0, n).state[plan_->storage(step.scale_by).derivative];
-    rule.vjp_input(sweep.tile, step.input, g_y, scale, workspace + step.g_input * V * n, step.accumulate);
+  for (const Part& part : parts(step.node, n)) {
+    Sweep sweep(*this, ctx, step.node, V, n0, part);
+    const T* g_y = workspace + step.g_output * V * sets_ * n + skipped(sweep.node.output, part, n);
+    if (step.params && !g_theta.empty()) {
+      auto targets = operands(sweep.node, g_theta);
+      for (T*& target : targets) target += target ? part.first * plan_->num_parameters() : 0;
+      rule.vjp_params(sweep.tile, g_y, targets.data(), plan_->num_parameters());
+    }
+    if (step.input >= 0) {
+      const T* scale = step.scale_by < 0 ? nullptr : Sweep(*this, ctx, step.scale_by, V, n0, part).state[plan_->storage(step.scale_by).derivative];
+      T* g_x = workspace + step.g_input * V * sets_ * n + skipped(sweep.node.inputs[step.input], part, n);
+      rule.vjp_input(sweep.tile, step.input, g_y, scale, g_x, step.accumulate);
+    }
   }
 }
 
@@ -257,7 +309,7 @@ Tiling Tape<T>::tiling(const Context& ctx, int64_t V, int64_t sums) const {
   bool by_example = accumulator <= kAccumulatorBytes ||
                     (accumulator_traffic < 2 * N_ * example_bytes && num_threads * accumulator <= kWholeWorkspaceBytes && N_ >= 2 * num_threads);
   if (choice_ != ScheduleChoice::automatic) by_example = choice_ == ScheduleChoice::by_example;
-  if (plan_->on_calling_thread() || on_device) by_example = false;
+  if (plan_->on_calling_thread() || on_device || sets_ > 1) by_example = false;
   Tiling tiling;
   tiling.num_threads = num_threads;
   tiling.by_example = by_example;
@@ -272,6 +324,7 @@ Tiling Tape<T>::tiling(const Context& ctx, int64_t V, int64_t sums) const {
     const int64_t tiles = ceil_div(std::max<int64_t>(N_, 1), tiling.tile);
     tiling.tile = std::max<int64_t>(1, ceil_div(N_, tiles));
   }
+  if (sets_ > 1) tiling.tile = std::max<int64_t>(1, N_);  // a node's examples of all sets follow one another
   return tiling;
 }
 
@@ -307,7 +360,7 @@ template <class T>
 int64_t Tape<T>::workspace_bytes(const Context& ctx, int64_t V) const {
   const int64_t together = sides(ctx, V);
   const Tiling t = tiling(ctx, together, together);
-  const int64_t sweep = plan_->schedules().sweep_width * together * t.tile;
+  const int64_t sweep = std::max(plan_->schedules().sweep_width * together, plan_->schedules().forward_width) * t.tile;
   const int64_t per_thread = t.by_example ? ctx.num_threads * (sweep + together * plan_->num_parameters()) : sweep;
   return (per_thread + together * plan_->schedules().tangent_packed_size) * static_cast<int64_t>(sizeof(T));
 }
@@ -319,8 +372,8 @@ template <class Body>
 void Tape<T>::run_tiles(const Context& ctx, int64_t V, int64_t sums_wanted, T* out, const Body& body) const {
   const Schedules& s = plan_->schedules();
   const Tiling t = tiling(ctx, V, sums_wanted);
-  const int64_t size = sums_wanted * plan_->num_parameters();
-  const int64_t workspace_size = std::max(s.sweep_width * V, s.forward_width) * t.tile;
+  const int64_t size = sums_wanted * sets_ * plan_->num_parameters();
+  const int64_t workspace_size = std::max(s.sweep_width * V, s.forward_width) * sets_ * t.tile;
   const int64_t num_tiles = ceil_div(N_, t.tile);
   if (out) fill_zero<T>(ctx, size, out);
   if (!t.by_example || t.num_threads == 1 || num_tiles <= 1) {
@@ -375,9 +428,10 @@ template <class T>
 void Tape<T>::vjp(const Context& ctx, int64_t V, const T* g, T* out) const {
   const int64_t C = plan_->output_width();
   each_group(ctx, V, [&](int64_t first, int64_t count) {
+    const int64_t rows = count * sets_;
     run_tiles(ctx, count, count, out + first * plan_->num_parameters(), [&](const Context& inner, int64_t n0, int64_t n, T* workspace, T* sum) {
-      T* g_z = workspace + plan_->schedules().output * count * n;
-      copy_rows_stub<T>(inner, count, n * C, g + (first * N_ + n0) * C, N_ * C, g_z, n * C, false);
+      T* g_z = workspace + plan_->schedules().output * rows * n;
+      copy_rows_stub<T>(inner, rows, n * C, g + (first * sets_ * N_ + n0) * C, N_ * C, g_z, n * C, false);
       cotangent_tile(inner, count, n0, n, slot_rows(sum), workspace);
     });
   });
@@ -387,10 +441,12 @@ template <class T>
 void Tape<T>::descend(const Context& ctx, const T* g, const Descent<T>& descent, const Moved<T>& moved) const {
   const Schedules& s = plan_->schedules();
   const int64_t P = plan_->num_parameters(), C = plan_->output_width();
-  Scratch<T> gradient(ctx, P);
-  if (ctx.on_device() || !is_whole(ctx)) {  // with several tiles, a gradient is complete after the last one only
+  Scratch<T> gradient(ctx, sets_ * P);
+  if (ctx.on_device() || sets_ > 1 || !is_whole(ctx)) {  // with several tiles, a gradient is complete after the last one only
     vjp(ctx, 1, g, gradient.data());
-    infl::descend<T>(ctx, 0, P, descent, gradient.data(), moved);
+    Descent<T> of_all = descent;
+    of_all.anchor_size = P;
+    infl::descend<T>(ctx, 0, sets_ * P, of_all, gradient.data(), moved);
     return;
   }
   std::vector<T*> sums = slot_rows(gradient.data());

@@ -4,6 +4,10 @@
 //   by example   each thread takes tiles of examples whose whole state fits its cache through all steps, alone, into its own accumulator
 //   by operator  one tile at a time, all threads inside each kernel, one accumulator
 // Both are deterministic for a given number of threads. A device runs by operator: its threads are inside its kernels.
+//
+// A tape may stand at several parameter sets at once, for linearize and vjp of one cotangent a set. What depends on no trained parameter is computed
+// once and shared. Of the nodes that do, those without parameters of their own take the examples of all sets for one long batch, rules that take sets
+// (Rule::takes_sets) have kernels that serve all, and the others are called set by set.
 #pragma once
 
 #include <cstdint>
@@ -30,8 +34,8 @@ struct Tiling {
 template <class T>
 class Tape {
  public:
-  // `inputs`: one array [N, width] per plan input; must outlive the tape.
-  Tape(const Context& ctx, std::shared_ptr<const Plan<T>> plan, int64_t N, std::vector<const T*> inputs);
+  // `inputs`: one array [N, width] per plan input; must outlive the tape. All sets see them.
+  Tape(const Context& ctx, std::shared_ptr<const Plan<T>> plan, int64_t N, std::vector<const T*> inputs, int64_t num_sets = 1);
 
   // The same number of other examples; linearize is to follow.
   void rebind(std::vector<const T*> inputs) {
@@ -43,11 +47,13 @@ class Tape {
   void set_prepared(std::vector<const T*> prepared) { prepared_ = std::move(prepared); }
 
   // The forward pass at θ, given per slot; copies what it needs of θ, or with `borrow` reads it where it is, which must then outlive what follows.
-  void linearize(const Context& ctx, const std::vector<const T*>& theta, bool borrow = false);
+  // Of several sets it is always read there, trained parameters `stride` apart.
+  void linearize(const Context& ctx, const std::vector<const T*>& theta, bool borrow = false, int64_t stride = 0);
 
   const Plan<T>& plan() const { return *plan_; }
   int64_t num_examples() const { return N_; }
-  const T* outputs() const { return value(plan_->output(), 0); }  // [N, C]
+  int64_t num_sets() const { return sets_; }
+  const T* outputs() const { return value(plan_->output(), 0); }  // [sets, N, C]
 
   void set_schedule(ScheduleChoice choice) { choice_ = choice; }
   int64_t sides(const Context& ctx, int64_t V) const;                            // how many of V right-hand sides a sweep takes at once
@@ -57,8 +63,9 @@ class Tape {
   int64_t workspace_bytes(const Context& ctx, int64_t V) const;  // of one product onto V vectors, beyond operand and result
 
   void jvp(const Context& ctx, int64_t V, const T* v, T* t_out) const;  // [V, P] -> [V, N, C]
-  void vjp(const Context& ctx, int64_t V, const T* g, T* out) const;    // [V, N, C] -> [V, P], summed over N
-  // One step of a gradient method by the gradient of vjp, g [N, C]; parameters that one node reads move as soon as their gradient is complete.
+  void vjp(const Context& ctx, int64_t V, const T* g, T* out) const;    // [V, N, C] -> [V, P], summed over N; [sets, N, C] -> [sets, P]
+  // One step of a gradient method by the gradient of vjp, g [N, C]; parameters that one node reads move as soon as their gradient is complete. Of
+  // several sets, g [sets, N, C] and what moves [sets, P], in one launch.
   void descend(const Context& ctx, const T* g, const Descent<T>& descent, const Moved<T>& moved) const;
   void ggn(const Context& ctx, int64_t V, const T* v, const OutputHessian<T>& h, T* out) const;  // [V, P] -> [V, P]
 
@@ -79,8 +86,11 @@ class Tape {
 
  private:
   struct Sweep;  // one tile in flight
+  struct Part;   // of a node's work on all sets
 
   const T* value(int id, int64_t n0) const;
+  std::vector<Part> parts(int node, int64_t n) const;
+  int64_t skipped(int id, const Part& part, int64_t n) const;
   std::vector<const T*> slot_rows(const T* flat) const;
   std::vector<T*> slot_rows(T* flat) const;
   void forward_tile(const Context& ctx, int64_t n0, int64_t n, T* workspace);
@@ -99,7 +109,7 @@ class Tape {
   void run_tiles(const Context& ctx, int64_t V, int64_t sums, T* out, const Body& body) const;
 
   std::shared_ptr<const Plan<T>> plan_;
-  int64_t N_;
+  int64_t N_, sets_;
   std::vector<const T*> inputs_;
   std::vector<const T*> prepared_;              // per node
   std::vector<Buffer<T>> values_;               // per value: kept outputs [N, width]
@@ -107,6 +117,7 @@ class Tape {
   std::vector<Buffer<T>> packed_;               // per node
   std::vector<Buffer<T>> theta_;                // per slot, unless borrowed
   std::vector<const T*> theta_at_;              // per slot
+  int64_t theta_stride_ = 0;                    // between sets
   std::vector<Buffer<T>> cotangents_;           // per node: of the outputs of curved ones [N, width]
   ScheduleChoice choice_ = ScheduleChoice::automatic;
 };

@@ -57,7 +57,7 @@ class Stack(ABC):
         total = torch.zeros(self.num_sets, dtype=torch.float64, device=self.point.theta.device)
         lr = recipe.lr * recipe.lr_factor(epoch)
         try:
-            for batch in recipe.batch_order(epoch, N).split(recipe.batch_size):
+            for batch in recipe.batch_order(epoch, N).to(self.kept.device).split(recipe.batch_size):
                 self.num_steps += 1
                 total += self.step(batch, lr)
         except AssertionError:
@@ -89,6 +89,7 @@ class NativeStack(Stack):
     ):
         super().__init__(trainer, point, groups, proximity)
         self._ensemble = ensemble
+        self.kept = self.kept.to(point.theta.device)
         self.theta, *self.moments = (
             x.expand(self.num_sets, -1).clone(memory_format=torch.contiguous_format)
             for x in (point.theta, *(point.moments or no_moments(trainer.recipe, point.theta)))
@@ -101,7 +102,7 @@ class NativeStack(Stack):
             self.moments,
             batch,
             scale=self.scale / len(batch),
-            dropped=positions(~self.kept[:, batch]),
+            kept=self.kept.index_select(1, batch),
             descent=descent(self.trainer.recipe, self.num_steps, lr, 0.0 if self.proximity is None else self.proximity.damping),
             anchor=None if self.proximity is None else self.proximity.anchor,
         )
@@ -122,14 +123,6 @@ def kept_examples(groups: Sequence[Sequence[int]], num_examples: int) -> Tensor:
     for k, removed in enumerate(groups):
         kept[k, list(removed)] = False
     return kept
-
-
-def positions(chosen: Tensor) -> list[list[int]]:
-    """Where each row of ``[k, B]`` is true."""
-    found: list[list[int]] = [[] for _ in chosen]
-    for k, position in chosen.nonzero().tolist():
-        found[k].append(position)
-    return found
 
 
 def descent(recipe: Recipe, num_steps: int, lr: float, damping: float) -> dict[str, float]:

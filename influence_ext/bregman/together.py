@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from influence_ext.bregman.progress import Progress, onward
-from influence_ext.bregman.stacks import MappedStack, NativeStack, Problem, Stack, first_line, kept_examples, outputs, positions
+from influence_ext.bregman.stacks import MappedStack, NativeStack, Problem, Stack, first_line, kept_examples, outputs
 from influence_ext.bregman.training import Proximity, Trainer, TrainingPoint, isolated_random_state, rows
 from influence_ext.data import ModelInput, call_arguments
 from influence_ext.ensemble import Ensemble
@@ -136,21 +136,21 @@ class TogetherTrainer:
             return [float(gradient.double().norm()) for gradient in by_one]
         _, at_once = self._room(found[0].point, len(found))
         examples, recipe = trainer.examples, trainer.recipe
-        batches = torch.arange(examples.num_examples).split(recipe.batch_size)
+        batches = torch.arange(examples.num_examples, device=trainer.space.device).split(recipe.batch_size)
         norms: list[float] = []
         for first in range(0, len(found), at_once):
             part = slice(first, first + at_once)
-            dropped = ~kept_examples(groups[part], examples.num_examples)
+            kept = kept_examples(groups[part], examples.num_examples).to(trainer.space.device)
             gradients = ensemble.gradients(
                 torch.stack([trained.point.theta for trained in found[part]]),
                 batches,
                 scale=trainer.loss.factor(examples.targets),
-                dropped=[positions(dropped[:, batch]) for batch in batches],
+                kept=[kept.index_select(1, batch) for batch in batches],
                 decay=recipe.weight_decay,
                 damping=0.0 if proximity is None else proximity.damping,
                 anchor=None if proximity is None else proximity.anchor,
             )
-            norms += [float(gradient.double().norm()) for gradient in gradients]
+            norms += gradients.double().norm(dim=1).tolist()
         return norms
 
     def _stack(self, point: TrainingPoint, members: Sequence[Sequence[int]], proximity: Proximity | None) -> Stack:
@@ -264,9 +264,9 @@ class _Native:
 
 
 def _native(trainer: Trainer, X: ModelInput, thetas: Tensor, gs: Tensor) -> _Native | None:
-    """None where the core has not all that a step needs, and on devices: there a kernel for each set would be many small launches."""
+    """None where the core has not all that a step needs."""
     space = trainer.space
-    if space.device.type != "cpu" or space.dtype not in AGREEMENT:
+    if space.dtype not in AGREEMENT:
         return None
     trainer.model.eval()
     try:
@@ -287,13 +287,19 @@ def _native(trainer: Trainer, X: ModelInput, thetas: Tensor, gs: Tensor) -> _Nat
     except Exception as error:
         _log.warning("together: the C++ core failed, torch.vmap takes the steps: %s", first_line(error))
         return None
-    P = space.num_parameters * space.dtype.itemsize
-    # For each thread a tape, workspace and gradient; the batch as it is and packed for two products; twice where the last batch is smaller.
+    itemsize = space.dtype.itemsize
+    P = space.num_parameters * itemsize
     args, kwargs = call_arguments(X)
     batch = sum(x.nbytes for x in (*args, *(kwargs or {}).values()) if isinstance(x, Tensor))
-    shared = torch.get_num_threads() * (tape.cached_bytes + tape.workspace_bytes(1) + P) + 3 * batch
     sizes = 2 if trainer.examples.num_examples % trainer.recipe.batch_size else 1
-    return _Native(ensemble, 4 * P, sizes * shared, together)  # parameters, up to two moments, and where the set ends
+    ends = 4 * P  # parameters, up to two moments, and where the set ends
+    if ensemble.sets_at_once(thetas) > 1:
+        # For each set a tape, another if the last batch is smaller, a sweep and a gradient; targets, losses and cotangents.
+        each = sizes * tape.cached_bytes + tape.workspace_bytes(1) + P + 3 * gs[0].numel() * itemsize
+        return _Native(ensemble, ends + each, batch, together)
+    # For each thread a tape, its workspace and a gradient; the batch as it is and packed for two products; twice if the last is smaller.
+    shared = torch.get_num_threads() * (tape.cached_bytes + tape.workspace_bytes(1) + P) + 3 * batch
+    return _Native(ensemble, ends, sizes * shared, together)
 
 
 def _gradient(trainer: Trainer, theta: dict[str, Tensor], z: Tensor, g: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ its memory model, the vendor's matrix product) is not tested by it; indices, ari
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import ninja
 
@@ -68,3 +70,31 @@ def emulated_device() -> Iterator[None]:
         yield
     finally:
         _C.emulate_device(None)
+
+
+class Traffic(NamedTuple):
+    """What was asked of the emulated device so far."""
+
+    launches: int
+    products: int
+    copies: int
+
+    @classmethod
+    def now(cls) -> Traffic:
+        """Launches of kernels, the vendor's matrix products, copies to and from the host."""
+        return cls(*_counts()[:3])
+
+    def since(self, before: Traffic) -> Traffic:
+        """The difference."""
+        return Traffic(*(a - b for a, b in zip(self, before, strict=True)))
+
+
+def most_bytes() -> int:
+    """Memory of the emulated device, at most since the last time that anything was asked here."""
+    return _counts()[3]
+
+
+def _counts() -> list[int]:
+    counts = (ctypes.c_int64 * 4)()
+    ctypes.CDLL(str(library())).influence_ext_device_traffic(counts)
+    return list(counts)

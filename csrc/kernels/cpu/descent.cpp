@@ -42,8 +42,11 @@ void descend(const Context& ctx, int64_t size, const Descent<T>& d, const T* gra
   const auto block = decays     ? anchored ? descend_block<true, true, T> : descend_block<true, false, T>
                      : anchored ? descend_block<false, true, T>
                                 : descend_block<false, false, T>;
-  parallel_for(threads_for(ctx, size), (size + kBlock - 1) / kBlock,
-               [&](int64_t i) { block(d, i * kBlock, std::min(size, (i + 1) * kBlock), gradient, theta, first, second); });
+  const int64_t P = anchored && d.anchor_size > 0 ? d.anchor_size : std::max<int64_t>(size, 1), blocks = (P + kBlock - 1) / kBlock;
+  parallel_for(threads_for(ctx, size), size / P * blocks, [&](int64_t i) {
+    const int64_t at = i / blocks * P, begin = i % blocks * kBlock;
+    block(d, begin, std::min(P, begin + kBlock), gradient + at, theta + at, first + at, second ? second + at : nullptr);
+  });
 }
 
 INFL_REGISTER_CPU(descend_stub, descend)

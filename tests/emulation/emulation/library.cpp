@@ -4,6 +4,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <utility>
 
 #include "common/device_library.h"
 #include "common/out_of_memory.h"
@@ -194,6 +195,12 @@ void run_block(Block& block, const char* who) {
   }
 }
 
+// What was asked of the device so far: launches of kernels, the vendor's products, copies to and from the host.
+struct Traffic {
+  int64_t launches = 0, products = 0, copies = 0;
+  int64_t bytes = 0, most_bytes = 0;  // of memory now, and at most since it was asked
+} traffic;
+
 // What has been enqueued while it was recorded, and the memory that was allocated meanwhile. Freed memory serves later allocations of the recording,
 // as torch's allocator has it, and nobody else as long as the graph lives.
 struct Recording {
@@ -226,6 +233,7 @@ class Memory {
     if (recording == nullptr) {
       void* p = fresh(bytes);
       sizes_[p] = bytes;
+      count(bytes);
       return p;
     }
     for (auto it = recording->spare.begin(); it != recording->spare.end(); ++it) {
@@ -237,6 +245,7 @@ class Memory {
     void* p = fresh(bytes);
     recording->held[p] = bytes;
     owners_[p] = recording;
+    count(bytes);
     return p;
   }
   void release(void* p) noexcept {
@@ -261,7 +270,12 @@ class Memory {
 
  private:
   static constexpr size_t kKeptBack = 256 << 20;
+  static void count(size_t bytes) {
+    traffic.bytes += static_cast<int64_t>(bytes);
+    traffic.most_bytes = std::max(traffic.most_bytes, traffic.bytes);
+  }
   void keep_back(void* p, size_t bytes) {
+    traffic.bytes -= static_cast<int64_t>(bytes);
     std::memset(p, 0xff, bytes);
     freed_.emplace_back(p, bytes);
     freed_bytes_ += bytes;
@@ -332,11 +346,11 @@ class HostRuntime final : public DeviceRuntime {
   void release(void* p) noexcept override { memory().release(p); }
   void upload(void* to, const void* from, int64_t bytes, void*) override {
     if (recording != nullptr) recording->invalidate("a copy from the host");
-    std::memcpy(to, from, static_cast<size_t>(bytes));
+    copy(to, from, bytes);
   }
   void download(void* to, const void* from, int64_t bytes, void*) override {
     if (recording != nullptr) recording->invalidate("a copy to the host");
-    std::memcpy(to, from, static_cast<size_t>(bytes));
+    copy(to, from, bytes);
   }
   void multiply(const MatrixProduct<float>& p, Precision, void*) override {
     run([p] { product(p); });
@@ -346,8 +360,13 @@ class HostRuntime final : public DeviceRuntime {
   }
 
  private:
+  static void copy(void* to, const void* from, int64_t bytes) {
+    ++traffic.copies;
+    std::memcpy(to, from, static_cast<size_t>(bytes));
+  }
   template <class T>
   static void product(const MatrixProduct<T>& p) {
+    ++traffic.products;
     for (int64_t i = 0; i < p.batch; ++i) {
       const T *a = p.a + i * p.a_batch, *b = p.b + i * p.b_batch;
       for (int64_t m = 0; m < p.M; ++m) {
@@ -397,6 +416,7 @@ void launch(const char* who, dim3 blocks, dim3 threads, size_t shared, const std
     recording->launches.push_back([=] { launch(who, blocks, threads, shared, kernel); });
     return;
   }
+  ++traffic.launches;
   Block& block = own_block;
   running_block = &block;
   block.count = static_cast<int>(threads.x * threads.y * threads.z);
@@ -438,4 +458,13 @@ extern "C" __attribute__((visibility("default"))) infl::DeviceLibrary influence_
   static infl::emulation::HostRuntime runtime;
   static infl::emulation::Recorder recorder;
   return {&runtime, &recorder, infl::emulation::kernels().data(), static_cast<int64_t>(infl::emulation::kernels().size())};
+}
+
+// launches, products, copies, and the most bytes of memory since the last call
+extern "C" __attribute__((visibility("default"))) void influence_ext_device_traffic(int64_t* counts) {
+  auto& traffic = infl::emulation::traffic;
+  counts[0] = traffic.launches;
+  counts[1] = traffic.products;
+  counts[2] = traffic.copies;
+  counts[3] = std::exchange(traffic.most_bytes, traffic.bytes);
 }

@@ -6,6 +6,7 @@ Scale, as in BackPACK: gradients of single examples as they come out of the loss
 
 from __future__ import annotations
 
+import operator
 import types
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from influence_ext.adapters.backward import ForwardPass, recording, run, without
-from influence_ext.errors import ArgumentError, UnsupportedModelError
+from influence_ext.errors import ArgumentError, DTypeError, UnsupportedModelError
 from influence_ext.plan import RowBuffer
 
 _WHO = "backpack"
@@ -50,7 +51,10 @@ class BatchGrad(Extension):
     savefield = "grad_batch"
 
     def __init__(self, subsampling: Sequence[int] | None = None):
-        self.subsampling = None if subsampling is None else list(subsampling)
+        try:
+            self.subsampling = None if subsampling is None else [operator.index(n) for n in subsampling]
+        except TypeError:
+            raise ArgumentError(f"{_WHO}: expected subsampling as a list of indices, got {subsampling!r}; pass integers.") from None
 
     def compute(self, call: ForwardPass, cotangents: Tensor, factors: Any, memory: RowBuffer) -> dict[str, Tensor]:
         """See :class:`Extension`. Cost: N·P elements written."""
@@ -145,7 +149,10 @@ class backpack:
         for ext in exts:
             if not isinstance(ext, Extension):
                 name = ext.__name__ if isinstance(ext, type) else type(ext).__name__
-                advice = f"write {name}()" if isinstance(ext, type) and issubclass(ext, Extension) else "curvature is in ie.GGN and its kin"
+                advice = "curvature is in ie.GGN and its kin"
+                if name in ("BatchGrad", "BatchL2Grad", "SumGradSquared", "Variance"):
+                    ours = isinstance(ext, type) and issubclass(ext, Extension)
+                    advice = f"write {name}()" if ours else "import it from there"
                 raise ArgumentError(
                     f"{_WHO}: expected instances of BatchGrad, BatchL2Grad, SumGradSquared or Variance from "
                     f"influence_ext.adapters.backpack, got {'the class ' if isinstance(ext, type) else ''}{name}; {advice}."
@@ -218,9 +225,14 @@ def extend(module: nn.Module, debug: bool = False, use_converter: bool = False) 
     Returns:
         ``module``.
 
+    Raises:
+        DTypeError (a TypeError): not a module.
+
     Its forward pass raises what :func:`influence_ext.adapters.backward.run` raises. Cost of a backward pass: one cotangent sweep for
     ``p.grad``, one for all quantities; with ``create_graph=True`` torch's forward and backward pass, and N of single examples.
     """
+    if not isinstance(module, nn.Module):
+        raise DTypeError(f"{_WHO}: expected an nn.Module to extend, got {type(module).__name__}; functions need no extension.")
     if debug:
         print(f"[DEBUG] Extending {type(module).__name__}")
     if any(True for _ in module.parameters()) and _MARK not in module.__dict__:

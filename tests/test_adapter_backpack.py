@@ -249,7 +249,7 @@ def test_an_extended_network_can_be_freed() -> None:
     ("exts", "text"),
     [
         ([BatchGrad], r"got the class BatchGrad; write BatchGrad\(\)"),
-        ([extensions.BatchGrad()], "got BatchGrad"),
+        ([extensions.BatchGrad()], "got BatchGrad; import it from there"),
         ([extensions.DiagGGNExact()], "got DiagGGNExact; curvature is in ie.GGN"),
         (["grad_batch"], "got str"),
     ],
@@ -261,6 +261,11 @@ def test_what_is_no_extension_is_refused(exts: list[Any], text: str) -> None:
 
 def test_bad_input() -> None:
     model, X, y = mlp()
+    with pytest.raises(TypeError, match=r"expected an nn.Module to extend, got function"):
+        extend(F.cross_entropy)  # type: ignore[arg-type]
+    for subsampling in (3, [0.5]):
+        with pytest.raises(ArgumentError, match="expected subsampling as a list of indices, got"):
+            BatchGrad(subsampling=subsampling)  # type: ignore[arg-type]
     extend(model)
     with backpack(BatchGrad(subsampling=[N])), pytest.raises(ArgumentError, match=f"indices from 0 to {N - 1}, got {N}"):
         F.cross_entropy(model(X), y).backward()

@@ -387,6 +387,23 @@ def test_models_that_depend_on_the_mode_are_refused(layer: nn.Module) -> None:
     adapter.GGNLinearOperator(model.eval(), loss, params, data)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", NAMES)
+def test_half_precision_is_rounded_once(name: str, dtype: torch.dtype) -> None:
+    loss, half = nn.CrossEntropyLoss(), network(dtype=dtype)
+    data = [(X.to(dtype), y) for X, y in batches(loss)]
+    exact = network(dtype=dtype).double()
+    like = getattr(curvlinops, name)(exact, loss, list(exact.parameters()), [(X.double(), y) for X, y in data])
+    ours = getattr(adapter, name)(half, loss, list(half.parameters())[::-1], data)
+    v = random(43, 2).to(dtype)
+    order = [p.numel() for p in half.parameters()]
+    back = lambda V: torch.cat(V.split(order[::-1])[::-1])  # noqa: E731
+    product, expected = ours @ v, like @ back(v.double())
+    assert ours.dtype == product.dtype == dtype
+    torch.testing.assert_close(back(product).double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-5 * float(expected.abs().max()))
+    assert {g.dtype for g in ours.gradient_and_loss()[0]} == {dtype}
+
+
 def test_bad_arguments() -> None:
     model, loss = network(), nn.MSELoss()
     params, data = list(model.parameters()), batches(loss)
@@ -408,6 +425,17 @@ def test_bad_arguments() -> None:
     ):
         with pytest.raises(ValueError):  # noqa: PT011
             adapter.GGNLinearOperator(*arguments)
+    for wrong, text in (
+        ({"params": []}, "expected at least one parameter"),
+        ({"data": data[0]}, r"expected data as batches \(X, y\), got a batch of type Tensor"),
+        ({"num_data": 0}, "expected num_data of at least 1"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            adapter.GGNLinearOperator(**{"model_func": model, "loss_func": loss, "params": params, "data": data, **wrong})
+    with pytest.raises(TypeError, match="expected a linear operator, got Tensor"):
+        adapter.CGInverseLinearOperator(torch.eye(3))
+    with pytest.raises(ValueError, match="expected num_terms of at least 0"):
+        adapter.NeumannInverseLinearOperator(G, num_terms=-1)
     for name, blocks in (("GGNLinearOperator", [2, 2]), ("HessianLinearOperator", [2, 1]), ("HessianLinearOperator", [4, 0])):
         with pytest.raises(ValueError, match="block_sizes"):
             getattr(adapter, name)(model, loss, params, data, block_sizes=blocks)

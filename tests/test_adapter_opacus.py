@@ -321,6 +321,7 @@ BAD: list[tuple[Any, Any, type[Exception], str]] = [
      "batch norm 1 is in training mode"),
     (lambda: GradSampleModule(nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.1))), PAIR, UnsupportedModelError, "active dropout, .*got 1 in"),
     (lambda: GradSampleModule(Switched()), PAIR, UnsupportedModelError, "same in training and in evaluation mode, got Switched"),
+    (lambda: GradSampleModule(nn.Linear), None, TypeError, "expected an nn.Module, got <class"),
     (lambda: GradSampleModule(nn.Linear(4, 3)), [1.0], DTypeError, "tensors as arguments.*got list"),
 ]  # fmt: skip
 

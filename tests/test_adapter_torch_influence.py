@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import scipy.sparse.linalg
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
@@ -18,7 +19,25 @@ from influence_ext.adapters.torch_influence import (
     LiSSAInfluenceModule,
 )
 from influence_ext.adapters.torch_influence import curvature as curvature_module
-from tests.objectives import CPU, DAMP, L2, MODULES, D, N, close, damped, dense, gradient, linear, logistic, make, network, theta_of, vector
+from tests.objectives import (
+    CPU,
+    DAMP,
+    L2,
+    MODULES,
+    D,
+    N,
+    Objective,
+    close,
+    damped,
+    dense,
+    gradient,
+    linear,
+    logistic,
+    make,
+    network,
+    theta_of,
+    vector,
+)
 
 
 @pytest.mark.parametrize(("cls", "options", "gnh"), MODULES)
@@ -168,6 +187,28 @@ def test_exceptions() -> None:
         BaseObjective()  # type: ignore[abstract]
     with pytest.raises(NotImplementedError, match="str"):
         make(CGInfluenceModule, linear(), loader=DataLoader([(torch.zeros(D), "a")] * 3)).train_loss_grad([0])
+
+
+def test_bad_arguments() -> None:
+    case = network()
+    model, objective, X, y = case
+    loader = DataLoader(TensorDataset(X, y), batch_size=5)
+    module = make(CGInfluenceModule, case, damp=2.0)
+    with pytest.raises(TypeError, match=r"stest of the parameters' dtype torch.float64, got torch.float32"):
+        module.influences([0], [], stest=torch.ones(len(theta_of(model))))
+    with pytest.raises(ValueError, match="expected train_loader to be a DataLoader, got list"):
+        CGInfluenceModule(model, objective, [(X, y)], loader, CPU, damp=2.0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="expected test_loader to be a DataLoader, got NoneType"):
+        CGInfluenceModule(model, objective, loader, None, CPU, damp=2.0).stest([0])  # type: ignore[arg-type]
+    for wrong in ({"repeat": 0}, {"depth": 0}, {"scale": 0.0}):
+        with pytest.raises(ValueError, match="expected repeat and depth of at least 1 and a positive scale"):
+            make(LiSSAInfluenceModule, case, **{"damp": 2.0, "repeat": 1, "depth": 3, "scale": 10.0, **wrong})
+    vectors = Objective(lambda z, t: F.cross_entropy(z, t, reduction="none"))
+    for gnh in (False, True):
+        with pytest.raises(ValueError, match=r"train_loss: expected a scalar, the mean over the batch, got \["):
+            make(CGInfluenceModule, (model, vectors, X, y), damp=2.0, gnh=gnh).inverse_hvp(vector(len(theta_of(model))))
+    with pytest.raises(ValueError, match="expected parameters with requires_grad"):
+        make(CGInfluenceModule, (model.requires_grad_(False), objective, X, y), damp=2.0)
 
 
 def test_negative_eigenvalues_are_a_value_error() -> None:

@@ -76,6 +76,18 @@ def test_guide_runs(page: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("page", with_code(sorted((DOCS / "peers").glob("*.md"))), ids=name_of)
+def test_guide_of_a_peer_runs_with_the_import_changed(page: Path, tmp_path: Path) -> None:
+    lines = [line for line in program(page).splitlines() if not line.rstrip().endswith("# before")]
+    text = re.sub(
+        "^from torch_influence import", "from influence_ext.adapters.torch_influence import", "\n".join(lines), flags=re.MULTILINE
+    )
+    (tmp_path / "guide.py").write_text(text, encoding="utf-8")
+    done = run(["guide.py"], tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS, ids=name_of)
 def test_example_runs(script: Path, tmp_path: Path) -> None:
     done = run([str(script), "picture.png"], tmp_path)

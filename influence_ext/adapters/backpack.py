@@ -6,15 +6,17 @@ Scale, as in BackPACK: gradients of single examples as they come out of the loss
 
 from __future__ import annotations
 
+import operator
 import types
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from influence_ext.adapters.backward import ForwardPass, recording, run, without
-from influence_ext.errors import ArgumentError
+from influence_ext.errors import ArgumentError, DTypeError, UnsupportedModelError
 from influence_ext.plan import RowBuffer
 
 _WHO = "backpack"
@@ -34,6 +36,10 @@ class Extension(ABC):
     def compute(self, call: ForwardPass, cotangents: Tensor, factors: Any, memory: RowBuffer) -> dict[str, Tensor]:
         """The quantity by parameter."""
 
+    @abstractmethod
+    def of_rows(self, rows: Tensor) -> Tensor:
+        """The quantity of one parameter from its gradients ``[N, *shape]``."""
+
 
 class BatchGrad(Extension):
     """``p.grad_batch [N, *shape]``: the gradient of each example's part of the loss.
@@ -45,20 +51,25 @@ class BatchGrad(Extension):
     savefield = "grad_batch"
 
     def __init__(self, subsampling: Sequence[int] | None = None):
-        self.subsampling = None if subsampling is None else list(subsampling)
+        try:
+            self.subsampling = None if subsampling is None else [operator.index(n) for n in subsampling]
+        except TypeError:
+            raise ArgumentError(f"{_WHO}: expected subsampling as a list of indices, got {subsampling!r}; pass integers.") from None
 
     def compute(self, call: ForwardPass, cotangents: Tensor, factors: Any, memory: RowBuffer) -> dict[str, Tensor]:
         """See :class:`Extension`. Cost: N·P elements written."""
-        rows = call.rows(factors, memory)
+        return {name: self.of_rows(rows) for name, rows in call.rows(factors, memory).items()}
+
+    def of_rows(self, rows: Tensor) -> Tensor:
+        """See :class:`Extension`."""
         if self.subsampling is None:
             return rows
-        outside = [index for index in self.subsampling if not 0 <= index < call.num_examples]
+        outside = [index for index in self.subsampling if not 0 <= index < len(rows)]
         if outside:
             raise ArgumentError(
-                f"{_WHO}: expected subsampling with indices from 0 to {call.num_examples - 1}, got {outside[0]}; name examples of the "
-                "batch."
+                f"{_WHO}: expected subsampling with indices from 0 to {len(rows) - 1}, got {outside[0]}; name examples of the batch."
             )
-        return {name: row[self.subsampling] for name, row in rows.items()}
+        return rows[self.subsampling]
 
     def __repr__(self) -> str:
         return f"BatchGrad(subsampling={self.subsampling})"
@@ -73,6 +84,10 @@ class BatchL2Grad(Extension):
         """See :class:`Extension`."""
         return call.square_norms(factors)
 
+    def of_rows(self, rows: Tensor) -> Tensor:
+        """See :class:`Extension`."""
+        return rows.flatten(1).square().sum(dim=1)
+
 
 class SumGradSquared(Extension):
     """``p.sum_grad_squared [*shape]``: the elementwise sum over the examples of their squared gradients."""
@@ -82,6 +97,10 @@ class SumGradSquared(Extension):
     def compute(self, call: ForwardPass, cotangents: Tensor, factors: Any, memory: RowBuffer) -> dict[str, Tensor]:
         """See :class:`Extension`."""
         return call.square_sums(factors)
+
+    def of_rows(self, rows: Tensor) -> Tensor:
+        """See :class:`Extension`."""
+        return rows.square().sum(dim=0)
 
 
 class Variance(Extension):
@@ -94,13 +113,21 @@ class Variance(Extension):
         N, sums = call.num_examples, call.sums(cotangents)
         return {name: squares / N - (sums[name] / N).square() for name, squares in call.square_sums(factors).items()}
 
+    def of_rows(self, rows: Tensor) -> Tensor:
+        """See :class:`Extension`."""
+        return rows.var(dim=0, correction=0)
 
+
+Found = tuple[Extension, dict[str, Tensor]]
 _active: list[backpack] = []
 _storing: list[bool] = [True]
 
 
 class backpack:
     """``with backpack(BatchGrad(), BatchL2Grad()): loss.backward()`` fills the fields of extended networks' parameters.
+
+    After ``loss.backward(create_graph=True)`` the fields can be differentiated, by parameters and by the network's inputs; they are then
+    computed by torch.
 
     Args:
         exts: instances of :class:`BatchGrad`, :class:`BatchL2Grad`, :class:`SumGradSquared`, :class:`Variance`.
@@ -122,7 +149,10 @@ class backpack:
         for ext in exts:
             if not isinstance(ext, Extension):
                 name = ext.__name__ if isinstance(ext, type) else type(ext).__name__
-                advice = f"write {name}()" if isinstance(ext, type) and issubclass(ext, Extension) else "curvature is in ie.GGN and its kin"
+                advice = "curvature is in ie.GGN and its kin"
+                if name in ("BatchGrad", "BatchL2Grad", "SumGradSquared", "Variance"):
+                    ours = isinstance(ext, type) and issubclass(ext, Extension)
+                    advice = f"write {name}()" if ours else "import it from there"
                 raise ArgumentError(
                     f"{_WHO}: expected instances of BatchGrad, BatchL2Grad, SumGradSquared or Variance from "
                     f"influence_ext.adapters.backpack, got {'the class ' if isinstance(ext, type) else ''}{name}; {advice}."
@@ -136,20 +166,37 @@ class backpack:
         _active.remove(self)
 
     def fill(self, call: ForwardPass, network: nn.Module, cotangents: Tensor, memory: RowBuffer) -> None:
-        """Compute the quantities and set them."""
+        """Compute the quantities and set them.
+
+        Raises:
+            UnsupportedModelError: in a backward pass through derivatives.
+        """
+        if self.exts and call.second_order:
+            raise UnsupportedModelError(
+                f"{_WHO}: expected a backward pass from a loss, got one through derivatives made with create_graph=True, which has no "
+                "gradients of single examples here; leave the with block before it."
+            )
         for p in call.parameters.values():
             for ext in self.exts:
                 p.__dict__.pop(ext.savefield, None)
-        factors = call.factors(cotangents) if self.exts else None
-        for ext in self.exts:
+        found = self._with_graph if torch.is_grad_enabled() else self._without_graph
+        for ext, by_name in found(call, cotangents, memory):
             if self.debug:
                 print(f"[DEBUG] {type(ext).__name__} of {type(network).__name__}")
-            for name, value in ext.compute(call, cotangents, factors, memory).items():
+            for name, value in by_name.items():
                 setattr(call.parameters[name], ext.savefield, value)
         if self.extension_hook is not None:
             for module in reversed(list(network.modules())):
                 if any(p.requires_grad for p in module.parameters(recurse=False)):
                     self.extension_hook(module)
+
+    def _without_graph(self, call: ForwardPass, cotangents: Tensor, memory: RowBuffer) -> Iterator[Found]:
+        factors = call.factors(cotangents) if self.exts else None
+        return ((ext, ext.compute(call, cotangents, factors, memory)) for ext in self.exts)
+
+    def _with_graph(self, call: ForwardPass, cotangents: Tensor, memory: RowBuffer) -> Iterator[Found]:
+        rows = call.differentiable_rows(cotangents) if self.exts else {}
+        return ((ext, {name: ext.of_rows(row) for name, row in rows.items()}) for ext in self.exts)
 
 
 class disable:
@@ -178,9 +225,14 @@ def extend(module: nn.Module, debug: bool = False, use_converter: bool = False) 
     Returns:
         ``module``.
 
+    Raises:
+        DTypeError (a TypeError): not a module.
+
     Its forward pass raises what :func:`influence_ext.adapters.backward.run` raises. Cost of a backward pass: one cotangent sweep for
-    ``p.grad``, one for all quantities.
+    ``p.grad``, one for all quantities; with ``create_graph=True`` torch's forward and backward pass, and N of single examples.
     """
+    if not isinstance(module, nn.Module):
+        raise DTypeError(f"{_WHO}: expected an nn.Module to extend, got {type(module).__name__}; functions need no extension.")
     if debug:
         print(f"[DEBUG] Extending {type(module).__name__}")
     if any(True for _ in module.parameters()) and _MARK not in module.__dict__:
@@ -199,7 +251,7 @@ def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if _active:
             _active[-1].fill(call, module, cotangents, memory)
 
-    return run(twin, args, kwargs, fill, _WHO)[0]
+    return run(twin, args, kwargs, fill, _WHO, twice=True)[0]
 
 
 def _twin(module: nn.Module) -> nn.Module:

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from influence_ext.capture import Remembered
+from influence_ext.capture import Remembered, differentiable
 from influence_ext.capture.probe import same
 from influence_ext.data import ModelInput, call_arguments, call_model
 from influence_ext.errors import DTypeError, UnsupportedModelError
 from influence_ext.plan import Plan, RowBuffer, Tape
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class ForwardPass:
     """One call of a network, linearised.
 
@@ -33,7 +33,8 @@ class ForwardPass:
         tape: at the parameters and inputs of the call.
         X: the inputs.
         parameters: the trained parameters that the output depends on, by name.
-        observer: called in every backward pass through the call with the pass itself and the cotangents ``[N, *out]``.
+        observer: called in every backward pass through the call with the pass itself and the cotangents ``[N, *out]``; with gradients
+            enabled if it is to build a graph of what it computes.
     """
 
     network: nn.Module
@@ -41,11 +42,17 @@ class ForwardPass:
     X: ModelInput
     parameters: dict[str, nn.Parameter]
     observer: Callable[[ForwardPass, Tensor], None]
+    _second_order: int = -1
 
     @property
     def num_examples(self) -> int:
         """N."""
         return self.tape.num_examples
+
+    @property
+    def second_order(self) -> bool:
+        """Whether the backward pass that is running has come through derivatives made with ``create_graph=True``."""
+        return self._second_order == torch._C._current_graph_task_id()
 
     def factors(self, cotangents: Tensor) -> Any:
         """Per-example factors of ``J_nᵀ g_n``. Cost: a cotangent sweep."""
@@ -75,12 +82,49 @@ class ForwardPass:
             return [None] * len(wanted)
         inputs = [x.detach().requires_grad_(needs) for x, needs in zip(_tensors(self.X), wanted, strict=True)]
         X: ModelInput = dict(zip(self.X, inputs, strict=True)) if isinstance(self.X, Mapping) else tuple(inputs)
-        by_name = self.tape.plan.space.unflatten(self.tape.theta)
         with torch.enable_grad():
-            output = torch.func.functional_call(self.network, by_name, *call_arguments(X))
+            output = self._torch(X, self.tape.plan.space.unflatten(self.tape.theta))
             leaves = [x for x, needs in zip(inputs, wanted, strict=True) if needs]
             found = iter(torch.autograd.grad(output, leaves, cotangents, allow_unused=True))
         return [next(found) if needs else None for needs in wanted]
+
+    def differentiable_rows(self, cotangents: Tensor) -> dict[str, Tensor]:
+        """:meth:`rows` with a graph to parameters, inputs and cotangents, by torch, one example after another.
+
+        Not by ``torch.func.vmap``: second derivatives through its batch norm are wrong in torch 2.13.
+        """
+        names, leaves = list(self.parameters), list(self.parameters.values())
+        columns: list[list[Tensor]] = [[] for _ in names]
+        with differentiable():
+            for n in range(self.num_examples):
+                output = self._torch(_each(self.X, lambda x, n=n: x[n : n + 1]), self.parameters)  # type: ignore[misc]
+                rows = torch.autograd.grad(output, leaves, cotangents[n : n + 1], create_graph=True, materialize_grads=True)
+                for column, row in zip(columns, rows, strict=True):
+                    column.append(row)
+        return self._marked({name: torch.stack(column) for name, column in zip(names, columns, strict=True)})
+
+    def differentiable_sums(self, cotangents: Tensor, wanted: Sequence[bool]) -> list[Tensor | None]:
+        """Gradients of those inputs and parameters that need them, with their graph, by torch."""
+        leaves = (*_tensors(self.X), *self.parameters.values())
+        with differentiable():
+            output = self._torch(self.X, self.parameters)
+            needed = [leaf for leaf, needs in zip(leaves, wanted, strict=True) if needs]
+            gradients = torch.autograd.grad(output, needed, cotangents, create_graph=True, materialize_grads=True)
+        found = iter(self._marked(dict(enumerate(gradients))).values())
+        return [next(found) if needs else None for needs in wanted]
+
+    def _torch(self, X: ModelInput, theta: Mapping[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(self.network, dict(theta), *call_arguments(X))
+
+    def _marked(self, derivatives: dict[Any, Tensor]) -> dict[Any, Tensor]:
+        """The same; a backward pass through one of them counts as one of second order."""
+        for value in derivatives.values():
+            if value.requires_grad:
+                value.register_hook(self._note)
+        return derivatives
+
+    def _note(self, _: Tensor) -> None:
+        self._second_order = torch._C._current_graph_task_id()
 
     def _used(self, by_name: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: by_name[name] for name in self.parameters if name in by_name}
@@ -107,12 +151,40 @@ class _Node(torch.autograd.Function):
         return (None, *of_inputs, *(of_parameters[name] for name in call.parameters))
 
 
+class _TwiceNode(_Node):
+    """The same, with a graph of the derivatives where the backward pass asks for it."""
+
+    @staticmethod
+    def forward(ctx: Any, call: ForwardPass, *leaves: Tensor) -> Tensor:
+        ctx.save_for_backward(*leaves)  # torch then sees to it that they are what they were
+        return _Node.forward(ctx, call, *leaves)
+
+    @staticmethod
+    def backward(ctx: Any, cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        if not torch.is_grad_enabled():
+            found: tuple[Tensor | None, ...] = _Node.backward(ctx, cotangents)
+            return found
+        call: ForwardPass = ctx.call
+        _ = ctx.saved_tensors
+        with _alone():
+            gradients = call.differentiable_sums(cotangents, ctx.needs_input_grad[1:])
+            call.observer(call, cotangents)
+        return (None, *gradients)
+
+
 def run(
-    network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], observer: Callable[[ForwardPass, Tensor], None], who: str
+    network: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    observer: Callable[[ForwardPass, Tensor], None],
+    who: str,
+    *,
+    twice: bool = False,
 ) -> tuple[Tensor, ForwardPass]:
     """``network(*args, **kwargs)`` with gradients by the tape, and the pass that was made of it.
 
-    Gradients of parameters and of inputs arrive as from torch; second derivatives do not exist.
+    Gradients of parameters and of inputs arrive as from torch. With ``twice`` they have derivatives themselves where the backward pass
+    says ``create_graph=True``, computed by torch; else torch refuses to differentiate a second time.
 
     Raises:
         DTypeError: an argument is not a tensor, or arguments come both by position and by name.
@@ -129,7 +201,7 @@ def run(
         parameters = {name: named[name] for name in plan.space.names if name in plan.parameters_read}
         call = ForwardPass(network, plan.linearize(X), X, parameters, observer)
         _check_training(call, who)
-    outputs: Tensor = _Node.apply(call, *_tensors(X), *parameters.values())
+    outputs: Tensor = (_TwiceNode if twice else _Node).apply(call, *_tensors(X), *parameters.values())
     return outputs, call
 
 
@@ -161,7 +233,7 @@ def _check_training(call: ForwardPass, who: str) -> None:
         return
     few = min(call.num_examples, 2)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        output = call_model(copy.deepcopy(call.network), _rows(call.X, few))
+        output = call_model(copy.deepcopy(call.network), _each(call.X, lambda x: x[:few]))
     if output.shape != call.tape.outputs[:few].shape or not same(output, call.tape.outputs[:few]):
         raise UnsupportedModelError(
             f"{who}: expected a network that computes the same in training and in evaluation mode, got {type(call.network).__name__}, "
@@ -170,10 +242,10 @@ def _check_training(call: ForwardPass, who: str) -> None:
     _checked.keep(call.network, flags, True)
 
 
-def _rows(X: ModelInput, few: int) -> ModelInput:
+def _each(X: ModelInput, function: Callable[[Tensor], Tensor]) -> ModelInput:
     if isinstance(X, Tensor):
-        return X[:few]
-    return {key: x[:few] for key, x in X.items()} if isinstance(X, Mapping) else tuple(x[:few] for x in X)
+        return function(X)
+    return {key: function(x) for key, x in X.items()} if isinstance(X, Mapping) else tuple(function(x) for x in X)
 
 
 def _check_dropout(network: nn.Module, who: str) -> None:

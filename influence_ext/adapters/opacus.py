@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from influence_ext.adapters.backward import ForwardPass, recording, run, without
-from influence_ext.errors import ArgumentError, UnsupportedModelError
+from influence_ext.errors import ArgumentError, DTypeError, UnsupportedModelError
 from influence_ext.plan import Plan, RowBuffer
 
 LAYERS: tuple[type[nn.Module], ...] = (
@@ -54,6 +54,7 @@ class GradSampleModule(nn.Module):
         force_functorch: takes no effect; there is one way to compute gradients.
 
     Raises:
+        DTypeError (a TypeError): ``m`` is no module.
         ArgumentError (a ValueError): another ``loss_reduction``.
         UnsupportedModelError (a NotImplementedError): ``batch_first=False``; with ``strict``, batch norm in training mode.
 
@@ -71,6 +72,8 @@ class GradSampleModule(nn.Module):
         force_functorch: bool = False,
     ):
         super().__init__()
+        if not isinstance(m, nn.Module):
+            raise DTypeError(f"{_WHO}: expected an nn.Module, got {m!r}; pass an instance.")
         if loss_reduction not in ("mean", "sum"):
             raise ArgumentError(f"{_WHO}: expected loss_reduction 'mean' or 'sum', got {loss_reduction!r}; say what the loss does.")
         if not batch_first:
@@ -242,7 +245,7 @@ def register_grad_samplers(layers: Sequence[type[nn.Module]] = LAYERS) -> Callab
     """
     from opacus.grad_sample import GradSampleHooks, GradSampleHooksFastGradientClipping, register_grad_sampler
 
-    unknown = [layer.__name__ for layer in layers if layer not in LAYERS]
+    unknown = [getattr(layer, "__name__", repr(layer)) for layer in layers if layer not in LAYERS]
     if unknown:
         raise ArgumentError(
             f"register_grad_samplers: expected layers among {', '.join(layer.__name__ for layer in LAYERS)}, got {', '.join(unknown)}; "

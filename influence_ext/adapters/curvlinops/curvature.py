@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -111,8 +111,13 @@ class CurvatureLinearOperator(PyTorchLinearOperator):
         batch_size_fn: BatchSize | None = None,
     ):
         who = type(self).__name__
+        params = params if isinstance(params, Mapping) else list(params)
         self._params = params
-        self._tensors = tuple(params.values() if isinstance(params, dict) else params)
+        self._tensors = tuple(params.values() if isinstance(params, Mapping) else params)
+        if not self._tensors:
+            raise ArgumentError(f"{who}: expected at least one parameter, got none; pass list(model.parameters()).")
+        if num_data is not None and num_data < 1:
+            raise ArgumentError(f"{who}: expected num_data of at least 1, got {num_data}; leave it out to have the examples counted.")
         self._blocks = self._block_ranges(block_sizes, who)
         self._loss_func = loss_func
         stated = getattr(loss_func, "reduction", None)
@@ -196,11 +201,12 @@ class CurvatureLinearOperator(PyTorchLinearOperator):
         return product
 
     def _ordered(self, at: Linearised, V: Tensor) -> Tensor:
+        V = V.to(at.native.tape.outputs.dtype)  # float32 for parameters in half precision
         if at.order == sorted(at.order):
-            return at.native.matmat(V)
+            return at.native.matmat(V).to(self.dtype)
         pieces = V.split(self._in_shape_flat, dim=1)
         product = at.native.matmat(torch.cat([pieces[k] for k in at.order], dim=1))
-        return torch.cat(self._in_user_order(at, product), dim=1)
+        return torch.cat(self._in_user_order(at, product), dim=1).to(self.dtype)
 
     def _in_user_order(self, at: Linearised, rows: Tensor) -> list[Tensor]:
         """Pieces ``[..., size]`` of ``rows [..., P]``, which is in the library's order."""
@@ -220,7 +226,9 @@ class CurvatureLinearOperator(PyTorchLinearOperator):
     def _weights(self, batches: Batches) -> Tensor | None:
         """``[N]``, what each example's loss counts beyond the library's own reduction; None for ones."""
         weights = batches.risk_weights(self._loss, self._num_data) / self._loss.factor(batches.examples.targets)
-        return None if torch.allclose(weights, weights.new_ones(()), rtol=1e-12, atol=0) else weights.to(self.dtype)
+        if torch.allclose(weights, weights.new_ones(()), rtol=1e-12, atol=0):
+            return None
+        return weights.to(torch.promote_types(self.dtype, torch.float32))
 
     # Properties and the gradient
 
@@ -246,7 +254,8 @@ class CurvatureLinearOperator(PyTorchLinearOperator):
         """Gradient (a list of tensors shaped like the parameters) and value of the empirical risk. Cost: one cotangent sweep."""
         at = self._current()
         gradient, value = self._gradient_and_loss(at, self._batches)
-        return [g.view(shape) for g, shape in zip(self._in_user_order(at, gradient), self._in_shape, strict=True)], value
+        pieces = self._in_user_order(at, gradient.to(self.dtype))
+        return [g.view(shape) for g, shape in zip(pieces, self._in_shape, strict=True)], value.to(self.dtype)
 
     def _gradient_and_loss(self, at: Linearised, batches: Batches) -> tuple[Tensor, Tensor]:
         tape = at.native.tape
@@ -286,14 +295,14 @@ class CurvatureLinearOperator(PyTorchLinearOperator):
         if not any(m.training for m in module.modules()):
             return
         outputs, start = self._linearised.native.tape.outputs, 0
-        limit = torch.finfo(outputs.dtype).eps ** 0.5 * float(outputs.abs().max())
+        limit = torch.finfo(self.dtype).eps ** 0.5 * float(outputs.abs().max())
         buffers = {b: b.clone() for b in module.buffers()}
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             try:
                 for size in self._batches.rows:
                     _, X = next(self._batches.examples.subset(range(start, start + size)).blocks(size))
                     z = module(*X) if isinstance(X, tuple) else module(X)
-                    if not torch.allclose(z, outputs[start : start + size], rtol=0, atol=limit):
+                    if not torch.allclose(z.to(outputs.dtype), outputs[start : start + size], rtol=0, atol=limit):
                         raise UnsupportedModelError(
                             f"{who}: expected a model that computes the same in training and in evaluation mode, got different predictions "
                             "(dropout or batch norm); call model.eval() first."

@@ -85,7 +85,10 @@ class Batches:
             )
         batches, sizes = [], []
         structure: Structure | None = None
-        for X, y in _shown(data, who) if progressbar else data:
+        for batch in _shown(data, who) if progressbar else data:
+            if isinstance(batch, Tensor) or not isinstance(batch, Sequence) or len(batch) != 2:
+                raise DataError(f"{who}: expected data as batches (X, y), got a batch of type {type(batch).__name__}; pass [(X, y)].")
+            X, y = batch
             if structure is None:
                 structure = Structure.of(X, who)
                 if structure.keys is not None and batch_size_fn is None:

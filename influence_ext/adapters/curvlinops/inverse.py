@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from influence_ext.adapters.curvlinops.interface import PyTorchLinearOperator
-from influence_ext.errors import ArgumentError, NumericalWarning, ShapeError
+from influence_ext.errors import ArgumentError, DTypeError, NumericalWarning, ShapeError
 from influence_ext.operators import LinearOperator
 from influence_ext.solvers import CG
 
@@ -19,6 +19,10 @@ class _InverseLinearOperator(PyTorchLinearOperator):
     """What the inverses of an operator share; subclasses solve for columns ``[P, K]``."""
 
     def __init__(self, A: PyTorchLinearOperator):
+        if not isinstance(A, PyTorchLinearOperator):
+            raise DTypeError(
+                f"{type(self).__name__}: expected a linear operator, got {type(A).__name__}; for a matrix torch.linalg.solve is the way."
+            )
         if A._in_shape != A._out_shape:
             raise ShapeError(
                 f"{type(self).__name__}: expected a square operator, got {A._in_shape} -> {A._out_shape}; compose it with its adjoint."
@@ -131,6 +135,8 @@ class NeumannInverseLinearOperator(_InverseLinearOperator):
 
     def __init__(self, A: PyTorchLinearOperator, num_terms: int = 100, scale: float = 1.0, check_nan: bool = True):
         super().__init__(A)
+        if num_terms < 0:
+            raise ArgumentError(f"NeumannInverseLinearOperator: expected num_terms of at least 0, got {num_terms}; more terms, less error.")
         self._num_terms, self._scale, self._check_nan = num_terms, scale, check_nan
 
     def _solve(self, B: Tensor) -> Tensor:

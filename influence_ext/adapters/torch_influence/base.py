@@ -17,7 +17,7 @@ from influence_ext.adapters.torch_influence.captures import Captures
 from influence_ext.adapters.torch_influence.curvature import gauss_newton_product, hessian_product
 from influence_ext.adapters.torch_influence.regulariser import Regulariser
 from influence_ext.capture import differentiable
-from influence_ext.errors import ArgumentError, ShapeError
+from influence_ext.errors import ArgumentError, DTypeError, ShapeError
 
 _log = logging.getLogger("influence_ext")
 
@@ -63,6 +63,9 @@ class BaseInfluenceModule(abc.ABC):
         train_loader: training batches of tensors in tuples, lists or dicts; its order and shuffling play no part.
         test_loader: the same for test data.
         device: where everything is computed.
+
+    Raises:
+        ArgumentError (a ValueError): the model has no parameter with ``requires_grad``, or the training loader is none.
     """
 
     def __init__(
@@ -79,6 +82,9 @@ class BaseInfluenceModule(abc.ABC):
         self.is_model_functional = False
         self.params_names = tuple(name for name, _ in self._model_params())
         self.params_shape = tuple(p.shape for _, p in self._model_params())
+        if not self.params_names:
+            raise ArgumentError(f"{type(self).__name__}: expected parameters with requires_grad, got a model without any; unfreeze some.")
+        _check_loader(train_loader, "train_loader")
         self.objective = objective
         self.train_loader = train_loader
         self.test_loader = test_loader
@@ -121,13 +127,18 @@ class BaseInfluenceModule(abc.ABC):
 
         Raises:
             IndexError, ValueError: see :meth:`train_loss_grad`; ``stest`` of another shape.
+            DTypeError (a TypeError): ``stest`` of another dtype than the parameters.
 
         Cost: beside :meth:`stest`, one forward pass and a tangent sweep over these training examples.
         """
-        vectors = self.stest(test_idxs) if stest is None else stest.to(self.device)
-        P = sum(shape.numel() for shape in self.params_shape)
+        vectors = self.stest(test_idxs) if stest is None else torch.as_tensor(stest, device=self.device)
+        P, dtype = sum(shape.numel() for shape in self.params_shape), self._model_params(with_names=False)[0].dtype
         if vectors.dim() not in (1, 2) or vectors.shape[-1] != P:
             raise ShapeError(f"influences: expected stest of shape [P] or [V, P] with P = {P}, got {list(vectors.shape)}.")
+        if vectors.dtype != dtype:
+            raise DTypeError(
+                f"influences: expected stest of the parameters' dtype {dtype}, got {vectors.dtype}; convert it by .to({dtype})."
+            )
         count = len(self.train_loader.dataset)  # type: ignore[arg-type]
         indices = check_subset(train_idxs, count)
         rows = vectors.detach().reshape(-1, P).contiguous()
@@ -237,7 +248,8 @@ class BaseInfluenceModule(abc.ABC):
         Raises:
             IndexError, ValueError: see :meth:`train_loss_grad`; a loader without a batch size.
         """
-        loader = self.train_loader if train else self.test_loader
+        loader: Any = self.train_loader if train else self.test_loader
+        _check_loader(loader, "train_loader" if train else "test_loader")
         size = loader.batch_size if batch_size is None else batch_size
         if size is None:
             raise ArgumentError(
@@ -299,6 +311,14 @@ class BaseInfluenceModule(abc.ABC):
             z = objective.train_outputs(self.model, batch)
             product = gauss_newton_product(z, theta, lambda out: objective.train_loss_on_outputs(out, batch))
             return product(vec[None])[0] + Regulariser(objective.train_regularization, theta).product(vec[None])[0]
+
+
+def _check_loader(loader: Any, name: str) -> None:
+    if not hasattr(loader, "dataset"):
+        raise ArgumentError(
+            f"torch_influence: expected {name} to be a DataLoader, got {type(loader).__name__}; wrap the data, for instance in "
+            "DataLoader(TensorDataset(X, y), batch_size=32)."
+        )
 
 
 class _Caller(nn.Module):

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from influence_ext.adapters.torch_influence.batches import NotNative
 from influence_ext.adapters.torch_influence.captures import Linearised
 from influence_ext.adapters.torch_influence.regulariser import Product, hessian_rows
+from influence_ext.errors import ShapeError
 from influence_ext.losses import OutputHessian
 from influence_ext.operators.base import LinearOperator
 from influence_ext.plan import Tape
@@ -221,7 +222,7 @@ def hessian_product(value: Tensor, theta: Tensor) -> Product:
     """``∇²value v`` from the graph of ``∇value``."""
     if not value.requires_grad:
         return torch.zeros_like
-    (gradient,) = torch.autograd.grad(value.sum(), theta, create_graph=True, materialize_grads=True)
+    (gradient,) = torch.autograd.grad(_scalar(value), theta, create_graph=True, materialize_grads=True)
     return lambda V: hessian_rows(gradient, theta, V)
 
 
@@ -238,13 +239,19 @@ def gauss_newton_product(z: Tensor, theta: Tensor, loss: Callable[[Tensor], Tens
     value = loss(leaf)
     if not value.requires_grad:
         return torch.zeros_like
-    (gradient,) = torch.autograd.grad(value.sum(), leaf, create_graph=True)
+    (gradient,) = torch.autograd.grad(_scalar(value), leaf, create_graph=True)
 
     def product(V: Tensor) -> Tensor:
         tangents = hessian_rows(pulled, u, V)
         return hessian_rows(z, theta, hessian_rows(gradient, leaf, tangents))
 
     return product
+
+
+def _scalar(value: Tensor) -> Tensor:
+    if value.numel() != 1:
+        raise ShapeError(f"train_loss: expected a scalar, the mean over the batch, got {list(value.shape)}; reduce it with .mean().")
+    return value.sum()
 
 
 def sampled_indices(loader: DataLoader, num_batches: int) -> tuple[Tensor, ...]:

@@ -160,6 +160,9 @@ class LiSSAInfluenceModule(_ProductModule):
         scale: σ, above half the top eigenvalue of every batch's damped Hessian.
         gnh: see :class:`CGInfluenceModule`.
         debug_callback: called with ``(r, t, h)`` after every step.
+
+    Raises:
+        ArgumentError (a ValueError): ``repeat`` or ``depth`` below 1, or ``scale`` not positive.
     """
 
     def __init__(
@@ -177,6 +180,11 @@ class LiSSAInfluenceModule(_ProductModule):
         debug_callback: Callable[[int, int, Tensor], None] | None = None,
     ):
         super().__init__(model=model, objective=objective, train_loader=train_loader, test_loader=test_loader, device=device)
+        if repeat < 1 or depth < 1 or not scale > 0:
+            raise ArgumentError(
+                f"LiSSAInfluenceModule: expected repeat and depth of at least 1 and a positive scale, got {repeat}, {depth} and {scale:g}; "
+                "correct them."
+            )
         self.damp, self.gnh = damp, gnh
         self.repeat, self.depth, self.scale = repeat, depth, scale
         self.debug_callback = debug_callback

@@ -265,6 +265,19 @@ void bind(py::module_& m, const std::string& suffix) {
              f.gradients.square_norms(run.ctx, to);
              return out;
            })
+      .def(
+          "dots",
+          [](const BoundFactors<T>& f, const at::Tensor& u) {
+            const int64_t V = f.gradients.num_vectors(), W = u.size(0);
+            const T* from = data<T>(u, W * f.tape->P(), f.tape->device, "dots");
+            at::Tensor out = empty<T>({V, W, f.gradients.num_examples()}, f.tape->device);
+            T* to = out.mutable_data_ptr<T>();
+            const Run run(f.tape->device, f.tape->precision);
+            py::gil_scoped_release release;
+            if (V * W > 0) f.gradients.dots(run.ctx, W, from, to);
+            return out;
+          },
+          py::arg("u"))
       .def("square_norms_by_parameter",  // offset of the parameter -> [V, N]
            [](const BoundFactors<T>& f) {
              std::map<int64_t, at::Tensor> found;

@@ -170,6 +170,10 @@ class ChunkedFactors:
         assert out is not None
         return out
 
+    def dots(self, u: Tensor) -> Tensor:
+        """``[W, P] -> [V, W, N]``."""
+        return torch.cat([factors.dots(u) for _, _, factors in self._parts()], dim=2)
+
     def square_norms(self) -> Tensor:
         """``[V, N]``."""
         return torch.cat([factors.square_norms() for _, _, factors in self._parts()], dim=1)

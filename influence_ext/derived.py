@@ -126,7 +126,10 @@ class _Derivation(Operator):
 
 @dataclass(frozen=True, eq=False)
 class DerivedFactors:
-    """Per-example factors behind the chain rule: rows are formed in ``[N, P̃]`` and pulled back; the same methods as native factors."""
+    """Per-example factors behind the chain rule; the same methods as native factors.
+
+    Vectors are pushed to ``[W, P̃]``; where there are none, rows are formed in ``[N, P̃]`` and pulled back.
+    """
 
     native: Any
     point: DerivedPoint
@@ -136,6 +139,11 @@ class DerivedFactors:
         rows = self.native.materialise(None)
         pulled = self.point.pull(rows.reshape(-1, rows.shape[-1])).reshape(*rows.shape[:-1], -1)
         return pulled if out is None else out.view(pulled.shape).copy_(pulled)
+
+    def dots(self, u: Tensor) -> Tensor:
+        """``[W, P] -> [V, W, N]``."""
+        products: Tensor = self.native.dots(self.point.push(u))
+        return products
 
     def square_norms(self) -> Tensor:
         """``[V, N]``."""

@@ -447,8 +447,8 @@ class Tape(Replayable):
     def factors(self, G: Tensor) -> Any:
         """Per-example gradients ``J_nᵀ g[v, n]`` for ``G [V, N, *out]``, as factors.
 
-        Methods: ``materialise``, ``square_norms``, ``square_norms_by_parameter``, ``square_sum``, ``gram``, ``outer_products``. They read
-        the tape when they are called. Cost: one cotangent sweep each; factors are held for a tile of examples, by ``gram`` and
+        Methods: ``materialise``, ``dots``, ``square_norms``, ``square_norms_by_parameter``, ``square_sum``, ``gram``, ``outer_products``.
+        They read the tape when they are called. Cost: one cotangent sweep each; factors are held for a tile of examples, by ``gram`` and
         ``outer_products`` for all: V·N times the widths of the trainable nodes.
         """
         factors = self._native.factors(G.contiguous())

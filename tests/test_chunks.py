@@ -48,6 +48,7 @@ def test_every_product_is_the_same(pair: tuple[ie.GGN, ie.GGN]) -> None:
     G = torch.randn(2, 101, 3, dtype=F64)
     assert_close(parts.tape.vjp(G), whole.tape.vjp(G))
     assert_close(parts.tape.factors(G).materialise(None), whole.tape.factors(G).materialise(None))
+    assert_close(parts.tape.factors(G).dots(V), torch.einsum("vnp,wp->vwn", whole.tape.factors(G).materialise(None), V))
     assert_close(parts.tape.factors(G).square_norms(), whole.tape.factors(G).square_norms())
     assert torch.equal(parts.tape.outputs, whole.tape.outputs)
 

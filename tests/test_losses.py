@@ -76,7 +76,9 @@ def test_values_on_probabilities_are_those_of_pytorch(row: LossCase) -> None:
 def test_gradients(row: LossCase, dtype: torch.dtype) -> None:
     z, t = sample(row, dtype)
     expected = reference.loss_gradient(row.oracle(), z, t)
-    assert_close(resolve(row.make()).gradient(z, t), expected, scope="layer", eager=partial(eager_gradients, row, z, t))
+    loss = resolve(row.make())
+    assert_close(loss.gradient(z, t), expected, scope="layer", eager=partial(eager_gradients, row, z, t))
+    assert torch.equal(loss.checked_gradient(z, t, "test"), loss.gradient(z, t))
 
 
 @every_curved_row

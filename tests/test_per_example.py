@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import influence_ext as ie
 from influence_ext import reference
@@ -118,3 +119,34 @@ def test_batches_are_one_data_set(id: str, dtype: torch.dtype) -> None:
     assert_close(ie.grad_gram(network.model, network.loss, batches), whole.double())
     norms = ie.per_example_norms(network.model, network.loss, batches)
     assert_close(norms, network.grads.norm(dim=1), eager=lambda: eager.per_example_grads(network).norm(dim=1))
+
+
+def test_gram_matrix_of_many_examples(dtype: torch.dtype) -> None:
+    """More examples than a block of the upper half holds, several roots; a shared layer, one without a bias, one with a frozen weight."""
+    torch.manual_seed(0)
+    shared = nn.Linear(5, 5)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), shared, nn.Tanh(), shared, nn.Linear(5, 6, bias=False), nn.Linear(6, 3)).to(dtype)
+    model[-1].weight.requires_grad_(False)
+    X, y = torch.randn(150, 4, dtype=dtype), torch.randint(3, (150,))
+    exact = copy.deepcopy(model).double()
+    rows = reference.per_example_grads(exact, nn.CrossEntropyLoss(), X.double(), y)
+    gram = ie.grad_gram(model, "cross_entropy", (X, y))
+    assert torch.equal(gram, gram.T)
+    assert_close(gram, rows @ rows.T)
+    assert_close(ie.grad_gram(model, "cross_entropy", (X, y), (X[:70], y[:70])), rows @ rows[:70].T)
+    roots = ie.GGN(model, "cross_entropy", (X, y)).root_gram()
+    U = ie.GGN(exact, "cross_entropy", (X.double(), y)).root_rmatmat(torch.eye(len(roots), dtype=torch.float64))
+    assert torch.equal(roots, roots.T)
+    assert_close(roots, U @ U.T)
+
+
+@pytest.mark.parametrize("size", [8, 40])
+def test_gradients_that_leave_the_cache_are_the_same(size: int, dtype: torch.dtype) -> None:
+    """Rows that are written past the caches, at every alignment, with lines of whole vectors and of others."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(size, 129), nn.Tanh(), nn.Linear(129, 640), nn.Tanh(), nn.Linear(640, 3)).to(dtype)
+    N = 1 + (1 << 28) // (85_000 * dtype.itemsize)  # 256 MB: more than three quarters of most last-level caches
+    X, y = torch.randn(N, size, dtype=dtype), torch.randint(3, (N,))
+    grads = flat(ie.per_example_grads(model, "cross_entropy", (X, y)), N)
+    some = torch.tensor([0, 1, 2, 3, N // 2, N - 1])
+    assert_close(grads[some], flat(ie.per_example_grads(model, "cross_entropy", (X[some], y[some])), len(some)).double())

@@ -26,7 +26,7 @@ class ConvolutionRule final : public Rule<T> {
     check(node);
     const Shape s(node);
     Storage storage{.keeps_input = {node.is_trainable(0) && s.transposed}, .state_widths = {}};
-    if (prepares(node, s)) storage.state_widths = {s.images * prepared_size(s)};
+    if (prepares(node, s)) storage.state_widths = {s.images * prepared_size(node, s)};
     storage.packed_size = packed_both(s);
     if (takes_winograd(s.conv)) storage.packed_size += convolution_packed_size(s.direct(), s.transposed);
     if (node.is_trainable(0)) storage.tangent_packed_size = convolution_packed_size(s.conv, s.transposed);
@@ -56,7 +56,7 @@ class ConvolutionRule final : public Rule<T> {
   void forward(const Tile<T>& tile, T* y) const override {
     const Shape s(tile.node);
     ConvolutionProduct<T> p = product(s, tile, s.transposed, 1, y);
-    if (prepares(tile.node, s)) convolution_prepare_stub<T>(tile.ctx, s.conv, p.n, tile.x[0], prepared_size(s), tile.state[0]);
+    if (prepares(tile.node, s)) convolution_prepare_stub<T>(tile.ctx, s.conv, p.n, tile.x[0], prepared_size(tile.node, s), tile.state[0]);
     p.bias = tile.theta[1];
     if (takes_winograd(s.conv)) {
       p.terms[0] = {.in = tile.x[0], .packed = tile.packed + packed_both(s)};
@@ -117,7 +117,7 @@ class ConvolutionRule final : public Rule<T> {
       const bool few = positions <= kFewPositions && 2 * positions * (cols + V * s.out_channels) <= V * size;
       if (s.conv.groups == 1 && !s.transposed && (few || factors.outer())) {
         T* col = factors.allocate(n * positions * cols);
-        convolution_columns_stub<T>(tile.ctx, s.conv, n * s.images, tile.state[0], prepared_size(s), col);
+        convolution_columns_stub<T>(tile.ctx, s.conv, n * s.images, tile.state[0], prepared_size(tile.node, s), col);
         const T* row = g_y;
         if (s.out_plane > 1) {
           T* turned = factors.allocate(V * n * positions * s.out_channels);
@@ -218,14 +218,18 @@ class ConvolutionRule final : public Rule<T> {
   // x is multiplied in every product, by the kernel's tangent and by the cotangent.
   static bool prepares(const Node& node, const Shape& s) { return node.is_trainable(0) && !s.transposed; }
 
-  static int64_t prepared_size(const Shape& s) {
-    int64_t size = 0;
-    convolution_prepared_size_stub<T>(Context{}, s.conv, &size);
-    return size;
+  // Of the node's one convolution, worked out once.
+  static int64_t prepared_size(const Node& node, const Shape& s) {
+    const Context host{};
+    return *node.derived_on(host, "prepared size", [&] {
+      int64_t size = 0;
+      convolution_prepared_size_stub<T>(host, s.conv, &size);
+      return std::vector<int64_t>{size};
+    });
   }
 
   static ConvolutionTerm<T> input(const Shape& s, const Tile<T>& tile) {
-    if (prepares(tile.node, s)) return {.in = tile.state[0], .prepared = prepared_size(s)};
+    if (prepares(tile.node, s)) return {.in = tile.state[0], .prepared = prepared_size(tile.node, s)};
     return {.in = tile.x[0]};
   }
 
@@ -242,8 +246,8 @@ class ConvolutionRule final : public Rule<T> {
     if (s.transposed) {
       convolution_weights_stub<T>(tile.ctx, s.conv, tile.V, n, g, g_batch, 0, t_x ? t_x : tile.x[0], x_batch, images, out, batch, example);
     } else {
-      convolution_weights_stub<T>(tile.ctx, s.conv, tile.V, n, t_x ? t_x : tile.state[0], x_batch, t_x ? 0 : prepared_size(s), g, g_batch, images,
-                                  out, batch, example);
+      convolution_weights_stub<T>(tile.ctx, s.conv, tile.V, n, t_x ? t_x : tile.state[0], x_batch, t_x ? 0 : prepared_size(tile.node, s), g, g_batch,
+                                  images, out, batch, example);
     }
   }
 };

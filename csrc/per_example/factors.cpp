@@ -1,6 +1,7 @@
 #include "per_example/factors.h"
 
 #include <algorithm>
+#include <set>
 
 #include "common/scratch.h"
 #include "kernels/elementwise.h"
@@ -14,7 +15,13 @@ namespace infl {
 
 namespace {
 
-constexpr int64_t kBlockBytes = 32 << 20;  // gradients formed at a time where they must be
+constexpr int64_t kBlockBytes = 32 << 20;  // of what is formed at a time: gradients where they must be, inner products
+
+// Of N rows of `width` elements, those that are formed at a time.
+template <class T>
+int64_t largest_block(int64_t N, int64_t width) {
+  return std::clamp<int64_t>(kBlockBytes / (width * static_cast<int64_t>(sizeof(T))), 1, N);
+}
 
 // out [M, N] = a [M, K] b [N, K]ᵀ
 template <class T>
@@ -121,7 +128,7 @@ void FactorSet<T>::add_square_norms(const Context& ctx, int slot, const Group& g
     return;
   }
   const int64_t size = slots_[slot].size;
-  const int64_t block = std::clamp<int64_t>(kBlockBytes / (size * static_cast<int64_t>(sizeof(T))), 1, N_);
+  const int64_t block = largest_block<T>(N_, size);
   Scratch<T> formed(ctx, block * size);
   for (int64_t v = 0; v < V_; ++v) {
     for (int64_t n0 = 0; n0 < N_; n0 += block) {
@@ -168,7 +175,7 @@ void FactorSet<T>::add_square_sum(const Context& ctx, T* out) const {
       gemm_stub<T>(ctx, g);
       continue;
     }
-    const int64_t block = std::clamp<int64_t>(kBlockBytes / (size * static_cast<int64_t>(sizeof(T))), 1, N_);
+    const int64_t block = largest_block<T>(N_, size);
     Scratch<T> formed(ctx, block * size);
     for (int64_t v = 0; v < V_; ++v) {
       for (int64_t n0 = 0; n0 < N_; n0 += block) {
@@ -181,50 +188,114 @@ void FactorSet<T>::add_square_sum(const Context& ctx, T* out) const {
 }
 
 template <class T>
+std::map<int, int> FactorSet<T>::dense_partners(const FactorSet& other) const {
+  const auto vectors = [](const FactorSet& set, int slot) -> const T* {
+    const auto found = set.groups_.find(slot);
+    if (found == set.groups_.end() || !is_simple(found->second)) return nullptr;
+    const Factor<T>& f = found->second[0];
+    return f.row_has_v ? f.row : f.col;
+  };
+  const auto is_dense = [](const FactorSet& set, int slot) { return set.groups_.at(slot)[0].is_dense(); };
+  std::map<int, int> partners;
+  for (const auto& [dense, group] : groups_) {
+    if (!vectors(*this, dense) || !vectors(other, dense) || !group[0].is_dense()) continue;
+    for (const auto& [outer, unused] : groups_) {
+      const bool same = vectors(*this, outer) == vectors(*this, dense) && vectors(other, outer) == vectors(other, dense);
+      if (!same || is_dense(*this, outer) || partners.count(outer) > 0) continue;
+      partners[outer] = dense;
+      break;
+    }
+  }
+  return partners;
+}
+
+template <class T>
 void FactorSet<T>::gram(const Context& ctx, const FactorSet& other, T* out) const {
   fill_zero<T>(ctx, V_ * N_ * other.V_ * other.N_, out);
+  const std::map<int, int> partners = dense_partners(other);
+  std::set<int> included;
+  for (const auto& [outer, dense] : partners) included.insert(dense);
   for (const auto& [slot, group] : groups_) {
     const auto it = other.groups_.find(slot);
-    if (it != other.groups_.end()) add_gram(ctx, group, other, it->second, slots_[slot].size, out);
+    if (it == other.groups_.end() || included.count(slot) > 0) continue;
+    if (is_simple(group) && is_simple(it->second)) {
+      add_simple_gram(ctx, group[0], other, it->second[0], partners.count(slot) > 0, out);
+    } else {
+      add_gram(ctx, group, other, it->second, slots_[slot].size, out);
+    }
+  }
+  if (is_halved(ctx, other)) mirror(ctx, out);
+}
+
+template <class T>
+int64_t FactorSet<T>::rows_of_half() const {
+  return std::min(largest_block<T>(N_, V_ * N_), std::clamp<int64_t>((N_ + 3) / 4, 64, 256));
+}
+
+// What lies below the diagonal blocks of add_simple_gram, from what lies above.
+template <class T>
+void FactorSet<T>::mirror(const Context& ctx, T* out) const {
+  const int64_t cols = V_ * N_;
+  for (int64_t v = 0; v < V_; ++v) {
+    for (int64_t n0 = 0; n0 < N_; n0 += rows_of_half()) {
+      const int64_t begin = v * N_ + n0, n = std::min(rows_of_half(), N_ - n0), end = begin + n;
+      if (end == cols) continue;
+      strided_gather_stub<T>(ctx, cols - end, StridedMap(0, {n}, {cols}), out + begin * cols + end, 1, out + end * cols + begin, cols);
+    }
+  }
+}
+
+// ⟨row colᵀ, row' col'ᵀ⟩ = (row·row')(col·col'): the side with the V axis gives [N, V'N'] for each v, the shared side [N, N'].
+template <class T>
+void FactorSet<T>::add_simple_gram(const Context& ctx, const Factor<T>& f, const FactorSet& other, const Factor<T>& g, bool ones, T* out) const {
+  const bool upper = is_halved(ctx, other);
+  const int64_t cols = other.V_ * other.N_, M = other.N_;
+  const int64_t width = f.row_has_v ? f.rows : f.cols, shared = f.row_has_v ? f.cols : f.rows;
+  const T *f_vector = f.row_has_v ? f.row : f.col, *f_common = f.row_has_v ? f.col : f.row;
+  const T *g_vector = g.row_has_v ? g.row : g.col, *g_common = g.row_has_v ? g.col : g.row;
+  const int64_t block = upper ? rows_of_half() : largest_block<T>(N_, cols);
+  Scratch<T> inner(ctx, block * cols), common(ctx, f.is_dense() ? 0 : block * M);
+  for (int64_t n0 = 0; n0 < N_; n0 += block) {
+    const int64_t n = std::min(block, N_ - n0);
+    const int64_t skipped = upper && V_ == 1 ? n0 : 0, common_cols = M - skipped;
+    if (!f.is_dense()) {
+      multiply_transposed<T>(ctx, n, common_cols, shared, f_common + n0 * shared, g_common + skipped * shared, common.data());
+      if (ones) affine_stub<T>(ctx, 1, n * common_cols, T(1), nullptr, T(1), nullptr, common.data(), common.data(), false);
+    }
+    // Columns [begin, end), a part of one period of `common` or several whole ones.
+    const auto add = [&](int64_t v, int64_t begin, int64_t end) {
+      if (begin == end) return;
+      const int64_t count = end - begin;
+      multiply_transposed<T>(ctx, n, count, width, f_vector + (v * N_ + n0) * width, g_vector + begin * width, inner.data());
+      T* to = out + (v * N_ + n0) * cols + begin;
+      const T* weights = f.is_dense() ? nullptr : common.data() + begin % M - skipped;
+      if (weights) {
+        gram_accumulate_stub<T>(ctx, n, count, inner.data(), count, weights, std::min(count, M), common_cols, to, cols);
+      } else {
+        copy_rows_stub<T>(ctx, n, count, inner.data(), count, to, cols, true);
+      }
+    };
+    for (int64_t v = 0; v < V_; ++v) {
+      if (upper) {
+        add(v, v * N_ + n0, (v + 1) * N_);
+        add(v, (v + 1) * N_, cols);
+      } else {
+        add(v, 0, cols);
+      }
+    }
   }
 }
 
 template <class T>
 void FactorSet<T>::add_gram(const Context& ctx, const Group& mine, const FactorSet& other, const Group& theirs, int64_t size, T* out) const {
   const int64_t cols = other.V_ * other.N_;
-  const int64_t gradient_bytes = size * static_cast<int64_t>(sizeof(T));
-  if (is_simple(mine) && is_simple(theirs)) {
-    // ⟨row colᵀ, row' col'ᵀ⟩ = (row·row')(col·col'): the side with the V axis gives [N, V'N'] for each v, the shared side [N, N'].
-    const Factor<T>&f = mine[0], &g = theirs[0];
-    const int64_t width = f.row_has_v ? f.rows : f.cols, shared = f.row_has_v ? f.cols : f.rows;
-    const T* f_vector = f.row_has_v ? f.row : f.col;
-    const T* g_vector = g.row_has_v ? g.row : g.col;
-    const int64_t block = std::clamp<int64_t>(kBlockBytes / (cols * static_cast<int64_t>(sizeof(T))), 1, N_);
-    Scratch<T> inner(ctx, block * cols), common(ctx, f.is_dense() ? 0 : block * other.N_);
-    for (int64_t n0 = 0; n0 < N_; n0 += block) {
-      const int64_t n = std::min(block, N_ - n0);
-      if (!f.is_dense()) {
-        multiply_transposed<T>(ctx, n, other.N_, shared, (f.row_has_v ? f.col : f.row) + n0 * shared, g.row_has_v ? g.col : g.row, common.data());
-      }
-      for (int64_t v = 0; v < V_; ++v) {
-        multiply_transposed<T>(ctx, n, cols, width, f_vector + (v * N_ + n0) * width, g_vector, inner.data());
-        T* to = out + (v * N_ + n0) * cols;
-        if (f.is_dense()) {
-          combine_stub<T>(ctx, n * cols, T(1), inner.data(), T(0), nullptr, to, true);
-        } else {
-          gram_accumulate_stub<T>(ctx, n, cols, inner.data(), cols, common.data(), other.N_, other.N_, to, cols);
-        }
-      }
-    }
-    return;
-  }
   if (is_scatter(mine) && is_scatter(theirs)) {
     RowScatter<T>(ctx, V_, N_, mine[0]).add_gram(ctx, RowScatter<T>(ctx, other.V_, other.N_, theirs[0]), out);
     return;
   }
   // Blocks of formed gradients against each other.
-  const int64_t block = std::clamp<int64_t>(kBlockBytes / gradient_bytes, 1, N_);
-  const int64_t other_block = std::clamp<int64_t>(kBlockBytes / gradient_bytes, 1, other.N_);
+  const int64_t block = largest_block<T>(N_, size);
+  const int64_t other_block = largest_block<T>(other.N_, size);
   Scratch<T> a(ctx, block * size), b(ctx, other_block * size);
   for (int64_t v = 0; v < V_; ++v) {
     for (int64_t n0 = 0; n0 < N_; n0 += block) {

@@ -40,6 +40,15 @@ class FactorSet {
   void form(const Context& ctx, const Group& group, int64_t v, int64_t n0, int64_t n, T* out, int64_t stride, bool stream = false) const;
   void add_square_norms(const Context& ctx, int slot, const Group& group, T* out) const;
   void add_gram(const Context& ctx, const Group& mine, const FactorSet& other, const Group& theirs, int64_t size, T* out) const;
+  // Of simple groups; `ones`: and of the dense ones with the same vectors.
+  void add_simple_gram(const Context& ctx, const Factor<T>& mine, const FactorSet& other, const Factor<T>& theirs, bool ones, T* out) const;
+  // The Gram matrix of a set with itself is computed above the diagonal alone, in blocks of so many rows; a device would rather have few launches.
+  bool is_halved(const Context& ctx, const FactorSet& other) const { return this == &other && !ctx.on_device(); }
+  int64_t rows_of_half() const;
+  void mirror(const Context& ctx, T* out) const;
+  // The dense parameters whose gradients are the vectors of an outer product (a layer's bias, of its weight), in both sets: slot of the latter ->
+  // slot.
+  std::map<int, int> dense_partners(const FactorSet& other) const;
 
   int64_t V_, N_, num_parameters_;
   const std::vector<Slot>& slots_;

@@ -1,5 +1,6 @@
 #include "plan/example_gradients.h"
 
+#include <fstream>
 #include <set>
 
 #include "common/scratch.h"
@@ -8,7 +9,15 @@ namespace infl {
 
 namespace {
 
-constexpr int64_t kStreamBytes = 8 << 20;  // results larger than this leave the cache before they are read
+// Results larger than this leave the caches before they are read: three quarters of the last level, where the system tells its size.
+int64_t largest_cached_result() {
+  static const int64_t size = [] {
+    std::ifstream last_level("/sys/devices/system/cpu/cpu0/cache/index3/size");  // "32768K"
+    int64_t kibibytes = 0;
+    return last_level >> kibibytes ? (kibibytes << 10) / 4 * 3 : int64_t{8} << 20;
+  }();
+  return size;
+}
 
 }  // namespace
 
@@ -16,7 +25,7 @@ template <class T>
 void ExampleGradients<T>::materialise(const Context& ctx, T* out) const {
   const Plan<T>& plan = tape_.plan();
   const int64_t N = num_examples(), P = plan.num_parameters();
-  const bool stream = V_ * N * P * static_cast<int64_t>(sizeof(T)) > kStreamBytes;
+  const bool stream = V_ * N * P * static_cast<int64_t>(sizeof(T)) > largest_cached_result();
   tape_.each_tile_of_factors(ctx, V_, g_, nullptr, [&](const Context& inner, int64_t n0, int64_t n, const std::vector<Factor<T>>& factors, T*) {
     FactorSet<T>(V_, n, P, plan.slots(), factors).materialise(inner, out + n0 * P, P, N * P, stream);
   });
@@ -31,6 +40,11 @@ void ExampleGradients<T>::square_norms(const Context& ctx, T* out) const {
     FactorSet<T>(V_, n, plan.num_parameters(), plan.slots(), factors).square_norms(inner, found.data());
     copy_rows_stub<T>(inner, V_, n, found.data(), n, out + n0, N, false);
   });
+}
+
+template <class T>
+void ExampleGradients<T>::dots(const Context& ctx, int64_t W, const T* u, T* out) const {
+  tape_.dots(ctx, V_, g_, W, u, out);
 }
 
 template <class T>

@@ -22,6 +22,7 @@ class ExampleGradients {
 
   void materialise(const Context& ctx, T* out) const;                           // [V, N, P]
   void square_norms(const Context& ctx, T* out) const;                          // [V, N]
+  void dots(const Context& ctx, int64_t W, const T* u, T* out) const;           // u [W, P] -> [V, W, N] inner products
   std::vector<int> slots() const;                                               // the parameters that influence the output
   void square_norms(const Context& ctx, const std::vector<T*>& by_slot) const;  // [V, N] each, of slots(); in one sweep
   void square_sum(const Context& ctx, T* out) const;                            // [P]: Σ over v and n of the squared entries

@@ -9,6 +9,7 @@
 #include "common/scratch.h"
 #include "kernels/elementwise.h"
 #include "kernels/movement.h"
+#include "kernels/reduction.h"
 
 namespace infl {
 
@@ -58,7 +59,6 @@ Tape<T>::Tape(const Context& ctx, std::shared_ptr<const Plan<T>> plan, int64_t N
     if (shares[0].sets == 1) packed_[i].resize(ctx, static_cast<int64_t>(shares.size()) * storage.packed_size);
     if (node.curved) cotangents_[i].resize(ctx, N_ * node.width);
   }
-  for (size_t s = 0; s < theta_.size() && sets_ == 1; ++s) theta_[s].resize(ctx, plan_->slots()[s].size);
 }
 
 template <class T>
@@ -153,6 +153,7 @@ void Tape<T>::linearize(const Context& ctx, const std::vector<const T*>& theta, 
   theta_at_ = theta;
   theta_stride_ = stride;
   for (size_t s = 0; s < theta_.size() && sets_ == 1 && !borrow; ++s) {
+    theta_[s].resize(ctx, plan_->slots()[s].size);
     copy<T>(ctx, plan_->slots()[s].size, theta[s], theta_[s].data());
     theta_at_[s] = theta_[s].data();
   }
@@ -206,6 +207,12 @@ void Tape<T>::tangent_tile(const Context& ctx, int64_t V, int64_t n0, int64_t n,
     const ParameterTangents<T> t{tangents.data(), plan_->num_parameters(), packed + V * plan_->schedules().tangent_packed[step.node]};
     plan_->rule(step.node).jvp(sweep.tile, t_x.data(), t, scale, workspace + step.output * V * n);
   }
+}
+
+template <class T>
+void Tape<T>::load_cotangents(const Context& ctx, int64_t V, int64_t n0, int64_t n, const T* g, T* workspace) const {
+  const int64_t C = plan_->output_width(), rows = V * sets_;
+  copy_rows_stub<T>(ctx, rows, n * C, g + n0 * C, N_ * C, workspace + plan_->schedules().output * rows * n, n * C, false);
 }
 
 template <class T>
@@ -351,7 +358,10 @@ int64_t Tape<T>::cached_bytes() const {
     for (const auto& b : node) bytes += b.bytes();
   }
   for (const auto& b : packed_) bytes += b.bytes();
-  for (const auto& b : theta_) bytes += b.bytes();
+  for (size_t s = 0; s < theta_.size(); ++s) {
+    const bool borrowed = theta_at_[s] != nullptr && theta_at_[s] != theta_[s].data();
+    if (!borrowed) bytes += plan_->slots()[s].size * static_cast<int64_t>(sizeof(T));  // those of a tape that is still to be linearised, too
+  }
   for (const auto& b : cotangents_) bytes += b.bytes();
   return bytes;
 }
@@ -426,12 +436,9 @@ void Tape<T>::jvp(const Context& ctx, int64_t V, const T* v, T* t_out) const {
 
 template <class T>
 void Tape<T>::vjp(const Context& ctx, int64_t V, const T* g, T* out) const {
-  const int64_t C = plan_->output_width();
   each_group(ctx, V, [&](int64_t first, int64_t count) {
-    const int64_t rows = count * sets_;
     run_tiles(ctx, count, count, out + first * plan_->num_parameters(), [&](const Context& inner, int64_t n0, int64_t n, T* workspace, T* sum) {
-      T* g_z = workspace + plan_->schedules().output * rows * n;
-      copy_rows_stub<T>(inner, rows, n * C, g + (first * sets_ * N_ + n0) * C, N_ * C, g_z, n * C, false);
+      load_cotangents(inner, count, n0, n, g + first * sets_ * N_ * plan_->output_width(), workspace);
       cotangent_tile(inner, count, n0, n, slot_rows(sum), workspace);
     });
   });
@@ -518,13 +525,42 @@ void Tape<T>::product(const Context& ctx, int64_t V, const T* v, const OutputHes
 }
 
 template <class T>
+void Tape<T>::dots(const Context& ctx, int64_t V, const T* g, int64_t W, const T* u, T* out) const {
+  const Schedules& s = plan_->schedules();
+  const auto t_theta = slot_rows(u);
+  Scratch<T> packed(ctx, W * s.tangent_packed_size);
+  const T* packed_data = packed.data();
+  pack_tangents(ctx, W, t_theta, packed.data());
+  run_tiles(ctx, V + W, W, nullptr, [&](const Context& inner, int64_t n0, int64_t n, T* workspace, T*) {
+    Scratch<T> sums(inner, V * W * n), of_node(inner, W * n);
+    fill_zero<T>(inner, V * W * n, sums.data());
+    load_cotangents(inner, V, n0, n, g, workspace);
+    T* t_y = workspace + s.sweep_width * V * n;
+    for (const CotangentStep& step : s.cotangent) {
+      if (step.params) {
+        Sweep sweep(*this, inner, step.node, W, n0, n);
+        const std::vector<const T*> no_tangents(sweep.x.size(), nullptr);
+        const auto tangents = operands(sweep.node, t_theta);
+        const ParameterTangents<T> t{tangents.data(), plan_->num_parameters(), packed_data + W * s.tangent_packed[step.node]};
+        plan_->rule(step.node).jvp(sweep.tile, no_tangents.data(), t, nullptr, t_y);
+        for (int64_t v = 0; v < V; ++v) {
+          const T* g_y = workspace + (step.g_output * V + v * sweep.node.width) * n;
+          weighted_sum_axis_stub<T>(inner, W, n, sweep.node.width, 1, g_y, t_y, of_node.data());
+          combine_stub<T>(inner, W * n, T(1), of_node.data(), T(0), nullptr, sums.data() + v * W * n, true);
+        }
+      }
+      cotangent_step(inner, step, V, n0, n, {}, workspace);
+    }
+    copy_rows_stub<T>(inner, V * W, n, sums.data(), n, out + n0, N_, false);
+  });
+}
+
+template <class T>
 std::vector<Factor<T>> Tape<T>::factors(const Context& ctx, int64_t V, const T* g, int64_t n0, int64_t n, T* workspace, Arena<T>& storage,
                                         bool outer) const {
-  const Schedules& s = plan_->schedules();
-  const int64_t C = plan_->output_width();
-  copy_rows_stub<T>(ctx, V, n * C, g + n0 * C, N_ * C, workspace + s.output * V * n, n * C, false);
+  load_cotangents(ctx, V, n0, n, g, workspace);
   FactorSink<T> sink(ctx, storage, outer);
-  for (const CotangentStep& step : s.cotangent) {
+  for (const CotangentStep& step : plan_->schedules().cotangent) {
     if (step.params) {
       Sweep sweep(*this, ctx, step.node, V, n0, n);
       const T* g_y = workspace + step.g_output * V * n;

@@ -74,6 +74,10 @@ class Tape {
   // ∂²(Σ_n g_nᵀ f_n)/∂θ² v + Jᵀ H J v: [V, P] -> [V, P]
   void hvp(const Context& ctx, int64_t V, const T* v, const OutputHessian<T>& h, T* out) const;
 
+  // ⟨J_nᵀ g[v, n], u_w⟩ for g [V, N, C] and u [W, P]: [V, W, N]. One cotangent sweep for g, then at each trained node ⟨g_y, ∂y/∂θ u_w⟩: the tangents
+  // go no further than the node, which is half the work of jvp.
+  void dots(const Context& ctx, int64_t V, const T* g, int64_t W, const T* u, T* out) const;
+
   // The cotangent sweep of g [V, N, C] for examples [n0, n0 + n): each node's factors. They point into the tape, `workspace` and `storage`.
   // `outer`: as outer products wherever the rule has them (FactorSink).
   std::vector<Factor<T>> factors(const Context& ctx, int64_t V, const T* g, int64_t n0, int64_t n, T* workspace, Arena<T>& storage,
@@ -94,6 +98,8 @@ class Tape {
   std::vector<const T*> slot_rows(const T* flat) const;
   std::vector<T*> slot_rows(T* flat) const;
   void forward_tile(const Context& ctx, int64_t n0, int64_t n, T* workspace);
+  // g [V, N, C] of a tile to where the cotangent sweep begins.
+  void load_cotangents(const Context& ctx, int64_t V, int64_t n0, int64_t n, const T* g, T* workspace) const;
   void tangent_tile(const Context& ctx, int64_t V, int64_t n0, int64_t n, const std::vector<const T*>& t_theta, const T* packed, T* workspace) const;
   void cotangent_tile(const Context& ctx, int64_t V, int64_t n0, int64_t n, const std::vector<T*>& g_theta, T* workspace) const;
   void cotangent_step(const Context& ctx, const CotangentStep& step, int64_t V, int64_t n0, int64_t n, const std::vector<T*>& g_theta,
@@ -115,7 +121,7 @@ class Tape {
   std::vector<Buffer<T>> values_;               // per value: kept outputs [N, width]
   std::vector<std::vector<Buffer<T>>> states_;  // per node
   std::vector<Buffer<T>> packed_;               // per node
-  std::vector<Buffer<T>> theta_;                // per slot, unless borrowed
+  std::vector<Buffer<T>> theta_;                // per slot, empty where it is borrowed
   std::vector<const T*> theta_at_;              // per slot
   int64_t theta_stride_ = 0;                    // between sets
   std::vector<Buffer<T>> cotangents_;           // per node: of the outputs of curved ones [N, width]

@@ -46,11 +46,7 @@ class ElementwiseLoss(Loss):
 
     def value(self, z: Tensor, target: Tensor) -> Tensor:
         """See :meth:`Loss.value`."""
-        prepared = self._prepare(z, target, self.name)
-        out = prepared.rows.new_empty(z.shape[0])
-        self._evaluate(prepared, value=out)
-        constant = self._constant(z, target)
-        return out if constant is None else out.add_(constant.to(out.dtype))
+        return self._values(self._prepare(z, target, self.name), z, target)
 
     def gradient(self, z: Tensor, target: Tensor) -> Tensor:
         """See :meth:`Loss.gradient`."""
@@ -79,14 +75,14 @@ class ElementwiseLoss(Loss):
 
     def check(self, z: Tensor, target: Tensor, who: str) -> None:
         """See :meth:`Loss.check`."""
-        self._prepare(z, target, who)
-        values = self.value(z, target)
-        if not all_finite(values):
-            bad = (~torch.isfinite(values)).nonzero()[:, 0]
-            raise DataError(
-                f"{who}: expected finite values of {self.name}, got NaN or infinity for example {int(bad[0])} ({len(bad)} of {z.shape[0]} "
-                f"examples); {self._remedy()}."
-            )
+        self._check_values(self._prepare(z, target, who), z, target, who)
+
+    def checked_gradient(self, z: Tensor, target: Tensor, who: str) -> Tensor:
+        """See :meth:`Loss.checked_gradient`."""
+        prepared = self._prepare(z, target, who)
+        out = torch.empty_like(prepared.rows)
+        self._check_values(prepared, z, target, who, gradient=out)
+        return out.view(z.shape)
 
     def as_kernel(self, z: Tensor, target: Tensor) -> KernelLoss | None:
         """See :meth:`Loss.as_kernel`: None where the loss is not defined for all outputs."""
@@ -99,6 +95,22 @@ class ElementwiseLoss(Loss):
     def with_reduction(self, reduction: str) -> Loss:
         """See :meth:`Loss.with_reduction`."""
         return replace(self, reduction=reduction)
+
+    def _values(self, prepared: Prepared, z: Tensor, target: Tensor, **results: Tensor) -> Tensor:
+        """``ℓ_n``, and what else is wanted in the same pass."""
+        out = prepared.rows.new_empty(z.shape[0])
+        self._evaluate(prepared, value=out, **results)
+        constant = self._constant(z, target)
+        return out if constant is None else out.add_(constant.to(out.dtype))
+
+    def _check_values(self, prepared: Prepared, z: Tensor, target: Tensor, who: str, **results: Tensor) -> None:
+        values = self._values(prepared, z, target, **results)
+        if not all_finite(values):
+            bad = (~torch.isfinite(values)).nonzero()[:, 0]
+            raise DataError(
+                f"{who}: expected finite values of {self.name}, got NaN or infinity for example {int(bad[0])} ({len(bad)} of {z.shape[0]} "
+                f"examples); {self._remedy()}."
+            )
 
     def _evaluate(self, prepared: Prepared, z_s: Tensor | None = None, **results: Tensor) -> None:
         scale = self._scale(prepared.rows)

@@ -62,6 +62,11 @@ class MovedLoss(Loss):
         """See :meth:`Loss.gradient`."""
         return put_back(self.inner.gradient(self._outputs(z), self._targets(target)), self.outputs, z.shape[1:], lead=1)
 
+    def checked_gradient(self, z: Tensor, target: Tensor, who: str) -> Tensor:
+        """See :meth:`Loss.checked_gradient`."""
+        inner = self.inner.checked_gradient(self._outputs(z), self._targets(target), who)
+        return put_back(inner, self.outputs, z.shape[1:], lead=1)
+
     def hessian(self, z: Tensor, target: Tensor, weights: Tensor | None = None) -> OutputHessian:
         """See :meth:`Loss.hessian`: the core's own where the elements keep their order."""
         inner = self.inner.hessian(self._outputs(z), self._targets(target), weights)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from influence_ext.context import standalone
@@ -57,11 +56,9 @@ class ExampleGradients:
         return self.tape.vjp(self.output_gradients[None])[0]
 
     def dots(self, V: Tensor) -> Tensor:
-        """``⟨∇ℓ_n, v⟩``: ``[V, P] -> [N, V]``, as ``∇_zℓ_nᵀ (J_n v)``: a tangent sweep, no gradients at all."""
-        N = self.tape.num_examples
-        tangents = self.tape.jvp(V).reshape(V.shape[0], N, -1)
-        gradients = self.output_gradients.reshape(N, -1)
-        return torch.einsum("vnc,nc->nv", tangents, gradients)
+        """``⟨∇ℓ_n, v⟩``: ``[V, P] -> [N, V]``, node by node against the cotangents there; no gradients are formed."""
+        products: Tensor = self.tape.factors(self.output_gradients[None]).dots(V)
+        return products[0].T.contiguous()
 
     def norms(self) -> Tensor:
         """``‖∇ℓ_n‖₂``: ``[N]``."""
@@ -139,7 +136,8 @@ def per_example_dots(model: nn.Module, loss: LossLike | Loss, data: Any, V: Tens
     Raises:
         ShapeError, DTypeError, DeviceError: ``V`` does not fit; otherwise as :func:`per_example_grads`.
 
-    Cost: one forward pass and V tangent sweeps.
+    Cost: one forward pass, one cotangent sweep, and for each vector one product with the inputs of every trained layer: half of a
+    tangent sweep.
     """
     who = "per_example_dots"
     gradients = ExampleGradients.of(model, loss, data, params, who)

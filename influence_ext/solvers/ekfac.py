@@ -16,7 +16,7 @@ from influence_ext.solvers.factorisation import Factorisation, FactorisingSolver
 
 
 @runtime_checkable
-class KroneckerFactored(Protocol):
+class KroneckerOperator(Protocol):
     """An operator ``G + damping·I`` that knows Kronecker factors of its diagonal blocks."""
 
     damping: float
@@ -78,7 +78,7 @@ class EKFAC(FactorisingSolver):
         Raises:
             ArgumentError: the operator knows no Kronecker factors.
         """
-        if not isinstance(operator, KroneckerFactored):
+        if not isinstance(operator, KroneckerOperator):
             raise ArgumentError(
                 f"EKFAC: expected a curvature made of a network's per-example gradients (GGN, EmpiricalFisher, MonteCarloFisher), got "
                 f"{type(operator).__name__}; use CG."

@@ -1,4 +1,8 @@
-"""Conjugate gradients on products at reduced precision, held to the exact residual."""
+"""Conjugate gradients on products at reduced precision, held to the exact residual.
+
+The recurrence is not that of ``krylov.CGVectors``: a residual that was replaced is no longer orthogonal to the direction before, so the
+step is ``rᵀp / pᵀÃp`` here, where the fused kernels take ``rᵀz / pᵀAp`` and end a column for good; and every step is looked at.
+"""
 
 from __future__ import annotations
 

@@ -38,6 +38,7 @@ void write_scaled(int64_t cols, T a, const T* from, T* to, bool stream) {
     }
     for (; c + kLanes<T> <= cols; c += kLanes<T>) stream_vector(to + c, load(from + c) * a);
   }
+  for (; c + kLanes<T> <= cols; c += kLanes<T>) store(to + c, load(from + c) * a);
   for (; c < cols; ++c) to[c] = a * from[c];
 }
 

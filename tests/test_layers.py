@@ -146,13 +146,13 @@ import sys, torch
 from influence_ext import _C
 from influence_ext.testing import assert_close
 from tests.cases import build, eager
-from tests.cases.convolution import WINOGRAD
+from tests.cases.convolution import CHANNEL_LANES, WINOGRAD
 from tests.cases.models import NETWORKS
 import influence_ext as ie
 assert _C.build_info()["active_instruction_set"] == sys.argv[1], _C.build_info()
 for dtype in (torch.float64, torch.float32):
     ids = ("linear-97-33", "linear-33-97", "mlp-odd", "mlp-many", "mixer", "tied-transpose", "head-ce-mean-33")
-    for case in (*(NETWORKS[id] for id in ids), *WINOGRAD):
+    for case in (*(NETWORKS[id] for id in ids), *WINOGRAD, *CHANNEL_LANES):
         n = build(case, dtype)
         V = n.random("V", 3, n.P)
         G = ie.GGN(n.model, n.loss, n.data)

@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "common/dispatch.h"
+#include "kernels/convolution_lanes.h"
 #include "kernels/convolution_shape.h"
 #include "kernels/winograd.h"
 
@@ -31,6 +32,8 @@ inline RowBlocks convolution_row_blocks(int64_t rows) {
 inline int64_t convolution_packed_size(const Convolution& c, bool up) {
   const int64_t rows = (up ? c.x_channels : c.y_channels) / c.groups, inner = (up ? c.y_channels : c.x_channels) / c.groups;
   if (takes_winograd(c)) return kWinogradElements * inner * winograd_channels(rows);
+  const ConvolutionLanes lanes = convolution_lanes(c, up);
+  if (lanes != ConvolutionLanes::positions) return channels_packed_size(c, up, lanes);
   const RowBlocks blocks = convolution_row_blocks(rows);
   return c.groups * blocks.count * blocks.height * inner * c.taps();
 }

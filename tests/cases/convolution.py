@@ -214,6 +214,36 @@ WINOGRAD = (
              num_examples=2),
 )  # fmt: skip
 
+# Lines that fill vectors badly: lanes run along channels, or along columns of the kernel and channels (csrc/kernels/convolution_lanes.h).
+CHANNEL_LANES = (
+    conv_row("channels", averaged(lambda: nn.Conv2d(6, 16, 5)), "LeNet's second layer: whole vectors of channels", normal(6, 14, 14),
+             num_examples=3),
+    conv_row("channels-two", averaged(lambda: nn.Conv2d(3, 6, 3, padding=1), nn.ReLU, lambda: nn.Conv2d(6, 16, 5)),
+             "both terms of the tangent; columns of the kernel in the cotangent of the input", normal(3, 11, 10), num_examples=2),
+    conv_row("channels-odd", averaged(lambda: nn.Conv2d(5, 13, (3, 5), padding=(2, 1))), "channels and taps left over", normal(5, 7, 9),
+             num_examples=2),
+    conv_row("channels-blocks", averaged(lambda: nn.Conv2d(2, 43, 3, padding=1)), "several blocks of channels, the last smaller",
+             normal(2, 5, 9), num_examples=2),
+    conv_row("channels-stride", averaged(lambda: nn.Conv2d(3, 32, 7, stride=2, padding=3)), "stride 2: runs of four and three taps",
+             normal(3, 13, 19), num_examples=2),
+    conv_row("channels-dilation", averaged(lambda: nn.Conv2d(4, 6, 3), nn.ReLU, lambda: nn.Conv2d(6, 16, (2, 3), dilation=2, padding=1)),
+             "columns of the kernel that are not neighbours", normal(4, 11, 12), num_examples=2),
+    conv_row("channels-long", averaged(lambda: nn.Conv2d(64, 16, (3, 9), padding=(1, 4))),
+             "more terms than are summed at once, long kernels", normal(64, 5, 9), num_examples=1),
+    conv_row("channels-plane", averaged(lambda: nn.Conv2d(2, 16, 3)), "a plane of more positions than are summed at once",
+             normal(2, 27, 27), num_examples=2),
+    conv_row("channels-three-axes",
+             stack(lambda: nn.Conv3d(3, 16, (2, 3, 3), padding=1), nn.Tanh, lambda: nn.AdaptiveAvgPool3d(1), nn.Flatten),
+             "three axes", normal(3, 3, 4, 5), num_examples=2),
+    conv_row("channels-curved", averaged(lambda: nn.Conv2d(3, 4, 3), nn.Tanh, lambda: nn.Conv2d(4, 16, 5)),
+             "second derivatives: shared cotangents, kernels of each right-hand side", normal(3, 11, 11), num_examples=2),
+    conv_row("channels-residual", lambda: Residual(nn.Conv2d(6, 6, 5, padding=2), nn.Conv2d(6, 6, (3, 1), padding=(1, 0)), channels=6),
+             "cotangents add up in an input", normal(6, 5, 9), num_examples=2),
+    conv_row("channels-transposed", averaged(lambda: nn.ConvTranspose2d(16, 6, 5)), "the transposed layer", normal(16, 6, 6),
+             num_examples=2),
+    conv_row("channels-many", averaged(lambda: nn.Conv2d(6, 16, 5)), "several tiles of examples", normal(6, 9, 9), num_examples=19),
+)  # fmt: skip
+
 POOLING = (
     row("max-pool2d", "max_pool", pooled(nn.MaxPool2d(2)), "the plain layer", normal(1, 5, 7)),
     row("max-pool2d-overlap", "max_pool", pooled(nn.MaxPool2d(3, 1)), "an input may win several windows", normal(1, 5, 6)),
@@ -245,4 +275,4 @@ POOLING = (
         "cotangents of several pools add up in one input", normal(1, 5, 5)),
 )  # fmt: skip
 
-CONVOLUTION = CONVOLUTIONS + WINOGRAD + POOLING
+CONVOLUTION = CONVOLUTIONS + WINOGRAD + CHANNEL_LANES + POOLING

@@ -1,7 +1,9 @@
 // Products, where they are not Winograd's: a sum over channels and taps of broadcast weight times vector of positions, read from the padded copy
-// (convolution_geometry.h), in register tiles of up to 12 channels by 2 vectors, or fewer channels by more vectors (depthwise: 1 by 8).
+// (convolution_geometry.h), in register tiles of up to 12 channels by 2 vectors, or fewer channels by more vectors (depthwise: 1 by 8). Where
+// lines of positions would leave lanes empty, lanes run along channels instead (convolution_channels.h).
 #include "kernels/convolution.h"
 
+#include "kernels/cpu/convolution_channels.h"
 #include "kernels/cpu/convolution_geometry.h"
 #include "kernels/cpu/winograd.h"
 
@@ -11,7 +13,6 @@ namespace {
 
 constexpr int kRows = INFL_VECTOR_BYTES == 64 ? 12 : 6;
 constexpr int kSums = INFL_VECTOR_BYTES == 64 ? 24 : 12;  // accumulators of a register tile
-constexpr int64_t kRun = 512;                             // terms summed in registers before they are added up
 constexpr int64_t kBlockBytes = 24 << 10;                 // input of the lines handled together: stays in the first-level cache
 
 // ---- Packed weights: [phase][group][block of rows][inner channel][tap of the phase][height] ------------------------------------------------
@@ -19,6 +20,9 @@ constexpr int64_t kBlockBytes = 24 << 10;                 // input of the lines 
 template <class T>
 void convolution_pack(const Context& ctx, const Convolution& conv, bool up, int64_t num, const T* w, int64_t w_batch, T* packed) {
   if (takes_winograd(conv)) return winograd_pack(ctx, conv, up, num, w, w_batch, packed);
+  if (const auto lanes = convolution_lanes(conv, up); lanes != ConvolutionLanes::positions) {
+    return pack_channels(ctx, conv, up, lanes, num, w, w_batch, packed);
+  }
   const Geometry<T> geometry(conv, up);
   const int64_t rows = geometry.out_channels / conv.groups, inner = geometry.in_channels / conv.groups, taps = conv.taps();
   const int64_t x_channels = conv.x_channels / conv.groups, y_channels = conv.y_channels / conv.groups;
@@ -153,13 +157,6 @@ TileFn<T> widest_tile(int64_t rows, int64_t vectors, int64_t& width) {
   width = vectors >= 8 && rows * 8 <= kSums ? 8 : vectors >= 4 && rows * 4 <= kSums ? 4 : vectors >= 2 && rows * 2 <= kSums ? 2 : 1;
   return width == 8 ? tile_for<T, 8>(rows) : width == 4 ? tile_for<T, 4>(rows) : width == 2 ? tile_for<T, 2>(rows) : tile_for<T, 1>(rows);
 }
-
-// One operand of the sum: padded input and weights of one group.
-template <class T>
-struct Operand {
-  const T* x;
-  const T* a;
-};
 
 template <class T>
 struct Product {
@@ -310,17 +307,13 @@ struct Product {
   }
 };
 
-template <class T>
-void convolution_product(const Context& ctx, const Convolution& conv, const ConvolutionProduct<T>& p) {
-  if (takes_winograd(conv) && (p.terms[0].in || p.terms[1].in)) return winograd_product(ctx, conv, p);
-  const Geometry<T> geometry(conv, p.up);
-  ConvolutionTerm<T> terms[2];
-  int num_terms = 0;
-  for (const auto& term : p.terms) {
-    if (term.in) terms[num_terms++] = term;
-  }
-  const Product<T> product{conv, geometry, num_terms};
-  const int64_t in_width = geometry.in_channels * geometry.in_plane, out_width = geometry.out_channels * geometry.out_plane;
+// `P`: Product or ChannelProduct, whose inputs are as `geometry` copies them.
+template <class T, class P>
+void run_product(const Context& ctx, const Convolution& conv, const Geometry<T>& geometry, const ConvolutionTerm<T>* terms, const P& product,
+                 const ConvolutionProduct<T>& p) {
+  const int num_terms = product.num_terms;
+  const int64_t in_width = geometry.in_channels * geometry.in_plane;
+  const int64_t out_width = p.up ? conv.x_channels * conv.x_plane() : conv.y_channels * conv.y_plane();
   const double flops = 2.0 * num_terms * p.V * p.n * conv.weight_size() * std::min(conv.x_plane(), conv.y_plane());
   const int threads = flops < 5e5 ? 1 : ctx.num_threads;
   parallel_for(threads, p.n, [&](int64_t i) {
@@ -345,6 +338,24 @@ void convolution_product(const Context& ctx, const Convolution& conv, const Conv
                   p.out + (v * p.n + i) * out_width, p.accumulate);
     }
   });
+}
+
+template <class T>
+void convolution_product(const Context& ctx, const Convolution& conv, const ConvolutionProduct<T>& p) {
+  if (takes_winograd(conv) && (p.terms[0].in || p.terms[1].in)) return winograd_product(ctx, conv, p);
+  ConvolutionTerm<T> terms[2];
+  int num_terms = 0;
+  for (const auto& term : p.terms) {
+    if (term.in) terms[num_terms++] = term;
+  }
+  const auto lanes = convolution_lanes(conv, p.up);
+  const Convolution shape = lanes == ConvolutionLanes::columns ? columns_as_channels(conv) : conv;
+  const Geometry<T> geometry(shape, p.up);
+  if (lanes == ConvolutionLanes::positions) {
+    run_product(ctx, conv, geometry, terms, Product<T>{conv, geometry, num_terms}, p);
+  } else {
+    run_product(ctx, conv, geometry, terms, ChannelProduct<T>{conv, geometry, lanes, num_terms}, p);
+  }
 }
 
 template <class T>

@@ -1,8 +1,11 @@
-// The gradient by the kernel is a table of dot products along positions, tiles of 4 channels of y by 6 pairs (channel, tap) of x: neither operand is
-// transposed. x is read from its padded copy (convolution_geometry.h), y in lines that are filled up with zeros to whole vectors.
+// The gradient by the kernel is a table of dot products along positions, tiles of 4 channels of y by 6 pairs (channel, tap) of x (or, of a layer with
+// 5 or 6 channels, all of them by 4): neither operand is transposed. x is read from its padded copy (convolution_geometry.h), y in lines that are
+// filled up with zeros to whole vectors. Where lines of positions would leave lanes empty, lanes run along channels of y instead
+// (convolution_weights_channels.h).
 #include "kernels/convolution_weights.h"
 
 #include "kernels/cpu/convolution_geometry.h"
+#include "kernels/cpu/convolution_weights_channels.h"
 #include "kernels/cpu/winograd.h"
 
 namespace infl {
@@ -11,7 +14,9 @@ namespace {
 
 constexpr int kDotRows = INFL_VECTOR_BYTES == 64 ? 4 : 2;  // channels of y in a tile of dot products
 constexpr int kDotCols = INFL_VECTOR_BYTES == 64 ? 6 : 4;  // pairs (channel, tap) of x
-constexpr int64_t kChunkBytes = 256 << 10;                 // copies of the examples whose dot products are taken together
+constexpr int kTallRows = INFL_VECTOR_BYTES == 64 ? 6 : 2, kTallCols = 4;
+constexpr int64_t kSumsBytes = 32 << 10;    // sums of each lane that stay in the cache from one chunk of examples to the next
+constexpr int64_t kChunkBytes = 256 << 10;  // copies of the examples whose dot products are taken together
 constexpr int64_t kChunkPositions = 2048;
 
 template <class T>
@@ -22,8 +27,9 @@ struct DotJob {
   const int64_t* offsets;  // per column
   const T* y;
   int64_t y_channel, y_example, y_plane, y_line;
-  T* out;
+  T* out;  // sums, or with `by_lane` a vector of sums for each
   int64_t out_row;
+  bool by_lane;
 };
 
 template <class T>
@@ -71,30 +77,36 @@ __attribute__((noinline)) void dot_fn(const DotJob<T>& job) {
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) job.out[r * job.out_row + c] += lane_sum<T>(acc[r][c]);
+    for (int c = 0; c < C; ++c) {
+      T* out = job.out + (r * job.out_row + c) * (job.by_lane ? kLanes<T> : 1);
+      if (job.by_lane) {
+        store(out, load(out) + acc[r][c]);
+      } else {
+        *out += lane_sum<T>(acc[r][c]);
+      }
+    }
 }
 
 template <class T>
 using DotFn = void (*)(const DotJob<T>&);
 
-template <class T, int R>
-DotFn<T> dot_for(int64_t cols) {
-  static constexpr DotFn<T> table[] = {
-      nullptr,         dot_fn<T, R, 1>, dot_fn<T, R, 2>, dot_fn<T, R, 3>, dot_fn<T, R, 4>,
-#if INFL_VECTOR_BYTES == 64
-      dot_fn<T, R, 5>, dot_fn<T, R, 6>,
-#endif
-  };
-  return table[cols];
+template <class T, int R, int... C>
+DotFn<T> dot_for(int64_t cols, std::integer_sequence<int, C...>) {
+  static constexpr DotFn<T> table[] = {dot_fn<T, R, C + 1>...};
+  return table[cols - 1];
 }
 
 template <class T>
 DotFn<T> dot_for(int64_t rows, int64_t cols) {
+  constexpr std::make_integer_sequence<int, kDotCols> wide{};
 #if INFL_VECTOR_BYTES == 64
-  if (rows == 4) return dot_for<T, 4>(cols);
-  if (rows == 3) return dot_for<T, 3>(cols);
+  constexpr std::make_integer_sequence<int, kTallCols> tall{};
+  if (rows == 6) return dot_for<T, 6>(cols, tall);
+  if (rows == 5) return dot_for<T, 5>(cols, tall);
+  if (rows == 4) return dot_for<T, 4>(cols, wide);
+  if (rows == 3) return dot_for<T, 3>(cols, wide);
 #endif
-  return rows == 2 ? dot_for<T, 2>(cols) : dot_for<T, 1>(cols);
+  return rows == 2 ? dot_for<T, 2>(cols, wide) : dot_for<T, 1>(cols, wide);
 }
 
 // Where lane-padded lines of y lie; in place if y's own lines are whole vectors.
@@ -142,17 +154,24 @@ void convolution_weights(const Context& ctx, const Convolution& conv, int64_t V,
   const Geometry<T> geometry(conv, false);
   const Phase& phase = geometry.phases[0];
   const Lines<T> lines(geometry, phase.count);
+  if (weights_by_channels<T>(conv, phase.count[0] * lines.lines * lines.vectors)) {
+    return channel_weights(ctx, geometry, V, n, x, x_batch, prepared, y, y_batch, images, out, out_batch, out_example);
+  }
   const int64_t rows = conv.y_channels / conv.groups, inner = conv.x_channels / conv.groups, taps = conv.taps(), cols = inner * taps;
   const int64_t x_width = conv.x_channels * conv.x_plane(), y_width = conv.y_channels * conv.y_plane();
-  const int64_t row_tiles = ceil_div(rows, kDotRows), row_tile = ceil_div(rows, row_tiles);
-  const int64_t col_tiles = ceil_div(cols, kDotCols), col_tile = ceil_div(cols, col_tiles);
+  const bool tall = rows > kDotRows && rows <= kTallRows;
+  const int64_t row_tiles = ceil_div(rows, tall ? kTallRows : kDotRows), row_tile = ceil_div(rows, row_tiles);
+  const int64_t col_tiles = ceil_div(cols, tall ? kTallCols : kDotCols), col_tile = ceil_div(cols, col_tiles);
   std::vector<int64_t> offsets(cols);
   for (int64_t c = 0; c < inner; ++c) {
     for (int64_t t = 0; t < taps; ++t) offsets[c * taps + geometry.indices[t]] = c * geometry.channel + geometry.offsets[t];
   }
-  // Examples whose sums are taken together: enough positions to make the sums over lanes cheap, few enough to stay in the cache.
+  // Examples whose sums are taken together: enough positions to make the sums over lanes cheap, few enough to stay in the cache; in the first-level
+  // cache if there are so few sums that lanes need to be summed only once.
   const int64_t example_bytes = (geometry.padded + conv.y_channels * lines.channel) * static_cast<int64_t>(sizeof(T));
-  int64_t chunk = std::min(kChunkBytes / example_bytes, ceil_div(kChunkPositions, phase.count[0] * lines.plane));
+  const int64_t sums_size = conv.weight_size() * kLanes<T>;
+  const bool by_lane = images > 1 && sums_size * static_cast<int64_t>(sizeof(T)) <= kSumsBytes;
+  int64_t chunk = std::min((by_lane ? kTurnedBytes : kChunkBytes) / example_bytes, ceil_div(kChunkPositions, phase.count[0] * lines.plane));
   const double flops = 2.0 * V * n * conv.weight_size() * conv.y_plane();
   const int threads = flops < 5e5 ? 1 : ctx.num_threads;
   if (threads > 1) chunk = std::max<int64_t>(chunk, threads);
@@ -161,9 +180,14 @@ void convolution_weights(const Context& ctx, const Convolution& conv, int64_t V,
   const int64_t x_example = prepared ? prepared : geometry.padded;
   T* copies = lines.in_place ? nullptr : scratch<T>(chunk * conv.y_channels * lines.channel, 1);
   const int64_t y_example = lines.in_place ? y_width : conv.y_channels * lines.channel;
+  T* sums = by_lane ? scratch<T>(V * sums_size, 2) : nullptr;  // [V][y channels][cols][lanes]
   if (!prepared) geometry.fill_end(padded + chunk * geometry.padded);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   for (int64_t block = 0; block < n; block += images) {
+    if (by_lane) {
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < V * sums_size; ++i) sums[i] = T(0);
+    }
     for (int64_t i0 = block; i0 < block + images; i0 += chunk) {
       const int64_t count = std::min(chunk, block + images - i0);
       for (int64_t v = 0; v < V; ++v) {
@@ -180,9 +204,10 @@ void convolution_weights(const Context& ctx, const Convolution& conv, int64_t V,
         const T* y_begin = lines.in_place ? y + v * y_batch + i0 * y_width : copies;
         T* target = out + v * out_batch + block / images * out_example;
 #pragma omp for schedule(static)
-        for (int64_t item = 0; item < conv.groups * row_tiles; ++item) {
-          const int64_t g = item / row_tiles, r = item % row_tiles * row_tile, height = std::min(row_tile, rows - r);
-          if (height <= 0) continue;
+        for (int64_t item = 0; item < conv.groups * row_tiles * col_tiles; ++item) {
+          const int64_t g = item / (row_tiles * col_tiles), r = item / col_tiles % row_tiles * row_tile, c = item % col_tiles * col_tile;
+          const int64_t height = std::min(row_tile, rows - r), width = std::min(col_tile, cols - c);
+          if (height <= 0 || width <= 0) continue;
           DotJob<T> job{};
           job.examples = count;
           job.planes = phase.count[0];
@@ -198,12 +223,19 @@ void convolution_weights(const Context& ctx, const Convolution& conv, int64_t V,
           job.y_plane = lines.plane;
           job.y_line = lines.pitch;
           job.out_row = cols;
-          for (int64_t c = 0; c < cols; c += col_tile) {
-            job.offsets = offsets.data() + c;
-            job.out = target + (g * rows + r) * cols + c;
-            dot_for<T>(height, std::min(col_tile, cols - c))(job);
-          }
+          job.offsets = offsets.data() + c;
+          job.by_lane = by_lane;
+          const int64_t at = (g * rows + r) * cols + c;
+          job.out = by_lane ? sums + v * sums_size + at * kLanes<T> : target + at;
+          dot_for<T>(height, width)(job);
         }
+      }
+    }
+    if (by_lane) {
+      const int64_t size = conv.weight_size();
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < V * size; ++i) {
+        out[i / size * out_batch + block / images * out_example + i % size] += lane_sum<T>(load(sums + i * kLanes<T>));
       }
     }
   }

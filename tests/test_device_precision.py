@@ -38,7 +38,7 @@ def _on_the_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def check_errors(errors: dict[str, float], precision: str) -> None:
     assert max(errors.values()) < LIMITS[precision], errors
-    assert max(errors.values()) > FLOORS[precision], f"rounded less than {precision}: {errors}"
+    assert min(errors.values()) > FLOORS[precision], f"rounded less than {precision}: {errors}"
 
 
 def error(actual: Tensor, oracle: Tensor) -> float:

@@ -116,6 +116,7 @@ __global__ void __launch_bounds__(kThreads) moments_kernel(const Attention<T> a,
   }
   // [threads that share a query][query]
   T *tangents = shared, *products = shared + Tile::kDown * kBlock;
+  static_assert(2 * Tile::kDown * kBlock * sizeof(T) <= shared_bytes<Tile>(0));
   __syncthreads();
   INFL_UNROLL(4)
   for (int j = 0; j < Tile::kTileCols; ++j) {

@@ -72,21 +72,12 @@ struct LossLine {
   }
 
   __device__ void merge(State& state, const State& other) const {
-    if (other.m == INT_MAX) return;
-    if (state.m == INT_MAX) {
-      state = other;
-      return;
-    }
-    State a = state, b = other;
-    if (b.top > a.top || (b.top == a.top && b.m < a.m)) {
-      a = other;
-      b = state;
-    }
-    const T q = b.q_rest + b.q_top;
-    a.rest += (b.rest + T(1)) * (a.top == b.top ? T(1) : exp_nonpositive(b.top - a.top));
-    a.q_rest += q;
-    a.value += b.value + (q == T(0) ? T(0) : q * (a.top - b.top));  // a class that counts for nothing may be at −∞
-    state = a;
+    merge_into_larger(state, other, [](State& a, const State& b) {
+      const T q = b.q_rest + b.q_top;
+      a.rest += (b.rest + T(1)) * (a.top == b.top ? T(1) : exp_nonpositive(b.top - a.top));
+      a.q_rest += q;
+      a.value += b.value + (q == T(0) ? T(0) : q * (a.top - b.top));  // a class that counts for nothing may be at −∞
+    });
   }
 
   // Q p − q, of the largest logit as minus the sum of the others: it would lose its digits where p is close to 1.

@@ -44,19 +44,10 @@ struct SoftmaxLine {
   }
 
   __device__ void merge(State& state, const State& other) const {
-    if (other.m == INT_MAX) return;
-    if (state.m == INT_MAX) {
-      state = other;
-      return;
-    }
-    State a = state, b = other;
-    if (b.top > a.top || (b.top == a.top && b.m < a.m)) {
-      a = other;
-      b = state;
-    }
-    a.dot += b.dot + (part == HessianPart::root ? std::sqrt(b.top) * b.at_top : (b.rest + b.top) * (b.at_top - a.at_top));
-    a.rest += b.rest + b.top;
-    state = a;
+    merge_into_larger(state, other, [this](State& a, const State& b) {
+      a.dot += b.dot + (part == HessianPart::root ? std::sqrt(b.top) * b.at_top : (b.rest + b.top) * (b.at_top - a.at_top));
+      a.rest += b.rest + b.top;
+    });
   }
 
   __device__ void store(int64_t c, const Item& item, const State& state) const {

@@ -83,7 +83,7 @@ struct SecondOrder {
 };
 
 template <class Tile, class T = typename Tile::Value>
-__global__ void __launch_bounds__(kThreads) moments_kernel(const Attention<T> a, const SecondOrder<T> s) {
+__global__ void __launch_bounds__(kThreads, 1) moments_kernel(const Attention<T> a, const SecondOrder<T> s) {
   INFL_DYNAMIC_SHARED(T, shared);
   Grid grid;
   Scores b{};
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kThreads) moments_kernel(const Attention<T> a,
 }
 
 template <class Tile, Wanted kWanted, class T = typename Tile::Value>
-__global__ void __launch_bounds__(kThreads) second_order_kernel(const Attention<T> a, const SecondOrder<T> s, T* to) {
+__global__ void __launch_bounds__(kThreads, 1) second_order_kernel(const Attention<T> a, const SecondOrder<T> s, T* to) {
   INFL_DYNAMIC_SHARED(T, shared);
   constexpr bool kKeysFirst = kWanted == Wanted::query;
   auto* tile = tile_at<Tile>(shared, 0);

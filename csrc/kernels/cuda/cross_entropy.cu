@@ -1,5 +1,6 @@
 // One reduction over the classes of each place (row_reduction.h): maximum, sum of exponentials, target mass and value are found together, so logits
-// and targets are read once where the classes fit in registers (up to 8192) and twice where they do not, and nothing is stored beyond the results.
+// and targets are read once where the classes fit in registers (up to 8192) and twice where they do not, and nothing is stored beyond the results:
+// for z, gradient and p of K classes with labels 3 K numbers pass, or 4 K.
 // Bytes a class: z (and target) read, gradient and p written. The divergence takes two such reductions, for it needs a mean first.
 #include "kernels/cross_entropy.h"
 

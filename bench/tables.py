@@ -109,7 +109,8 @@ def sweep_cells(record: Record) -> list[str]:
 
 def hardware(machine: dict[str, Any]) -> str:
     """The GPU if there is one, the processor and its cores."""
-    return f"{machine['gpu']}, beside " * bool(machine.get("gpu")) + f"{machine['cpu']}, {machine['cores']} cores"
+    gpu = machine.get("gpu")
+    return (f"{gpu}, beside " if gpu else "") + f"{machine['cpu']}, {machine['cores']} cores"
 
 
 def newest(records: list[Record]) -> Record:

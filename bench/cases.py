@@ -12,16 +12,20 @@ from bench.reference import example_gradients
 from bench.workloads import (
     CLASSIFIER,
     DIGITS,
+    GPT2,
     LENET,
     LOGISTIC,
     MLP,
     REGRESSION,
     RESNET,
+    RESNET18,
     RETRAINED,
     SENTENCES,
     SMALLEST,
     TRANSFORMER,
+    VOCABULARY,
     WIDE,
+    Logits,
     Workload,
 )
 
@@ -30,6 +34,9 @@ TOLERANCE = 1e-4
 
 EPOCHS = 5
 """Epochs of a retraining."""
+
+CHECKED_BYTES = 2**31
+"""Of right answers in float64; where all of them are more, the products with the first vectors are compared."""
 
 NUM_SIZES = 7
 """Sizes of a sweep, each twice the one before: a 64-fold range."""
@@ -40,7 +47,7 @@ class Case:
     """One row of the table.
 
     Attributes:
-        quantity: ggn | hessian | grads | grads-out | norms | dots | gram | solve | retrain | sweep-n | sweep-v
+        quantity: ggn | hessian | loss-hessian | grads | grads-out | norms | dots | gram | solve | retrain | sweep-n | sweep-v
         workload: the network.
         num_examples: N; the largest one of a sweep over N.
         num_vectors: V: vectors, right-hand sides or retrained models; the largest one of a sweep over V.
@@ -64,7 +71,8 @@ class Case:
 
     @property
     def name(self) -> str:
-        vectors = f"-v{self.num_vectors}" if self.quantity in ("ggn", "hessian", "dots", "solve", "retrain", "sweep-v") else ""
+        counted = ("ggn", "hessian", "loss-hessian", "dots", "solve", "retrain", "sweep-v")
+        vectors = f"-v{self.num_vectors}" if self.quantity in counted else ""
         return f"{self.quantity}{vectors}-{self.workload.name}-n{self.num_examples}"
 
     @property
@@ -74,6 +82,7 @@ class Case:
         text = {
             "ggn": f"GGN product, V = {V}",
             "hessian": f"Hessian product, V = {V}",
+            "loss-hessian": f"loss Hessian product, V = {V}",
             "grads": "per-example gradients",
             "grads-out": "per-example gradients, buffer reused",
             "norms": "per-example norms",
@@ -85,6 +94,11 @@ class Case:
             "sweep-v": f"GGN product, V = {V // last} to {V}",
         }
         return text[self.quantity] + (f" ({self.note})" if self.note else "")
+
+    @property
+    def num_checked(self) -> int:
+        """How many of the products are compared with float64."""
+        return min(self.num_vectors, max(1, CHECKED_BYTES // (8 * max(1, self.workload.num_parameters))))
 
     @property
     def is_sweep(self) -> bool:
@@ -106,6 +120,8 @@ class Case:
         if self.quantity == "solve":
             others = Problem(model, loss, *self.workload.data(self.num_vectors, generator), torch.empty(0), 0.0)
             V = torch.stack(list(example_gradients(others.to(torch.float64))))
+        elif self.quantity == "loss-hessian":
+            V = torch.randn(self.num_vectors, *X.shape, generator=generator)
         else:
             V = torch.randn(self.num_vectors, self.workload.num_parameters, generator=generator)
         return Problem(model, loss, X, y, V, self.damping).to(self.dtype)
@@ -150,10 +166,26 @@ CASES: tuple[Case, ...] = (
     *(Case("sweep-v", workload, N, 64, main=True, seconds=15.0) for workload, N in ((REGRESSION, 1000), (CLASSIFIER, 512), (LENET, 64))),
 )
 
+# What a GPU is measured with.
+GPU_CASES: tuple[Case, ...] = (
+    *(
+        Case("ggn", workload, N, V, main=True, seconds=seconds)
+        for workload, N, seconds in ((REGRESSION, 1000, 40.0), (WIDE, 16384, 60.0), (RESNET18, 512, 240.0), (GPT2, 8, 300.0))
+        for V in (1, 32)
+    ),
+    *(Case("loss-hessian", VOCABULARY, 4096, V, main=True) for V in (1, 8)),
+    *_per_example(CLASSIFIER, 4096, True, "grads", "grads-out", "norms", "dots", "gram"),
+    *_per_example(RESNET18, 128, True, "grads-out", "norms", seconds=120.0),
+    Case("ggn", SMALLEST, 4, 1, main=True, note="overhead"),
+    Case("solve", DIGITS, 1000, 100, damping=1e-3, main=True, seconds=60.0),
+    Case("retrain", RETRAINED, 1280, 20, main=True, seconds=60.0),
+)
+
 # A miniature of every quantity: checks the code without measuring anything.
 SMOKE_REGRESSION = MLP("smoke-regression", (3, 5, 4, 1), "tanh", "mse")
 SMOKE_CLASSIFIER = MLP("smoke-classifier", (6, 5, 3), "relu", "cross_entropy")
 SMOKE_LINEAR = MLP("smoke-linear", (6, 3), "relu", "cross_entropy")
+SMOKE_LOGITS = Logits("smoke-logits", 7)
 SMOKE_CASES: tuple[Case, ...] = (
     *(
         Case(quantity, workload, 12, num_vectors, damping=damping, main=True)
@@ -172,6 +204,7 @@ SMOKE_CASES: tuple[Case, ...] = (
             ("solve", 4, 1e-2),
         )
     ),
+    *(Case("loss-hessian", SMOKE_LOGITS, 12, V) for V in (1, 3)),
     Case("solve", SMOKE_LINEAR, 12, 4, damping=1e-2),
     Case("retrain", SMOKE_CLASSIFIER, 300, 3),
     Case("sweep-n", SMOKE_CLASSIFIER, 64, 2),
@@ -179,7 +212,10 @@ SMOKE_CASES: tuple[Case, ...] = (
 )
 
 
-def select(patterns: list[str], *, smoke: bool = False, main: bool = False) -> list[Case]:
-    """The cases whose names match one of the shell patterns (all for an empty list), on request those of the main table alone."""
-    cases = SMOKE_CASES if smoke else CASES
+def select(patterns: list[str], *, smoke: bool = False, main: bool = False, gpu: bool = False) -> list[Case]:
+    """The CPU's or the GPU's cases whose names match one of the shell patterns (all for an empty list).
+
+    ``main``: those of the main table alone.
+    """
+    cases = SMOKE_CASES if smoke else GPU_CASES if gpu else CASES
     return [c for c in cases if (c.main or not main) and (not patterns or any(fnmatch(c.name, p) for p in patterns))]

@@ -37,10 +37,11 @@ class Rates:
 
 @dataclass(frozen=True)
 class Floor:
-    """Multiply-adds count as two operations; ``seconds`` is the larger of arithmetic and unavoidable writing."""
+    """Multiply-adds count as two operations; ``seconds`` is the largest of arithmetic, unavoidable writing and unavoidable traffic."""
 
     flops: float
     bytes_written: float
+    bytes_moved: int
     seconds: float
 
 
@@ -111,6 +112,9 @@ def count(case: Case) -> tuple[float, float] | None:
         return V * (4 * forward - 2 * first), V * case.workload.num_parameters * item
     if case.quantity == "hessian":
         return V * (6 * forward - 4 * first), V * case.workload.num_parameters * item
+    if case.quantity == "loss-hessian":  # p (x − Σ p x)
+        outputs = N * case.workload.num_outputs
+        return 4.0 * V * outputs, V * outputs * item
     if case.quantity in ("grads", "grads-out"):
         return gradients, N * case.workload.num_parameters * item
     if case.quantity == "norms":
@@ -124,10 +128,18 @@ def count(case: Case) -> tuple[float, float] | None:
     return None
 
 
+def traffic(case: Case) -> int:
+    """Bytes that must be read and written, of calls that do little else: the vectors twice, and p once for all of them."""
+    if case.quantity != "loss-hessian":
+        return 0
+    return (2 * case.num_vectors + 1) * case.num_examples * case.workload.num_outputs * case.dtype.itemsize
+
+
 def floor(case: Case, rates: Rates) -> Floor | None:
     """The counted work of ``case`` at the measured ``rates``."""
     counted = count(case)
     if counted is None:
         return None
     flops, written = counted
-    return Floor(flops, written, max(flops / rates.gemm, written / rates.write))
+    moved = traffic(case)
+    return Floor(flops, written, moved, max(flops / rates.gemm, written / rates.write, moved / rates.copy))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from bench.cases import Case
 from bench.contender import Contender
 from bench.per_example import per_example_contenders
-from bench.products import ggn_contenders, hessian_contenders
+from bench.products import ggn_contenders, hessian_contenders, loss_hessian_contenders
 from bench.retraining import retraining_contenders
 from bench.scaling import sweep_contenders
 from bench.solves import solve_contenders
@@ -15,6 +15,7 @@ from bench.solves import solve_contenders
 _CONTENDERS: dict[str, Callable[[Case], list[Contender]]] = {
     "ggn": ggn_contenders,
     "hessian": hessian_contenders,
+    "loss-hessian": loss_hessian_contenders,
     "grads": per_example_contenders,
     "grads-out": per_example_contenders,
     "norms": per_example_contenders,

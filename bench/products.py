@@ -148,6 +148,49 @@ def _curvlinops(operator: str, case: Case, problem: Problem) -> Call:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The Hessian of the loss alone
+
+
+def _ours_loss_hessian(case: Case, problem: Problem, *, in_place: bool) -> Call:
+    from influence_ext import _C
+    from influence_ext.losses import resolve
+
+    H = resolve(LOSS_MODULES[problem.loss]()).hessian(problem.X, problem.y).scaled(1 / len(problem.X))
+    if not in_place:
+        return lambda: H.matmat(problem.vectors)
+    U = problem.vectors.clone()  # multiplied again and again: the first call alone is right, all of them take as long
+
+    def product() -> Tensor:
+        _C.output_hessian(H.shape, H.scale, H.state, H.weights, 0, U)
+        return U
+
+    return product
+
+
+def _torch_loss_hessian(case: Case, problem: Problem, *, compiled: bool) -> Call:
+    """By the formula; p is computed once, as ours is."""
+    p, factor = problem.X.softmax(dim=1), 1 / len(problem.X)
+
+    def product(p: Tensor, U: Tensor) -> Tensor:
+        return factor * p * (U - (p * U).sum(2, keepdim=True))
+
+    function = compile_static(product) if compiled else product
+    return lambda: function(p, problem.vectors)
+
+
+def loss_hessian_contenders(case: Case) -> list[Contender]:
+    def flat(result: Tensor) -> Tensor:
+        return result.flatten(1)
+
+    return [
+        Contender(OURS, partial(_ours_loss_hessian, in_place=False), flat),
+        Contender(f"{OURS} in place", partial(_ours_loss_hessian, in_place=True), flat),
+        Contender("torch, by formula", partial(_torch_loss_hessian, compiled=False), flat),
+        Contender("torch.compile, by formula", partial(_torch_loss_hessian, compiled=True), flat),
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _torch_contenders(case: Case, make: Products, forms: tuple[tuple[str, bool], ...]) -> list[Contender]:

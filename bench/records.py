@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bench.cases import CASES, Case
+from bench.cases import CASES, GPU_CASES, Case
 from bench.measure import Options
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,7 +26,7 @@ def latest(records: list[Record]) -> list[Record]:
     newest: dict[str, Record] = {}
     for record in sorted(records, key=lambda r: r["date"]):
         newest[record["case"]] = record
-    return [newest[case.name] for case in CASES if case.name in newest]
+    return [newest[name] for name in dict.fromkeys(case.name for case in (*CASES, *GPU_CASES)) if name in newest]
 
 
 def expected_seconds(case: Case, previous: Record | None, options: Options) -> float:

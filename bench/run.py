@@ -33,11 +33,12 @@ from bench.floor import Rates, measure_rates
 from bench.process import ProcessFailure, isolated
 from bench.records import RESULTS, ROOT, Record, expected_seconds, latest, load, summary
 from bench.reference import reference
+from bench.tables import tables
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    cases = select(args.cases, smoke=args.smoke, main=args.main)
+    cases = select(args.cases, smoke=args.smoke, main=args.main, gpu=args.device.type == "cuda")
     if not cases:
         print(f"bench: expected --cases to match a case, got {args.cases}; --list shows them all.", file=sys.stderr)
         return 2
@@ -72,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     say(describe(header, rates))
     if not args.smoke:
         say(f"{len(cases)} cases, about {sum(durations.values()) / 60:.0f} minutes")
-    failed = False
+    done: list[Record] = []
     for k, case in enumerate(cases):
         if not args.smoke:
             rates = rates.best(measure_rates(seconds=0.1, device=args.device))
@@ -81,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
             say(f"\nbench: {len(cases) - k} cases left out for want of time, among them {case.name}; --resume does them.")
             break
         record = described(args.device, command, args.seed) | {"rates": asdict(rates)} | result(case, options, rates, args.timeout)
-        failed |= any(c["ours"] and c["failure"] for c in record["contenders"])
+        done.append(record)
         say(summary(record))
         if not args.smoke:
             took, left = time.perf_counter() - start, sum(durations[c.name] for c in cases[k + 1 :])
@@ -93,8 +94,9 @@ def main(argv: list[str] | None = None) -> int:
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
     if not args.smoke or args.out:
+        say("\n".join(["", *tables(done)]))
         say(f"results: {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}")
-    return 1 if failed else 0
+    return 1 if any(c["ours"] and c["failure"] for record in done for c in record["contenders"]) else 0
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

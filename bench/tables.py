@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench.cases import CASES
+from bench.cases import CASES, GPU_CASES
 from bench.contender import OURS
 from bench.records import Record, timed
 
-MAIN = {case.name for case in CASES if case.main}
+MAIN = {case.name for case in (*CASES, *GPU_CASES) if case.main}
 HEAD = [
     "| quantity | workload | influence_ext | best peer | speed-up | of the floor | peak memory, ours / peer |",
     "|---|---|--:|--:|--:|--:|--:|",
@@ -29,8 +29,7 @@ def main_table(records: list[Record]) -> str:
 
 def page(records: list[Record], charts: list[str]) -> str:
     """Everything about a machine."""
-    first = newest(records)
-    lines = [f"# {first['machine']['cpu']}, {first['machine']['cores']} cores", "", caption(records)]
+    lines = [f"# {hardware(newest(records)['machine'])}", "", caption(records)]
     lines += ["", *tables(records)]
     lines += [line for name in charts for line in ("", f"![{name.removesuffix('.svg')}]({name})")]
     lines += ["", "## Every contender", "", "| case | contender | median | quartiles | error | peak memory |", "|---|---|--:|--:|--:|--:|"]
@@ -108,6 +107,12 @@ def sweep_cells(record: Record) -> list[str]:
     ]
 
 
+def hardware(machine: dict[str, Any]) -> str:
+    """The GPU if there is one, the processor and its cores."""
+    gpu = machine.get("gpu")
+    return (f"{gpu}, beside " if gpu else "") + f"{machine['cpu']}, {machine['cores']} cores"
+
+
 def newest(records: list[Record]) -> Record:
     return max(records, key=lambda r: r["date"])
 
@@ -116,7 +121,7 @@ def caption(records: list[Record]) -> str:
     last = newest(records)
     machine, versions = last["machine"], last["versions"]
     commits = sorted({r["commit"]["id"] + (" with changes" if r["commit"]["dirty"] else "") for r in records})
-    where = f"{machine['cpu']}, {machine['cores']} cores ({last['threads']} threads)"
+    where = f"{hardware(machine)} ({last['threads']} threads)"
     what = f"torch {versions['torch']}, curvlinops {versions['curvlinops-for-pytorch']}, {last['date'][:10]}, commit {', '.join(commits)}"
     older = (
         ""
@@ -129,7 +134,7 @@ def caption(records: list[Record]) -> str:
         "The floor is the count of the "
         "operations of plain sums (Winograd's algorithm needs fewer, and may pass it) "
         f"over the fastest matrix product measured in the same run ({last['rates']['gemm'] / 1e9:.0f} GFLOP/s), or of "
-        "unavoidable writing over the speed of memory. Reproduce with `make bench`."
+        "unavoidable traffic over the speed of memory. Reproduce with `make bench`."
     )
 
 

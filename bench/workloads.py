@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 
 import torch
@@ -225,6 +225,20 @@ class ResNet20(nn.Module):
         return self.head(self.flatten(self.pool(self.blocks(self.relu(self.norm(self.conv(x)))))))
 
 
+class ResNet18(nn.Module):
+    """He et al. 2016 with the stem that is usual for ``[N, 3, 32, 32]``, batch norm in evaluation mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.relu = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU()
+        widths = [64, 64, 64, 128, 128, 256, 256, 512, 512]
+        self.blocks = nn.Sequential(*(_Block(i, o, 2 if o != i else 1) for i, o in pairwise(widths)))
+        self.pool, self.flatten, self.head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.flatten(self.pool(self.blocks(self.relu(self.norm(self.conv(x)))))))
+
+
 class _Layer(nn.Module):
     def __init__(self, width: int, num_heads: int):
         super().__init__()
@@ -286,11 +300,48 @@ class Encoder(nn.Module):
         return self.head(torch.tanh(self.pooler(h[:, 0])))
 
 
+@dataclass(frozen=True)
+class Logits(Workload):
+    """No network: the data are outputs, so all that is measured is the loss."""
+
+    name: str
+    num_classes: int
+    loss: str = "cross_entropy"
+
+    @property
+    def title(self) -> str:
+        return f"cross-entropy, vocabulary {self.num_classes:,}"
+
+    def build(self, seed: int) -> nn.Module:
+        return nn.Identity()
+
+    def data(self, num_examples: int, generator: Generator) -> tuple[Tensor, Tensor]:
+        X = torch.randn(num_examples, self.num_classes, generator=generator)
+        return X, torch.randint(self.num_classes, (num_examples,), generator=generator)
+
+    @property
+    def forward_operations(self) -> float:
+        return 0.0
+
+    @property
+    def first_operations(self) -> float:
+        return 0.0
+
+    @property
+    def num_outputs(self) -> int:
+        return self.num_classes
+
+
 REGRESSION = MLP("regression", (8, 128, 128, 1), "tanh", "mse")
 CLASSIFIER = MLP("classifier", (784, 512, 256, 10), "relu", "cross_entropy")
 DIGITS = MLP("digits", (784, 128, 128, 10), "relu", "cross_entropy")
 LENET = Architecture("lenet", "LeNet, 1×28×28", LeNet, (1, 28, 28), 10, first="conv1")
 RESNET = Architecture("resnet20", "ResNet-20, 3×32×32", ResNet20, (3, 32, 32), 10, first="conv")
+RESNET18 = Architecture("resnet18", "ResNet-18, 3×32×32", ResNet18, (3, 32, 32), 10, first="conv")
+GPT2 = Architecture(
+    "gpt2", "GPT d 768, 12 layers, T 512, vocabulary 50,257", partial(GPT, 50257, 768, 12, 12, 512), (512,), 50257, num_tokens=50257
+)
+VOCABULARY = Logits("vocabulary", 50257)
 TRANSFORMER = Architecture("gpt", "GPT d 128, 2 layers, T 64, vocabulary 1000", GPT, (64,), 1000, num_tokens=1000)
 WIDE = MLP("wide", (784, 1024, 1024, 10), "relu", "cross_entropy")
 LOGISTIC = MLP("logistic", (784, 10), "relu", "cross_entropy")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 
-import hypothesis
 import pytest
 import torch
 
@@ -16,8 +16,11 @@ from tests.cases.models import EVERY, HEADS
 # Data moves but is not computed with, or the loss is tested in float32 on its own.
 LONG_IN_FLOAT32 = {id(row) for row in (*STRUCTURE, *ARITHMETIC, *HEADS) if not row.id.endswith("saturated")}
 
-hypothesis.settings.register_profile("replayable", derandomize=True, deadline=None, database=None, print_blob=False)
-hypothesis.settings.load_profile("replayable")
+if find_spec("hypothesis"):  # the tests for a GPU do without it
+    import hypothesis
+
+    hypothesis.settings.register_profile("replayable", derandomize=True, deadline=None, database=None, print_blob=False)
+    hypothesis.settings.load_profile("replayable")
 
 
 def pytest_configure(config: pytest.Config) -> None:

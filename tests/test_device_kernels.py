@@ -233,10 +233,24 @@ class Bag(nn.Module):
         return y
 
 
-@pytest.mark.parametrize(("N", "positions"), [(3, 40), (70, 3)])
-def test_gradients_of_an_embedding(N: int, positions: int) -> None:
-    """With many examples the dot products of a common row are one matrix product."""
-    check_per_example(Bag(20, 6), indices(N, positions, 20), 6)
+@pytest.mark.parametrize(("N", "positions", "rows", "cols"), [(3, 40, 20, 6), (70, 3, 20, 70), (4, 150, 90, 5)])
+def test_gradients_of_an_embedding(N: int, positions: int, rows: int, cols: int) -> None:
+    """Whole vectors a row and odd ones; more rows an example than a warp looks for at a time."""
+    check_per_example(Bag(rows, cols), indices(N, positions, rows), cols)
+
+
+@pytest.mark.parametrize("padding", [None, 3], ids=["", "padding"])
+@pytest.mark.parametrize("cols", [8, 3])
+def test_inner_products_with_gradients_of_other_examples(cols: int, padding: int | None, dtype: torch.dtype) -> None:
+    """Several right-hand sides on both sides, and examples that have no row in common."""
+    model, X = Table(50, cols, padding).to(dtype), indices(5, 40, 50)
+    X[4] = 3
+    sides = []
+    for part, V in ((X[:3], 3), (X[3:], 2)):
+        tape = Plan.of(model, part).linearize(part)
+        sides.append(tape.factors(random(V, *tape.outputs.shape, seed=V).to(dtype)))
+    left, right = (side.materialise().double().flatten(0, 1) for side in sides)
+    assert_close(sides[0].gram(sides[1]).reshape(9, 4), left @ right.T, scope="layer")
 
 
 @pytest.mark.parametrize(("positions", "inputs", "outputs"), [(1, 8, 9), (1, 5, 3), (4, 300, 5), (4, 7, 5), (20, 6, 5)])

@@ -6,7 +6,7 @@ The emulation multiplies what the vendor's library would in full float32, so all
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -36,17 +36,20 @@ def _on_the_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def check_errors(errors: dict[str, float], precision: str) -> None:
+def check_errors(errors: dict[str, float], precision: str, ours: Iterable[str]) -> None:
     assert max(errors.values()) < LIMITS[precision], errors
-    assert max(errors.values()) > FLOORS[precision], f"rounded less than {precision}: {errors}"
+    assert min(errors[what] for what in ours) > FLOORS[precision], f"rounded less than {precision}: {errors}"
 
 
 def error(actual: Tensor, oracle: Tensor) -> float:
     return float((actual.double() - oracle).norm() / oracle.norm())
 
 
-def check(make: Callable[[], nn.Module], precision: Any, *shape: int, V: int) -> None:
-    """``J V``, ``Jᵀ G`` and per-example gradients, and full outputs, against plain PyTorch in float64."""
+QUANTITIES = ("jvp", "vjp", "per example")
+
+
+def check(make: Callable[[], nn.Module], precision: Any, *shape: int, V: int, ours: Iterable[str] = QUANTITIES) -> None:
+    """``J V``, ``Jᵀ G`` and per-example gradients, and full outputs, against plain PyTorch in float64; ``ours``: by kernels of ours."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = make().float().eval()
@@ -67,7 +70,7 @@ def check(make: Callable[[], nn.Module], precision: Any, *shape: int, V: int) ->
     }
     assert error(tape.outputs, outputs) < 1e-5, "the point is linearised in full"
     actual = {"jvp": tape.jvp(T), "vjp": tape.vjp(G), "per example": tape.factors(G[:1]).materialise()[0]}
-    check_errors({what: error(actual[what], expected[what]) for what in expected}, precision)
+    check_errors({what: error(actual[what], expected[what]) for what in QUANTITIES}, precision, ours)
 
 
 quick = pytest.mark.parametrize("precision", ["tf32", "bfloat16"])
@@ -150,7 +153,8 @@ def test_convolution_at_every_edge(make: Callable[[], nn.Module], shape: tuple[i
     ],
 )
 def test_batched_products(equation: str, left: tuple[int, ...], right: tuple[int, ...], precision: str) -> None:
-    check(lambda: Product(equation, left, right, False), precision, 3, *left, V=2)
+    """Their gradients are large products, the vendor's."""
+    check(lambda: Product(equation, left, right, False), precision, 3, *left, V=2, ours=("jvp",))
 
 
 @slow

@@ -26,10 +26,18 @@ inline KernelStub<void(const Context&, int64_t V, int64_t entries, int64_t cols,
                        int64_t num_positions, T* out)>
     row_merge_stub{"row_merge"};
 
-// out[v, to_row[i], to_col[j]] += a[v, i] · b[j], i < M, j < N, vectors of `cols`; a[v] a_ld and out[v] out_batch apart, out's rows out_ld.
+// Rows of tables, each met by one example: value[v, e] is row[e] of the table of example[e], a pair (row, example) met once. Entries lie in order of
+// rows and, of one row, of examples; of_example[begin[n]], ... up to begin[n + 1] are those of example n, in order.
 template <class T>
-inline KernelStub<void(const Context&, int64_t V, int64_t M, int64_t N, int64_t cols, const T* a, int64_t a_ld, const T* b, const int64_t* to_row,
-                       const int64_t* to_col, T* out, int64_t out_batch, int64_t out_ld)>
-    sparse_gram_stub{"sparse_gram"};
+struct SparseRows {
+  int64_t V = 0, N = 0, entries = 0;
+  const T* row = nullptr;  // whole numbers
+  const int64_t *example = nullptr, *begin = nullptr, *of_example = nullptr;
+  const T* value = nullptr;  // [V, entries, cols]
+};
+
+// out[v, n, w, m] += the inner product of example n's table in a[v] and example m's in b[w]: Σ over the rows of both, in order.
+template <class T>
+inline KernelStub<void(const Context&, int64_t cols, const SparseRows<T>& a, const SparseRows<T>& b, T* out)> sparse_gram_stub{"sparse_gram"};
 
 }  // namespace infl

@@ -238,8 +238,9 @@ INFL_HD T second_derivative(T x, T a, T b) {
     return T(0.39894228040143267794) * std::exp(T(-0.5) * x * x) * (T(2) - x * x);
   } else if constexpr (kind == Activation::gelu_tanh) {
     const T c = T(0.79788456080286535588), k = T(0.044715);
-    const T t = hyperbolic_tangent(c * (x + k * x * x * x)), slope = c * (T(1) + T(3) * k * x * x);
-    return (T(1) - t * t) * (slope + T(0.5) * x * (T(6) * c * k * x - T(2) * t * slope * slope));
+    const T u = c * (x + k * x * x * x), t = hyperbolic_tangent(u), slope = c * (T(1) + T(3) * k * x * x);
+    const T complement = T(4) * sigmoid(2 * u) * sigmoid(-2 * u);  // 1 − t², which would lose its digits in the tails
+    return complement * (slope + T(0.5) * x * (T(6) * c * k * x - T(2) * t * slope * slope));
   } else if constexpr (kind == Activation::silu) {
     const T s = sigmoid(x);
     return s * (T(1) - s) * (T(2) + x * (T(1) - T(2) * s));

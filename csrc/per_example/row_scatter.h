@@ -5,10 +5,10 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
 #include "common/buffer.h"
 #include "common/context.h"
+#include "kernels/embedding.h"
 #include "per_example/factor.h"
 
 namespace infl {
@@ -24,14 +24,12 @@ class RowScatter {
   void add_gram(const Context& ctx, const RowScatter& other, T* out) const;  // [V N, V' N']
 
  private:
-  int64_t num_entries() const { return static_cast<int64_t>(example_.size()); }
-  // First entry after those of the same row as `entry`.
-  int64_t end_of_row(int64_t entry) const;
+  SparseRows<T> view() const;
 
-  int64_t V_, N_, cols_;
-  std::vector<int64_t> row_, example_;  // per entry
-  Buffer<int64_t> example_on_device_;
-  Buffer<T> value_;  // [V, entries, cols]
+  int64_t V_, N_, cols_, entries_;
+  Buffer<T> row_;
+  Buffer<int64_t> example_, of_example_;  // the latter as inverse_of_index leaves it: where an example's entries begin, then the entries
+  Buffer<T> value_;
 };
 
 extern template class RowScatter<float>;

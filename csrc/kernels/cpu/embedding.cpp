@@ -1,6 +1,8 @@
 // Bandwidth-bound: whole rows are read and written. Where several positions may meet in one row of the table, threads own columns of it.
 #include "kernels/embedding.h"
 
+#include <algorithm>
+
 #include "kernels/cpu/parallel.h"
 
 namespace infl {
@@ -74,19 +76,36 @@ T dot(int64_t size, const T* a, const T* b) {
   return sum;
 }
 
+// Entries of the row that `entry` is of end here.
 template <class T>
-void sparse_gram(const Context& ctx, int64_t V, int64_t M, int64_t N, int64_t cols, const T* a, int64_t a_ld, const T* b, const int64_t* to_row,
-                 const int64_t* to_col, T* out, int64_t out_batch, int64_t out_ld) {
-  const int threads = threads_for(ctx, V * M * N * cols);
+int64_t end_of_row(const SparseRows<T>& x, int64_t entry) {
+  return std::upper_bound(x.row + entry, x.row + x.entries, x.row[entry]) - x.row;
+}
+
+// A thread owns some of b's examples, so the sums over rows have one order whatever their number.
+template <class T>
+void sparse_gram(const Context& ctx, int64_t cols, const SparseRows<T>& a, const SparseRows<T>& b, T* out) {
+  const int threads = threads_for(ctx, a.V * b.V * (a.entries + b.entries) * cols);
   constexpr int64_t kBlock = 16;  // vectors of b that are met by all of a before the next ones
+  const int64_t ld = b.V * b.N;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int64_t v = 0; v < V; ++v) {
-    for (int64_t j0 = 0; j0 < N; j0 += kBlock) {
-      const int64_t j1 = std::min(N, j0 + kBlock);
-      for (int64_t i = 0; i < M; ++i) {
-        const T* x = a + v * a_ld + i * cols;
-        T* to = out + v * out_batch + to_row[i] * out_ld;
-        for (int64_t j = j0; j < j1; ++j) to[to_col[j]] += dot(cols, x, b + j * cols);
+  for (int part = 0; part < threads; ++part) {
+    const int64_t m_begin = b.N * part / threads, m_end = b.N * (part + 1) / threads;
+    for (int64_t i = 0, j = 0, i_end, j_end; i < a.entries && j < b.entries; i = i_end, j = j_end) {
+      i_end = a.row[i] > b.row[j] ? i : end_of_row(a, i);
+      j_end = b.row[j] > a.row[i] ? j : end_of_row(b, j);
+      if (a.row[i] != b.row[j]) continue;
+      const int64_t *owned = std::lower_bound(b.example + j, b.example + j_end, m_begin), *end = std::lower_bound(owned, b.example + j_end, m_end);
+      for (int64_t vw = 0; vw < a.V * b.V; ++vw) {
+        const int64_t v = vw / b.V, w = vw % b.V;
+        const T *of_a = a.value + v * a.entries * cols, *of_b = b.value + w * b.entries * cols;
+        T* to = out + v * a.N * ld + w * b.N;
+        for (const int64_t* m0 = owned; m0 < end; m0 += std::min<int64_t>(kBlock, end - m0)) {
+          const int64_t* m1 = m0 + std::min<int64_t>(kBlock, end - m0);
+          for (int64_t k = i; k < i_end; ++k) {
+            for (const int64_t* m = m0; m < m1; ++m) to[a.example[k] * ld + *m] += dot(cols, of_a + k * cols, of_b + (m - b.example) * cols);
+          }
+        }
       }
     }
   }

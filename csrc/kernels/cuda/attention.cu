@@ -12,8 +12,9 @@
 // Operations for each element of P and right-hand side: jvp 4 E + 4 F, g_q and g_k 2 E + 2 F, g_v 2 F. A block takes two right-hand sides together:
 // they share P (2 E operations where it is computed, 4 bytes where it is read) and o (2 F); all others of them find q, k and v in the second-level
 // cache. The products run in registers or on tensor cores, as the precision says (attention_products.h), and all else in float32 or float64: only
-// factors of products are rounded. With two right-hand sides a thread keeps five tiles of 16 sums in tangents and four in cotangents, which on sm_80
-// and sm_90 leaves room for one block of eight warps on a processor.
+// factors of products are rounded. With two right-hand sides a thread keeps five tiles of 16 sums in tangents and four in cotangents, which
+// leaves room for one block of eight warps on a processor. Where a bound says so, one block is all that is asked for: left to itself the compiler
+// makes some of these kernels fit twice, at 128 registers, and spills.
 #include "kernels/attention.h"
 
 #include "kernels/cuda/attention_cotangents.h"
@@ -27,7 +28,7 @@ namespace {
 // ---- Outputs and tangents --------------------------------------------------------------------------------------------------------------------
 
 template <class Tile, int kSides, class T = typename Tile::Value>
-__global__ void __launch_bounds__(kThreads) tangents_kernel(const Attention<T> a, const AttentionTangents<T> t, const RowSum<T>* sums, T* t_o) {
+__global__ void __launch_bounds__(kThreads, 1) tangents_kernel(const Attention<T> a, const AttentionTangents<T> t, const RowSum<T>* sums, T* t_o) {
   INFL_DYNAMIC_SHARED(T, shared);
   auto *p_tile = tile_at<Tile>(shared, 0), *t_tile = tile_at<Tile>(shared, 1);
   Grid grid;

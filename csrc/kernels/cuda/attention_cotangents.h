@@ -66,7 +66,7 @@ struct Part {
 // Adds to the mask's elements of a head and a block of queries and keys; where the mask has no such axis, of all heads of the same offset, of all
 // queries, keys or examples, one after the other.
 template <class Tile, class Source, class T = typename Tile::Value>
-__global__ void __launch_bounds__(kThreads) mask_kernel(const Attention<T> a, const Source source, const AttentionCotangents<T> g) {
+__global__ void __launch_bounds__(kThreads, 1) mask_kernel(const Attention<T> a, const Source source, const AttentionCotangents<T> g) {
   INFL_DYNAMIC_SHARED(T, shared);
   const bool has_rows = a.mask_at.row != 0, has_cols = a.mask_at.col != 0, has_examples = g.mask_example != 0;
   const int64_t* offsets = a.mask_at.offsets;

@@ -83,7 +83,7 @@ struct SecondOrder {
 };
 
 template <class Tile, class T = typename Tile::Value>
-__global__ void __launch_bounds__(kThreads) moments_kernel(const Attention<T> a, const SecondOrder<T> s) {
+__global__ void __launch_bounds__(kThreads, 1) moments_kernel(const Attention<T> a, const SecondOrder<T> s) {
   INFL_DYNAMIC_SHARED(T, shared);
   Grid grid;
   Scores b{};
@@ -116,6 +116,7 @@ __global__ void __launch_bounds__(kThreads) moments_kernel(const Attention<T> a,
   }
   // [threads that share a query][query]
   T *tangents = shared, *products = shared + Tile::kDown * kBlock;
+  static_assert(2 * Tile::kDown * kBlock * sizeof(T) <= shared_bytes<Tile>(0));
   __syncthreads();
   INFL_UNROLL(4)
   for (int j = 0; j < Tile::kTileCols; ++j) {
@@ -135,7 +136,7 @@ __global__ void __launch_bounds__(kThreads) moments_kernel(const Attention<T> a,
 }
 
 template <class Tile, Wanted kWanted, class T = typename Tile::Value>
-__global__ void __launch_bounds__(kThreads) second_order_kernel(const Attention<T> a, const SecondOrder<T> s, T* to) {
+__global__ void __launch_bounds__(kThreads, 1) second_order_kernel(const Attention<T> a, const SecondOrder<T> s, T* to) {
   INFL_DYNAMIC_SHARED(T, shared);
   constexpr bool kKeysFirst = kWanted == Wanted::query;
   auto* tile = tile_at<Tile>(shared, 0);

@@ -1,5 +1,6 @@
 // One reduction over the classes of each place (row_reduction.h): maximum, sum of exponentials, target mass and value are found together, so logits
-// and targets are read once where the classes fit in registers (up to 8192) and twice where they do not, and nothing is stored beyond the results.
+// and targets are read once where the classes fit in registers (up to 8192) and twice where they do not, and nothing is stored beyond the results:
+// for z, gradient and p of K classes with labels 3 K numbers pass, or 4 K.
 // Bytes a class: z (and target) read, gradient and p written. The divergence takes two such reductions, for it needs a mean first.
 #include "kernels/cross_entropy.h"
 
@@ -72,21 +73,12 @@ struct LossLine {
   }
 
   __device__ void merge(State& state, const State& other) const {
-    if (other.m == INT_MAX) return;
-    if (state.m == INT_MAX) {
-      state = other;
-      return;
-    }
-    State a = state, b = other;
-    if (b.top > a.top || (b.top == a.top && b.m < a.m)) {
-      a = other;
-      b = state;
-    }
-    const T q = b.q_rest + b.q_top;
-    a.rest += (b.rest + T(1)) * (a.top == b.top ? T(1) : exp_nonpositive(b.top - a.top));
-    a.q_rest += q;
-    a.value += b.value + (q == T(0) ? T(0) : q * (a.top - b.top));  // a class that counts for nothing may be at −∞
-    state = a;
+    merge_into_larger(state, other, [](State& a, const State& b) {
+      const T q = b.q_rest + b.q_top;
+      a.rest += (b.rest + T(1)) * (a.top == b.top ? T(1) : exp_nonpositive(b.top - a.top));
+      a.q_rest += q;
+      a.value += b.value + (q == T(0) ? T(0) : q * (a.top - b.top));  // a class that counts for nothing may be at −∞
+    });
   }
 
   // Q p − q, of the largest logit as minus the sum of the others: it would lose its digits where p is close to 1.

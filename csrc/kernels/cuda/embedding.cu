@@ -8,6 +8,10 @@
 //
 // Steps 1 and 2 are done once for all right-hand sides that share a list. g is read once; bytes of the table: its rows that are met, read and
 // written.
+//
+// sparse_gram is one launch however many rows, examples and right-hand sides there are: every element of the result has an owner. A pair of examples
+// with t rows each and c in common costs t log2 t comparisons and c · cols multiplications; of the vectors it reads, the left ones are shared by the
+// eight warps of a block in the first-level cache, the right ones come from the second.
 #include "kernels/embedding.h"
 
 #include <climits>
@@ -258,56 +262,63 @@ void row_merge(const Context& ctx, int64_t V, int64_t entries, int64_t cols, con
   for_each<T>(ctx, "row_merge", entries * cols, vectorised, RowMerge<T>{V, entries, cols, begin, positions, g, num_positions, out});
 }
 
-constexpr int64_t kManyDots = 4096;  // of a and b: worth a matrix product and its array
-
-// A warp a dot product.
+// How many of `count` entries of x are of rows below `row`; their rows ascend.
 template <class T>
-__global__ void dots_kernel(int64_t V, int64_t M, int64_t N, int64_t cols, const T* a, int64_t a_ld, const T* b, const int64_t* to_row,
-                            const int64_t* to_col, T* out, int64_t out_batch, int64_t out_ld) {
+__device__ int64_t rows_below(const SparseRows<T>& x, const int64_t* entry, int64_t count, T row) {
+  int64_t low = 0, high = count;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (x.row[entry[middle]] < row) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+// A warp an element of [v, w, n, m]: its lanes look for 32 of a's rows among b's at a time, and then share each pair that was found.
+template <int W, class T>
+__global__ void __launch_bounds__(kThreads) sparse_gram_kernel(int64_t cols, SparseRows<T> a, SparseRows<T> b, T* out) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int64_t step = int64_t{gridDim.x} * (blockDim.x / kWarp);
-  for (int64_t e = int64_t{blockIdx.x} * (blockDim.x / kWarp) + threadIdx.x / kWarp; e < V * M * N; e += step) {
-    const int64_t v = e / (M * N), i = e / N % M, j = e % N;
-    const T *x = a + v * a_ld + i * cols, *y = b + j * cols;
+  const int64_t warps = int64_t{gridDim.x} * (kThreads / kWarp), size = a.V * b.V * a.N * b.N;
+  for (int64_t at = int64_t{blockIdx.x} * (kThreads / kWarp) + threadIdx.x / kWarp; at < size; at += warps) {
+    const int64_t m = at % b.N, n = at / b.N % a.N, w = at / b.N / a.N % b.V, v = at / b.N / a.N / b.V;
+    const int64_t *of_n = a.of_example + a.begin[n], *of_m = b.of_example + b.begin[m];
+    const int64_t count_n = a.begin[n + 1] - a.begin[n], count_m = b.begin[m + 1] - b.begin[m];
+    const T *left = a.value + v * a.entries * cols, *right = b.value + w * b.entries * cols;
     T sum = 0;
-    for (int64_t c = lane; c < cols; c += kWarp) sum += x[c] * y[c];
+    for (int64_t k0 = 0; k0 < count_n; k0 += kWarp) {
+      int64_t i = 0, j = 0;
+      bool found = false;
+      if (k0 + lane < count_n) {
+        i = of_n[k0 + lane];
+        const int64_t place = rows_below(b, of_m, count_m, a.row[i]);
+        if (place < count_m) j = of_m[place];
+        found = place < count_m && b.row[j] == a.row[i];
+      }
+      for (unsigned rest = __ballot_sync(0xffffffffu, found); rest != 0; rest &= rest - 1) {
+        const int from = __ffs(static_cast<int>(rest)) - 1;
+        const T *x = left + __shfl_sync(0xffffffffu, i, from) * cols, *y = right + __shfl_sync(0xffffffffu, j, from) * cols;
+        for (int64_t c = lane * W; c < cols; c += kWarp * W) {
+          const auto p = load<W>(x + c), q = load<W>(y + c);
+          INFL_UNROLL(4)
+          for (int e = 0; e < W; ++e) sum += p.v[e] * q.v[e];
+        }
+      }
+    }
     sum = warp_sum(sum);
-    if (lane == 0) out[v * out_batch + to_row[i] * out_ld + to_col[j]] += sum;
+    if (lane == 0) out[((v * a.N + n) * b.V + w) * b.N + m] += sum;
   }
 }
 
 template <class T>
-struct AddDots {
-  int64_t M, N;
-  const T* dots;
-  const int64_t *to_row, *to_col;
-  T* out;
-  int64_t out_batch, out_ld;
-  template <int W>
-  __device__ void run(int64_t e) const {
-    const int64_t v = e / (M * N), i = e / N % M, j = e % N;
-    out[v * out_batch + to_row[i] * out_ld + to_col[j]] += dots[e];
-  }
-};
-
-template <class T>
-void sparse_gram(const Context& ctx, int64_t V, int64_t M, int64_t N, int64_t cols, const T* a, int64_t a_ld, const T* b, const int64_t* to_row,
-                 const int64_t* to_col, T* out, int64_t out_batch, int64_t out_ld) {
-  if (V * M * N == 0) return;
-  if (M * N < kManyDots || cols == 0) {
-    launch(ctx, "sparse_gram", &dots_kernel<T>, blocks_for(V * M * N, kThreads / kWarp), dim3(kThreads), 0, V, M, N, cols, a, a_ld, b, to_row, to_col,
-           out, out_batch, out_ld);
-    return;
-  }
-  Buffer<T> dots(ctx, V * M * N);
-  MatrixProduct<T> p{.batch = V, .M = M, .N = N, .K = cols, .a = a, .b = b, .c = dots.data()};
-  p.b_transposed = true;
-  p.lda = p.ldb = cols;
-  p.ldc = N;
-  p.a_batch = a_ld;
-  p.c_batch = M * N;
-  ctx.runtime->multiply(p, ctx.precision, ctx.stream);
-  for_each<T>(ctx, "sparse_gram", V * M * N, false, AddDots<T>{M, N, dots.data(), to_row, to_col, out, out_batch, out_ld});
+void sparse_gram(const Context& ctx, int64_t cols, const SparseRows<T>& a, const SparseRows<T>& b, T* out) {
+  const int64_t size = a.V * b.V * a.N * b.N;
+  if (size == 0) return;
+  const bool vectorised = cols % kVectorWidth<T> == 0 && is_aligned({a.value, b.value});
+  launch(ctx, "sparse_gram", vectorised ? &sparse_gram_kernel<kVectorWidth<T>, T> : &sparse_gram_kernel<1, T>, blocks_for(size, kThreads / kWarp),
+         dim3(kThreads), 0, cols, a, b, out);
 }
 
 INFL_REGISTER_CUDA(row_gather_stub, row_gather)

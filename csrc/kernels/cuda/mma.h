@@ -89,12 +89,33 @@ __device__ inline void multiply_float64(double& c0, double& c1, const double (&a
 
 namespace infl::cuda {
 
-struct Tf32 {
+// Of both kinds that sum in float32: a fragment of A and two of B are four matrices of 8 lines of 16 bytes.
+template <class Element_, int kK_>
+struct OfFloat32 {
   using Value = float;
-  using Element = uint32_t;
+  using Element = Element_;
   using Register = uint32_t;
-  static constexpr int kM = 16, kK = 8, kA = 4, kB = 2, kColumnPad = 8, kRowPad = 4;
+  static constexpr int kLine = 16 / sizeof(Element);
+  static constexpr int kM = 16, kK = kK_, kA = 4, kB = 2, kColumnPad = 8, kRowPad = kLine;
 
+  // A from K fast, p[row * ld + k]; and B of 16 columns.
+  __device__ static void load_left_fast(uint32_t (&a)[kA], const Element* p, int ld, int lane) {
+    ptx::load_matrices<false>(a, p + lane % 16 * ld + lane / 16 * kLine);
+  }
+  __device__ static void load_right_fast(uint32_t (&b)[2][kB], const Element* p, int ld, int lane) {
+    uint32_t all[4];
+    ptx::load_matrices<false>(all, p + (lane % 8 + lane / 16 * 8) * ld + lane / 8 % 2 * kLine);
+    split(all, b);
+  }
+
+ protected:
+  __device__ static void split(const uint32_t (&all)[4], uint32_t (&b)[2][kB]) {
+    INFL_UNROLL(4)
+    for (int i = 0; i < 2 * kB; ++i) b[i / 2][i % 2] = all[i];
+  }
+};
+
+struct Tf32 : OfFloat32<uint32_t, 8> {
   template <int W>
   __device__ static Vector<Element, W> round(const Vector<float, W>& x) {
     Vector<Element, W> result;
@@ -103,26 +124,16 @@ struct Tf32 {
     return result;
   }
 
-  // A from K slow, p[k * ld + row]; and from K fast, p[row * ld + k].
+  // From K slow, p[k * ld + row]: word by word, since ldmatrix transposes halves of words.
   __device__ static void load_left_slow(Element (&a)[kA], const Element* p, int ld, int lane) {
     p += lane % 4 * ld + lane / 4;
     INFL_UNROLL(4)
     for (int i = 0; i < kA; ++i) a[i] = p[i / 2 * 4 * ld + i % 2 * 8];
   }
-  __device__ static void load_left_fast(Element (&a)[kA], const Element* p, int ld, int lane) {
-    ptx::load_matrices<false>(a, p + lane % 16 * ld + lane / 16 * 4);
-  }
-  // B of 16 columns, likewise.
   __device__ static void load_right_slow(Element (&b)[2][kB], const Element* p, int ld, int lane) {
     p += lane % 4 * ld + lane / 4;
     INFL_UNROLL(4)
     for (int i = 0; i < 2 * kB; ++i) b[i / 2][i % 2] = p[i % 2 * 4 * ld + i / 2 * 8];
-  }
-  __device__ static void load_right_fast(Element (&b)[2][kB], const Element* p, int ld, int lane) {
-    uint32_t all[4];
-    ptx::load_matrices<false>(all, p + (lane % 8 + lane / 16 * 8) * ld + lane / 8 % 2 * 4);
-    INFL_UNROLL(4)
-    for (int i = 0; i < 2 * kB; ++i) b[i / 2][i % 2] = all[i];
   }
 
   // C += A B, C being the lane's atom of that number down its tile and its columns j and j + 1.
@@ -133,12 +144,7 @@ struct Tf32 {
   }
 };
 
-struct Bfloat16 {
-  using Value = float;
-  using Element = uint16_t;
-  using Register = uint32_t;
-  static constexpr int kM = 16, kK = 16, kA = 4, kB = 2, kColumnPad = 8, kRowPad = 8;
-
+struct Bfloat16 : OfFloat32<uint16_t, 16> {
   template <int W>
   __device__ static Vector<Element, W> round(const Vector<float, W>& x) {
     Vector<Element, W> result;
@@ -158,20 +164,10 @@ struct Bfloat16 {
   __device__ static void load_left_slow(uint32_t (&a)[kA], const Element* p, int ld, int lane) {
     ptx::load_matrices<true>(a, p + (lane % 8 + lane / 16 * 8) * ld + lane / 8 % 2 * 8);
   }
-  __device__ static void load_left_fast(uint32_t (&a)[kA], const Element* p, int ld, int lane) {
-    ptx::load_matrices<false>(a, p + lane % 16 * ld + lane / 16 * 8);
-  }
   __device__ static void load_right_slow(uint32_t (&b)[2][kB], const Element* p, int ld, int lane) {
     uint32_t all[4];
     ptx::load_matrices<true>(all, p + lane % 16 * ld + lane / 16 * 8);
-    INFL_UNROLL(4)
-    for (int i = 0; i < 2 * kB; ++i) b[i / 2][i % 2] = all[i];
-  }
-  __device__ static void load_right_fast(uint32_t (&b)[2][kB], const Element* p, int ld, int lane) {
-    uint32_t all[4];
-    ptx::load_matrices<false>(all, p + (lane % 8 + lane / 16 * 8) * ld + lane / 8 % 2 * 8);
-    INFL_UNROLL(4)
-    for (int i = 0; i < 2 * kB; ++i) b[i / 2][i % 2] = all[i];
+    split(all, b);
   }
 
   template <int kRows, int kCols>

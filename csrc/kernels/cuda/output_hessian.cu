@@ -1,6 +1,10 @@
 // Product and roots of the softmax shape by one reduction a line (row_reduction.h): u and p are read once and u written once where a line fits in
-// registers (8192 classes of float), so 12 bytes and about 20 operations an element; longer lines are read twice. p is shared by all right-hand
-// sides: lines that differ in v alone are neighbours, so it comes from L2 after the first.
+// registers (8192 classes of float), so 12 bytes and about 20 operations an element. p is shared by all right-hand sides: lines that differ in v
+// alone are neighbours, so it comes from L2 after the first. Passes over memory of a line of K classes, in units of K numbers (least: 2 V + 1):
+//
+//               up to 8192   longer: sums first, products after
+//     V = 1     3            5 (p and u twice, u written)
+//     V = 8     17           26 (u twice and written, p from memory once in each of the two)
 #include "kernels/output_hessian.h"
 
 #include "kernels/cuda/row_reduction.h"
@@ -44,19 +48,10 @@ struct SoftmaxLine {
   }
 
   __device__ void merge(State& state, const State& other) const {
-    if (other.m == INT_MAX) return;
-    if (state.m == INT_MAX) {
-      state = other;
-      return;
-    }
-    State a = state, b = other;
-    if (b.top > a.top || (b.top == a.top && b.m < a.m)) {
-      a = other;
-      b = state;
-    }
-    a.dot += b.dot + (part == HessianPart::root ? std::sqrt(b.top) * b.at_top : (b.rest + b.top) * (b.at_top - a.at_top));
-    a.rest += b.rest + b.top;
-    state = a;
+    merge_into_larger(state, other, [this](State& a, const State& b) {
+      a.dot += b.dot + (part == HessianPart::root ? std::sqrt(b.top) * b.at_top : (b.rest + b.top) * (b.at_top - a.at_top));
+      a.rest += b.rest + b.top;
+    });
   }
 
   __device__ void store(int64_t c, const Item& item, const State& state) const {

@@ -30,6 +30,21 @@ struct Sum {
   T value = 0;
 };
 
+// Merges states whose sums leave out the largest element so far, `top` with index `m` (INT_MAX: of no element; of equal ones the first): add(a, b)
+// adds what b has summed, and the element it left out, to a, whose element is the larger one.
+template <class State, class Add>
+__device__ void merge_into_larger(State& state, const State& other, const Add& add) {
+  if (other.m == INT_MAX) return;
+  if (state.m == INT_MAX) {
+    state = other;
+    return;
+  }
+  const bool other_is_larger = other.top > state.top || (other.top == state.top && other.m < state.m);
+  State larger = other_is_larger ? other : state;
+  add(larger, other_is_larger ? state : other);
+  state = larger;
+}
+
 namespace row_reduction {
 
 constexpr int kThreads = 256;

@@ -115,6 +115,14 @@ template <class T>
 T __shfl_up_sync(unsigned, T value, unsigned step) {
   return ::infl::emulation::shuffle(value, ::infl::emulation::lane() - static_cast<int>(step));
 }
+inline unsigned __ballot_sync(unsigned, int predicate) {
+  const bool own = predicate != 0;
+  const ::infl::emulation::Given* given = ::infl::emulation::gather(&own, sizeof own);
+  unsigned all = 0;
+  for (int lane = 0; lane < 32; ++lane) all |= static_cast<unsigned>(given[lane].bytes[0]) << lane;
+  return all;
+}
+inline int __ffs(int x) { return __builtin_ffs(x); }
 template <class T>
 T __ldg(const T* p) {
   return *p;

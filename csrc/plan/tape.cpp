@@ -226,7 +226,50 @@ void Tape<T>::keep_cotangents(const Context& ctx, const T* g) {
 
 template <class T>
 Tiling Tape<T>::tiling(const Context& ctx, int64_t V) const {
-  return tiling(ctx, V, V);
+  if (!runs_as_chain(ctx, V)) return tiling(ctx, V, V);
+  return {.by_example = true, .tile = mlp_tiling<T>(V, N_, plan_->chain_shape().width).rows, .num_threads = ctx.num_threads};
+}
+
+// Whether products run by example on a device: as one kernel, where the plan is a chain.
+template <class T>
+bool Tape<T>::runs_as_chain(const Context& ctx, int64_t V) const {
+  if (!ctx.on_device() || plan_->chain().empty() || N_ == 0 || V == 0 || choice_ == ScheduleChoice::by_operator) return false;
+  return choice_ == ScheduleChoice::by_example || mlp_pays<T>(plan_->chain_shape(), V, N_);
+}
+
+template <class T>
+Mlp<T> Tape<T>::chain(int64_t V) const {
+  Mlp<T> mlp;
+  mlp.V = V;
+  mlp.N = N_;
+  mlp.P = plan_->num_parameters();
+  const auto offset = [&](const Node& node, size_t k) { return node.is_trainable(k) ? plan_->slots()[node.slots[k]].offset : -1; };
+  for (const ChainLink& link : plan_->chain()) {
+    const Node& node = plan_->nodes()[link.node];
+    const Dense& dense = plan_->storage(link.node).dense;
+    MlpLayer<T>& layer = mlp.layers[mlp.depth++];
+    layer.inputs = static_cast<int>(dense.inputs);
+    layer.outputs = static_cast<int>(dense.outputs);
+    layer.weight = theta_at_[node.slots[0]];
+    layer.out_stride = static_cast<int>(dense.out_stride);
+    layer.in_stride = static_cast<int>(dense.in_stride);
+    layer.weight_at = offset(node, 0);
+    layer.bias_at = offset(node, 1);
+    if (node.is_trainable(0)) layer.x = value(node.inputs[0], 0);
+    if (link.scale_by >= 0) layer.scale = states_[link.scale_by][plan_->storage(link.scale_by).derivative].data();
+  }
+  return mlp;
+}
+
+template <class T>
+void Tape<T>::run_chain(const Context& ctx, const Mlp<T>& chain) const {
+  int64_t written = 0;
+  for (int l = 0; l < chain.depth; ++l) {
+    const MlpLayer<T>& layer = chain.layers[l];
+    written += (layer.weight_at < 0 ? 0 : int64_t{layer.inputs} * layer.outputs) + (layer.bias_at < 0 ? 0 : layer.outputs);
+  }
+  if (chain.out && written < chain.P) fill_zero<T>(ctx, chain.V * chain.P, chain.out);
+  mlp_stub<T>(ctx, chain);
 }
 
 // Of a sweep for V right-hand sides that adds to `sums` vectors [P].
@@ -285,6 +328,7 @@ int64_t Tape<T>::cached_bytes() const {
 
 template <class T>
 int64_t Tape<T>::workspace_bytes(const Context& ctx, int64_t V) const {
+  if (runs_as_chain(ctx, V)) return mlp_workspace<T>(V, N_, plan_->num_parameters(), plan_->chain_shape().width);
   const Tiling t = tiling(ctx, V);
   const int64_t sweep = plan_->schedules().sweep_width * V * t.tile;
   const int64_t per_thread = t.by_example ? ctx.num_threads * (sweep + V * plan_->num_parameters()) : sweep;
@@ -336,6 +380,12 @@ void Tape<T>::run_tiles(const Context& ctx, int64_t V, int64_t sums_wanted, T* o
 
 template <class T>
 void Tape<T>::jvp(const Context& ctx, int64_t V, const T* v, T* t_out) const {
+  if (runs_as_chain(ctx, V)) {
+    Mlp<T> mlp = chain(V);
+    mlp.v = v;
+    mlp.t_out = t_out;
+    return run_chain(ctx, mlp);
+  }
   const int64_t C = plan_->output_width();
   const auto t_theta = slot_rows(v);
   Scratch<T> packed(ctx, V * plan_->schedules().tangent_packed_size);
@@ -350,6 +400,12 @@ void Tape<T>::jvp(const Context& ctx, int64_t V, const T* v, T* t_out) const {
 
 template <class T>
 void Tape<T>::vjp(const Context& ctx, int64_t V, const T* g, T* out) const {
+  if (runs_as_chain(ctx, V)) {
+    Mlp<T> mlp = chain(V);
+    mlp.g = g;
+    mlp.out = out;
+    return run_chain(ctx, mlp);
+  }
   const int64_t C = plan_->output_width();
   run_tiles(ctx, V, V, out, [&](const Context& inner, int64_t n0, int64_t n, T* workspace, T* sum) {
     T* g_z = workspace + plan_->schedules().output * V * n;
@@ -360,6 +416,13 @@ void Tape<T>::vjp(const Context& ctx, int64_t V, const T* g, T* out) const {
 
 template <class T>
 void Tape<T>::ggn(const Context& ctx, int64_t V, const T* v, const OutputHessian<T>& h, T* out) const {
+  if (runs_as_chain(ctx, V)) {
+    Mlp<T> mlp = chain(V);
+    mlp.v = v;
+    mlp.hessian = h;
+    mlp.out = out;
+    return run_chain(ctx, mlp);
+  }
   product(ctx, V, v, h, false, out);
 }
 

@@ -3,7 +3,8 @@
 // Products run by one of two schedules (the same plan, rules and numbers up to the order of sums over examples):
 //   by example   each thread takes tiles of examples whose whole state fits its cache through all steps, alone, into its own accumulator
 //   by operator  one tile at a time, all threads inside each kernel, one accumulator
-// Both are deterministic for a given number of threads. A device runs by operator: its threads are inside its kernels.
+// Both are deterministic for a given number of threads. On a device the threads are inside the kernels: by example is one kernel that takes tiles
+// through a whole chain of dense layers (kernels/mlp.h), and everything else runs by operator.
 #pragma once
 
 #include <cstdint>
@@ -44,7 +45,7 @@ class Tape {
   const T* outputs() const { return value(plan_->output(), 0); }  // [N, C]
 
   void set_schedule(ScheduleChoice choice) { choice_ = choice; }
-  Tiling tiling(const Context& ctx, int64_t V) const;  // of products onto V vectors
+  Tiling tiling(const Context& ctx, int64_t V) const;  // of jvp, vjp and ggn onto V vectors
   int64_t cached_bytes() const;
   int64_t workspace_bytes(const Context& ctx, int64_t V) const;  // of one product onto V vectors, beyond operand and result
 
@@ -82,6 +83,9 @@ class Tape {
                              const std::vector<T*>& g_theta, T* workspace) const;
   void product(const Context& ctx, int64_t V, const T* v, const OutputHessian<T>& h, bool second_order, T* out) const;
   void pack_tangents(const Context& ctx, int64_t V, const std::vector<const T*>& t_theta, T* packed) const;
+  bool runs_as_chain(const Context& ctx, int64_t V) const;
+  Mlp<T> chain(int64_t V) const;
+  void run_chain(const Context& ctx, const Mlp<T>& chain) const;
   Tiling tiling(const Context& ctx, int64_t V, int64_t sums) const;
   template <class Body>
   void run_tiles(const Context& ctx, int64_t V, int64_t sums, T* out, const Body& body) const;

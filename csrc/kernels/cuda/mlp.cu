@@ -9,12 +9,13 @@
 // kept activations come through registers, a step of 8 or 16 terms ahead of what is multiplied, into two panels in turn, so that a step has one
 // barrier; columns are taken 128 at a time. A bias gradient is the product of the (rounded) cotangents with ones.
 //
-// Counted, a tile of R examples and one right-hand side, w = Σ inputs · outputs: 8 R w operations (4 R of the first layer), for 5 w elements: W twice,
-// its tangent, the gradient written and read again (added up by a second launch in the order of the runs, or by the tile that follows). With 32
-// examples that is 51 operations for 4 bytes, and all of it lies in L2, which serves a few times what memory does: 8-128-128-1 has 71 KB of each. State
-// (x and φ', twice) is read by every right-hand side: R (inputs + outputs) elements a layer.
+// Counted, a tile of R examples and one right-hand side, w = Σ inputs · outputs: 8 R w operations (4 R of the first layer), for 5 w elements: W
+// twice, its tangent, the gradient written and read again (added up by a second launch in the order of the runs, or by the tile that follows). With
+// 32 examples that is 51 operations for 4 bytes, and all of it lies in L2, which serves a few times what memory does: 8-128-128-1 has 71 KB of each.
+// State (x and φ', twice) is read by every right-hand side: R (inputs + outputs) elements a layer.
 //
-// At most 99 KB of shared memory (mlp_shared_bytes), so two blocks of 128 or 256 threads on a processor of sm_90, one or two on sm_80.
+// At most 99 KB of shared memory (mlp_shared_bytes). Registers are not capped (at 128 a thread the compiler spills up to 850 bytes), so a processor
+// has one block of 256 threads (large tiles) or two of 128.
 #include "kernels/mlp.h"
 
 #include "kernels/cuda/mma.h"
@@ -158,26 +159,28 @@ struct Worker {
   }
 
   // The tile's columns c0.. of C: the sum over terms of left · right. The panel that a step fills is not the one that slower threads still multiply.
-  __device__ void product(const ProductTerm (&terms)[2], int c0, int C) {
+  __device__ void product(const ProductTerm& one, const ProductTerm& two, int c0, int C) {
     tile.clear();
-    const int steps = (terms[0].K + kStep - 1) / kStep, total = steps + (terms[1].K + kStep - 1) / kStep;
     const bool idle = is_idle(C - c0);
-    const auto fetch_step = [&](int s) {
-      if (s < steps) {
-        fetch(terms[0], s * kStep, c0, C);
-      } else {
-        fetch(terms[1], (s - steps) * kStep, c0, C);
-      }
-    };
-    if (total > 0) fetch_step(0);
-    for (int s = 0; s < total; ++s) {
-      const ProductTerm& term = terms[s < steps ? 0 : 1];
+    ProductTerm term = one.K > 0 ? one : two;
+    bool more = one.K > 0 && two.K > 0;
+    if (term.K == 0) return;
+    fetch(term, 0, c0, C);
+    for (int k0 = 0;;) {
       keep(term);
       __syncthreads();
-      if (s + 1 < total) fetch_step(s + 1);
-      const Element* from = term.resident != nullptr ? term.resident + (s < steps ? s : s - steps) * kStep * kLeft : left + turn * kStep * kLeft;
+      const Element* const from = term.resident != nullptr ? term.resident + k0 * kLeft : left + turn * kStep * kLeft;
+      k0 += kStep;
+      const bool ends = k0 >= term.K && !more;
+      if (k0 >= term.K && more) {
+        term = two;
+        more = false;
+        k0 = 0;
+      }
+      if (!ends) fetch(term, k0, c0, C);
       if (!idle) tile.template add<kStep>(from, kLeft, right + turn * kStep * kRight, kRight);
       turn ^= 1;
+      if (ends) return;
     }
   }
 
@@ -208,16 +211,16 @@ struct Worker {
     const T* const flat = p.v + v * p.P;
     for (int l = 0; l < p.depth; ++l) {
       const MlpLayer<T>& layer = p.layers[l];
-      ProductTerm terms[2];
-      if (l > 0) terms[0] = {tangents, nullptr, layer.weight, layer.in_stride, layer.out_stride, layer.inputs};
+      ProductTerm of_input, of_weight;
+      if (l > 0) of_input = {tangents, nullptr, layer.weight, layer.in_stride, layer.out_stride, layer.inputs};
       if (layer.weight_at >= 0) {
-        terms[1] = {nullptr, layer.x + first * layer.inputs, flat + layer.weight_at, layer.in_stride, layer.out_stride, layer.inputs};
+        of_weight = {nullptr, layer.x + first * layer.inputs, flat + layer.weight_at, layer.in_stride, layer.out_stride, layer.inputs};
       }
       const T* const bias = layer.bias_at >= 0 ? flat + layer.bias_at : nullptr;
       const bool last = l + 1 == p.depth;
       const int width = layer.outputs, padded = round_up(width, kStep);
       for (int c0 = 0; c0 < width; c0 += kCols) {
-        product(terms, c0, width);
+        product(of_input, of_weight, c0, width);
         each(c0, [&](int n, int c, T sum) {
           if (c >= padded) return;
           const T value = scaled(layer.scale, n, c, width, bias != nullptr && c < width ? sum + bias[c] : sum);
@@ -322,10 +325,10 @@ struct Worker {
       if (layer.weight_at >= 0) weight_gradient(layer, sums + layer.weight_at, add);
       if (l == 0) return;
       const T* const scale = p.layers[l - 1].scale;
-      const ProductTerm terms[2] = {{tangents, nullptr, layer.weight, layer.out_stride, layer.in_stride, layer.outputs}, {}};
+      const ProductTerm of_output = {tangents, nullptr, layer.weight, layer.out_stride, layer.in_stride, layer.outputs};
       const int width = layer.inputs, padded = round_up(width, kStep);
       for (int c0 = 0; c0 < width; c0 += kCols) {
-        product(terms, c0, width);
+        product(of_output, {}, c0, width);
         each(c0, [&](int n, int c, T sum) {
           if (c >= padded) return;
           const Element value = Tile::element(scaled(scale, n, c, width, sum));

@@ -64,14 +64,25 @@ class KernelStub<void(const Context&, Args...)> {
 
 }  // namespace infl
 
+// A kernel that another library may bring for a device.
+#define INFL_MAKE_INSTALLABLE(stub)                                                                         \
+  ::infl::device_kernel_installers()[::infl::stub<float>.name()] = [](const ::infl::DeviceKernel& kernel) { \
+    ::infl::stub<float>.set_cuda(kernel.for_float);                                                         \
+    ::infl::stub<double>.set_cuda(kernel.for_double);                                                       \
+  };
+
 // Each kernels/cpu file is compiled once per instruction set, with INFL_ISA naming it (setup.py).
-#define INFL_REGISTER_CPU(stub, fn)                                                                           \
-  [[maybe_unused]] static const bool INFL_CONCAT(fn, _is_registered) = [] {                                   \
-    ::infl::stub<float>.set_cpu(::infl::Isa::INFL_ISA, &fn<float>);                                           \
-    ::infl::stub<double>.set_cpu(::infl::Isa::INFL_ISA, &fn<double>);                                         \
-    ::infl::device_kernel_installers()[::infl::stub<float>.name()] = [](const ::infl::DeviceKernel& kernel) { \
-      ::infl::stub<float>.set_cuda(kernel.for_float);                                                         \
-      ::infl::stub<double>.set_cuda(kernel.for_double);                                                       \
-    };                                                                                                        \
-    return true;                                                                                              \
+#define INFL_REGISTER_CPU(stub, fn)                                         \
+  [[maybe_unused]] static const bool INFL_CONCAT(fn, _is_registered) = [] { \
+    ::infl::stub<float>.set_cpu(::infl::Isa::INFL_ISA, &fn<float>);         \
+    ::infl::stub<double>.set_cpu(::infl::Isa::INFL_ISA, &fn<double>);       \
+    INFL_MAKE_INSTALLABLE(stub)                                             \
+    return true;                                                            \
+  }();
+
+// Beside the stub, in its header: a kernel that has no implementation for the CPU.
+#define INFL_DEVICE_KERNEL(stub)                              \
+  inline const bool INFL_CONCAT(stub, _is_installable) = [] { \
+    INFL_MAKE_INSTALLABLE(stub)                               \
+    return true;                                              \
   }();

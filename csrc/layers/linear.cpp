@@ -32,10 +32,13 @@ class Linear final : public Rule<T> {
                                   " and out_features = " + std::to_string(O) + ", got " + std::to_string(node.input_widths[0]) + " and " +
                                   std::to_string(node.width) + ".");
     }
-    return {.keeps_input = {node.is_trainable(0)},
-            .state_widths = {},
-            .packed_size = gemm_packed_size<T>(I, O) + (node.needs_tangent[0] ? gemm_packed_size<T>(O, I) : 0),
-            .tangent_packed_size = node.is_trainable(0) ? gemm_packed_size<T>(I, O) + (node.curved ? gemm_packed_size<T>(O, I) : 0) : 0};
+    Storage storage{.keeps_input = {node.is_trainable(0)},
+                    .state_widths = {},
+                    .packed_size = gemm_packed_size<T>(I, O) + (node.needs_tangent[0] ? gemm_packed_size<T>(O, I) : 0),
+                    .tangent_packed_size = node.is_trainable(0) ? gemm_packed_size<T>(I, O) + (node.curved ? gemm_packed_size<T>(O, I) : 0) : 0};
+    const bool transposed = node.attribute("transposed") != 0;
+    if (node.width == O) storage.dense = {I, O, transposed ? 1 : I, transposed ? O : 1};
+    return storage;
   }
 
   bool is_curved(const Node& node) const override { return node.is_trainable(0) && node.needs_tangent[0]; }

@@ -20,6 +20,12 @@
 
 namespace infl {
 
+// A node y = W x + b with the slots {W, b}: W[o, i] of `outputs` by `inputs` elements at o * out_stride + i * in_stride.
+struct Dense {
+  int64_t inputs = 0, outputs = 0;  // 0: the node is none
+  int64_t out_stride = 0, in_stride = 0;
+};
+
 // What a rule wants kept between the forward pass and the products.
 struct Storage {
   std::vector<bool> keeps_input;      // per input: is its value needed later?
@@ -28,6 +34,7 @@ struct Storage {
   int64_t tangent_packed_size = 0;    // elements derived from a parameter tangent, per right-hand side
   bool on_calling_thread = false;     // no other thread may run the node
   int derivative = -1;                // state array d if the node is elementwise with t_y = d ∘ t_x: such nodes can be fused into a neighbour
+  Dense dense = {};                   // if it is: chains of such nodes can be one kernel (kernels/mlp.h)
 };
 
 template <class T>

@@ -94,6 +94,7 @@ Plan<T>::Plan(std::vector<Node> nodes, std::vector<Slot> slots, std::vector<int6
   compile_forward();
   compile_tangent();
   compile_cotangent();
+  find_chain();
 }
 
 template <class T>
@@ -308,6 +309,42 @@ void Plan<T>::compile_cotangent() {
     places.release(g_output);
   }
   schedules_.sweep_width = std::max(schedules_.sweep_width, places.high_water());
+}
+
+// Backwards from the output, along nodes of one input each: what else reads the values on the way does not reach the output.
+template <class T>
+void Plan<T>::find_chain() {
+  std::vector<ChainLink> chain;
+  std::vector<int> slots;  // that are trained; of tied ones the gradients would have to meet
+  int scale_by = -1;
+  for (int value = output(); needs_tangent_[value];) {
+    const int i = producer_[value];
+    const Dense& dense = storages_[i].dense;
+    if (is_elementwise(i) && scale_by < 0) {
+      scale_by = i;
+    } else if (dense.inputs > 0) {
+      if (dense.outputs > kMaxMlpWidth || dense.inputs * dense.outputs > INT32_MAX) return;
+      for (size_t k = 0; k < nodes_[i].slots.size(); ++k) {
+        if (nodes_[i].trainable[k]) slots.push_back(nodes_[i].slots[k]);
+      }
+      chain.push_back({i, scale_by});
+      scale_by = -1;
+    } else {
+      return;
+    }
+    value = canonical_[nodes_[i].inputs[0]];
+  }
+  std::sort(slots.begin(), slots.end());
+  const bool tied = std::adjacent_find(slots.begin(), slots.end()) != slots.end();
+  if (chain.size() > kMaxMlpDepth || tied) return;
+  chain_.assign(chain.rbegin(), chain.rend());
+  for (const ChainLink& link : chain_) {
+    const Dense& dense = storages_[link.node].dense;
+    chain_shape_.width = std::max(chain_shape_.width, static_cast<int>(dense.outputs));
+    chain_shape_.weights += dense.inputs * dense.outputs;
+    chain_shape_.activations += dense.inputs + dense.outputs;
+    chain_shape_.depth += 1;
+  }
 }
 
 template class Plan<float>;

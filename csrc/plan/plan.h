@@ -6,6 +6,9 @@
 //   cotangent the same nodes reversed; below the lowest trainable node nothing is done
 // An elementwise node next to a linear one is fused into it: its derivative becomes the epilogue of the product, in either direction.
 //
+// Where all nodes that a differentiated parameter influences form one chain of dense and elementwise ones (an MLP), it is listed besides: a device
+// can take tiles of examples through it in one kernel (kernels/mlp.h).
+//
 // A plan for second-order products has curved nodes, too: the tangents that they read stay in the workspace until the cotangent sweep has passed
 // them, and they are fused with nothing that would come between a product and its second-order term.
 #pragma once
@@ -15,6 +18,7 @@
 #include <string>
 #include <vector>
 
+#include "kernels/mlp.h"
 #include "layers/rule.h"
 
 namespace infl {
@@ -52,6 +56,11 @@ struct SecondOrderStep {
   std::vector<Place> t_inputs, g_inputs;  // kNowhere: zero, not wanted
 };
 
+struct ChainLink {
+  int node;           // dense
+  int scale_by = -1;  // the elementwise node behind it, if there is one
+};
+
 struct Schedules {
   std::vector<ForwardStep> forward;
   std::vector<TangentStep> tangent;
@@ -78,6 +87,9 @@ class Plan {
   const Rule<T>& rule(int node) const { return *rules_[node]; }
   const Storage& storage(int node) const { return storages_[node]; }
   const Schedules& schedules() const { return schedules_; }
+  // From the lowest trained node to the output; empty if that is no chain, or one that is too deep or too wide.
+  const std::vector<ChainLink>& chain() const { return chain_; }
+  const MlpShape& chain_shape() const { return chain_shape_; }
   int num_inputs() const { return static_cast<int>(input_widths_.size()); }
   const std::vector<int64_t>& input_widths() const { return input_widths_; }
   int num_values() const { return static_cast<int>(widths_.size()); }
@@ -98,6 +110,7 @@ class Plan {
   void compile_forward();
   void compile_tangent();
   void compile_cotangent();
+  void find_chain();
   bool is_elementwise(int node) const { return storages_[node].derivative >= 0; }
 
   std::vector<Node> nodes_;
@@ -116,6 +129,8 @@ class Plan {
   std::vector<int> first_curved_;     // per canonical value with a tangent: the first curved node that reads it, or -1
   std::vector<Place> tangent_place_;  // of such values
   Schedules schedules_;
+  std::vector<ChainLink> chain_;
+  MlpShape chain_shape_;
 };
 
 extern template class Plan<float>;

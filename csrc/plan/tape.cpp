@@ -289,6 +289,8 @@ void Tape<T>::keep_cotangents(const Context& ctx, const T* g) {
 
 template <class T>
 Tiling Tape<T>::tiling(const Context& ctx, int64_t V) const {
+  if (runs_as_chain(ctx, V))
+    return {.by_example = true, .tile = mlp_tiling<T>(V, N_, plan_->chain_shape().width).rows, .num_threads = ctx.num_threads};
   const int64_t together = sides(ctx, V);
   return tiling(ctx, together, together);
 }
@@ -368,6 +370,7 @@ int64_t Tape<T>::cached_bytes() const {
 
 template <class T>
 int64_t Tape<T>::workspace_bytes(const Context& ctx, int64_t V) const {
+  if (runs_as_chain(ctx, V)) return mlp_workspace<T>(V, N_, plan_->num_parameters(), plan_->chain_shape().width);
   const int64_t together = sides(ctx, V);
   const Tiling t = tiling(ctx, together, together);
   const int64_t sweep = std::max(plan_->schedules().sweep_width * together, plan_->schedules().forward_width) * t.tile;
@@ -420,6 +423,7 @@ void Tape<T>::run_tiles(const Context& ctx, int64_t V, int64_t sums_wanted, T* o
 
 template <class T>
 void Tape<T>::jvp(const Context& ctx, int64_t V, const T* v, T* t_out) const {
+  if (runs_as_chain(ctx, V)) return run_chain(ctx, {.V = V, .v = v, .t_out = t_out});
   const int64_t C = plan_->output_width();
   each_group(ctx, V, [&](int64_t first, int64_t count) {
     const auto t_theta = slot_rows(v + first * plan_->num_parameters());
@@ -436,6 +440,7 @@ void Tape<T>::jvp(const Context& ctx, int64_t V, const T* v, T* t_out) const {
 
 template <class T>
 void Tape<T>::vjp(const Context& ctx, int64_t V, const T* g, T* out) const {
+  if (runs_as_chain(ctx, V)) return run_chain(ctx, {.V = V, .g = g, .out = out});
   each_group(ctx, V, [&](int64_t first, int64_t count) {
     run_tiles(ctx, count, count, out + first * plan_->num_parameters(), [&](const Context& inner, int64_t n0, int64_t n, T* workspace, T* sum) {
       load_cotangents(inner, count, n0, n, g + first * sets_ * N_ * plan_->output_width(), workspace);
@@ -496,6 +501,7 @@ void Tape<T>::descend(const Context& ctx, const T* g, const Descent<T>& descent,
 
 template <class T>
 void Tape<T>::ggn(const Context& ctx, int64_t V, const T* v, const OutputHessian<T>& h, T* out) const {
+  if (runs_as_chain(ctx, V)) return run_chain(ctx, {.V = V, .v = v, .hessian = h, .out = out});
   product(ctx, V, v, h, false, out);
 }
 

@@ -3,7 +3,8 @@
 // Products run by one of two schedules (the same plan, rules and numbers up to the order of sums over examples):
 //   by example   each thread takes tiles of examples whose whole state fits its cache through all steps, alone, into its own accumulator
 //   by operator  one tile at a time, all threads inside each kernel, one accumulator
-// Both are deterministic for a given number of threads. A device runs by operator: its threads are inside its kernels.
+// Both are deterministic for a given number of threads. On a device the threads are inside the kernels: by example is one kernel that takes tiles
+// through a whole chain of dense layers (kernels/mlp.h), and everything else runs by operator.
 //
 // A tape may stand at several parameter sets at once, for linearize and vjp of one cotangent a set. What depends on no trained parameter is computed
 // once and shared. Of the nodes that do, those without parameters of their own take the examples of all sets for one long batch, rules that take sets
@@ -57,7 +58,7 @@ class Tape {
 
   void set_schedule(ScheduleChoice choice) { choice_ = choice; }
   int64_t sides(const Context& ctx, int64_t V) const;                            // how many of V right-hand sides a sweep takes at once
-  Tiling tiling(const Context& ctx, int64_t V) const;                            // of its sweeps
+  Tiling tiling(const Context& ctx, int64_t V) const;                            // of its sweeps in jvp, vjp and ggn
   bool is_whole(const Context& ctx) const { return tiling(ctx, 1).tile >= N_; }  // do sweeps of one right-hand side take all examples at once?
   int64_t cached_bytes() const;
   int64_t workspace_bytes(const Context& ctx, int64_t V) const;  // of one product onto V vectors, beyond operand and result
@@ -108,6 +109,8 @@ class Tape {
                              const std::vector<T*>& g_theta, T* workspace) const;
   void product(const Context& ctx, int64_t V, const T* v, const OutputHessian<T>& h, bool second_order, T* out) const;
   void pack_tangents(const Context& ctx, int64_t V, const std::vector<const T*>& t_theta, T* packed) const;
+  bool runs_as_chain(const Context& ctx, int64_t V) const;
+  void run_chain(const Context& ctx, Mlp<T> product) const;
   Tiling tiling(const Context& ctx, int64_t V, int64_t sums) const;
   template <class Body>
   void each_group(const Context& ctx, int64_t V, const Body& body) const;

@@ -9,8 +9,10 @@
 #include <string>
 #include <vector>
 
+#include "bindings_ensemble.h"
 #include "bindings_generic.h"
 #include "bindings_graph.h"
+#include "bindings_losses.h"
 #include "bindings_tensors.h"
 #include "common/build_info.h"
 #include "common/device_library.h"
@@ -19,8 +21,6 @@
 #include "kernels/movement.h"
 #include "layers/rule.h"
 #include "losses/class_indices.h"
-#include "losses/loss.h"
-#include "plan/ensemble.h"
 #include "plan/example_gradients.h"
 #include "plan/tape.h"
 
@@ -343,153 +343,6 @@ void dispatch(const at::Tensor& z, const Fn& fn) {
     TORCH_CHECK(z.scalar_type() == at::kDouble, "expected float32 or float64, got ", z.scalar_type(), ".");
     fn(double{});
   }
-}
-
-using OptionalTensor = std::optional<at::Tensor>;
-
-template <class T>
-T* writable(const OptionalTensor& t, int64_t size, at::Device device, const char* what) {
-  return t ? const_cast<T*>(data<T>(*t, size, device, what)) : nullptr;
-}
-
-// What a loss is of, without outputs and results, for outputs [N, *shape] = [N, C] or [N, K, positions]; weight by element, by example and element,
-// or by class. `is_checked`: class indices were looked at before; looking would wait for a device.
-template <class T>
-LossArguments<T> loss_arguments(const Loss<T>& loss, double s, double parameter, at::IntArrayRef shape, const at::Tensor& target,
-                                const OptionalTensor& weight, at::Device device, bool is_checked = false) {
-  LossArguments<T> a;
-  const bool by_class = loss.hessian_shape() == HessianShape::softmax;
-  a.N = shape[0];
-  a.positions = shape.size() == 3 ? shape[2] : 1;
-  a.C = shape[1] * a.positions;
-  a.s = static_cast<T>(s);
-  a.a = static_cast<T>(parameter);
-  if (by_class && target.scalar_type() == at::kLong) {
-    TORCH_CHECK(target.is_contiguous() && target.numel() == a.N * a.positions && target.device() == device,
-                "loss: expected int64 targets [N, positions] on ", device, ".");
-    a.index = target.const_data_ptr<int64_t>();
-    if (target.numel() > 0 && !is_checked) {
-      const auto [lowest, highest] = at::aminmax(target);
-      TORCH_CHECK(lowest.item<int64_t>() >= -1 && highest.item<int64_t>() < shape[1], "loss: expected class indices in [-1, ", shape[1], "), got ",
-                  lowest.item<int64_t>(), " to ", highest.item<int64_t>(), ".");
-    }
-  } else {
-    a.target = data<T>(target, a.N * a.C, device, "loss target");
-  }
-  if (weight) {
-    a.weight_per_example = !by_class && weight->dim() == 2;
-    a.weight = data<T>(*weight, by_class ? shape[1] : a.weight_per_example ? a.N * a.C : a.C, device, "loss weight");
-  }
-  return a;
-}
-
-template <class T>
-const Loss<T>& native_loss(const std::string& name) {
-  const Loss<T>* loss = find_loss<T>(name);
-  TORCH_CHECK(loss != nullptr, "loss: expected one of the native losses, got '", name, "'.");
-  return *loss;
-}
-
-// Fills the results that are given. z [N, C] or [N, K, positions].
-template <class T>
-void loss_evaluate(const std::string& name, double s, double parameter, const at::Tensor& z, const at::Tensor& target, const OptionalTensor& weight,
-                   const OptionalTensor& z_s, const std::map<std::string, at::Tensor>& results) {
-  const Loss<T>& loss = native_loss<T>(name);
-  const at::Device device = z.device();
-  LossArguments<T> a = loss_arguments<T>(loss, s, parameter, z.sizes(), target, weight, device);
-  a.z = data<T>(z, a.N * a.C, device, "loss output");
-  if (z_s) a.z_s = data<T>(*z_s, a.N * a.C, device, "reference output");
-  const auto result = [&](const char* key, int64_t size) {
-    const auto it = results.find(key);
-    return it == results.end() ? nullptr : const_cast<T*>(data<T>(it->second, size, device, key));
-  };
-  a.value = result("value", a.N);
-  a.gradient = result("gradient", a.N * a.C);
-  a.state = result("state", a.N * a.C);
-  a.mass = result("mass", a.N * a.positions);
-  a.bregman = result("bregman", a.N);
-  TORCH_CHECK((a.bregman == nullptr) == (a.z_s == nullptr), "loss_evaluate: expected reference outputs with a divergence, and only then.");
-  loss.evaluate(Run(device).ctx, a);
-}
-
-// `times` copies, one after another.
-at::Tensor repeated(const at::Tensor& rows, int64_t times) {
-  if (times == 1) return rows;
-  std::vector<int64_t> by_axis(rows.dim(), 1);
-  by_axis[0] = times;
-  return rows.repeat(by_axis);
-}
-
-// A batch of training steps, one for each parameter set: see influence_ext/ensemble.py.
-template <class T>
-at::Tensor ensemble_step(Ensemble<T>& ensemble, const std::vector<at::Tensor>& inputs, const std::vector<OptionalTensor>& constants,
-                         const at::Tensor& theta, const std::vector<at::Tensor>& moments, const std::map<std::string, double>& descent,
-                         const OptionalTensor& anchor, const std::string& loss, double loss_scale, double loss_parameter,
-                         std::vector<int64_t> output_shape, const at::Tensor& target, const OptionalTensor& weight, const at::Tensor& kept) {
-  const Plan<T>& plan = ensemble.plan();
-  const int64_t N = ensemble.num_examples(), S = theta.size(0), P = plan.num_parameters();
-  const at::Device device = theta.device();
-  const Run run(device);
-  EnsembleStep<T> step;
-  step.num_sets = S;
-  TORCH_CHECK(constants.size() == plan.slots().size() && static_cast<int>(inputs.size()) == plan.num_inputs(), "Ensemble: expected ",
-              plan.slots().size(), " slots and ", plan.num_inputs(), " inputs.");
-  TORCH_CHECK(kept.device() == device && kept.is_contiguous() && kept.scalar_type() == at::kBool && kept.numel() == S * N,
-              "Ensemble: expected contiguous booleans [", S, ", ", N, "] on ", device, " that say which examples count.");
-  for (size_t s = 0; s < constants.size(); ++s) {
-    TORCH_CHECK(constants[s] || plan.slots()[s].offset >= 0, "Ensemble: expected a value for slot ", s, ", got none.");
-    step.constants.push_back(constants[s] ? data<T>(*constants[s], plan.slots()[s].size, device, "Ensemble constant") : nullptr);
-  }
-  std::vector<const T*> rows;
-  for (size_t i = 0; i < inputs.size(); ++i) rows.push_back(data<T>(inputs[i], N * plan.input_widths()[i], device, "Ensemble input"));
-  const bool adam = descent.count("beta2") > 0;
-  TORCH_CHECK(moments.size() == (adam ? 2u : 1u), "Ensemble: expected the moments of the method, got ", moments.size(), ".");
-  step.theta = writable<T>(theta, S * P, device, "Ensemble parameters");
-  step.first = writable<T>(moments[0], S * P, device, "Ensemble moments");
-  if (adam) step.second = writable<T>(moments[1], S * P, device, "Ensemble moments");
-  const auto number = [&](const char* key) {
-    const auto it = descent.find(key);
-    return it == descent.end() ? T(0) : static_cast<T>(it->second);
-  };
-  step.descent = {.method = adam ? Method::adam : Method::sgd,
-                  .lr = number("lr"),
-                  .momentum = number("momentum"),
-                  .one_minus_beta1 = number("one_minus_beta1"),
-                  .beta2 = number("beta2"),
-                  .one_minus_beta2 = number("one_minus_beta2"),
-                  .root_correction = number("root_correction"),
-                  .eps = number("eps"),
-                  .decay = number("decay"),
-                  .damping = number("damping"),
-                  .anchor = anchor ? data<T>(*anchor, P, device, "Ensemble anchor") : nullptr};
-  TORCH_CHECK(step.descent.damping == 0 || anchor, "Ensemble: expected an anchor with damping, got none.");
-  step.loss = &native_loss<T>(loss);
-  const int64_t at_once = Ensemble<T>::sets_at_once(run.ctx, S);
-  const at::Tensor targets = repeated(target, at_once);
-  const bool by_example = weight && weight->dim() == 2;
-  const OptionalTensor weights = by_example ? repeated(*weight, at_once) : weight;
-  output_shape[0] *= at_once;
-  step.arguments = loss_arguments<T>(*step.loss, loss_scale, loss_parameter, output_shape, targets, weights, device, /*is_checked=*/true);
-  TORCH_CHECK(step.arguments.N == at_once * N && step.arguments.C == plan.output_width(), "Ensemble: expected outputs [", N, ", ",
-              plan.output_width(), "].");
-  step.kept = kept.const_data_ptr<bool>();
-  at::Tensor total = empty<T>({S}, device);
-  step.total = total.mutable_data_ptr<T>();
-  py::gil_scoped_release release;
-  if (S > 0) ensemble.step(run.ctx, rows, step);
-  return total;
-}
-
-template <class T>
-void bind_ensemble(py::module_& m, const std::string& suffix) {
-  py::class_<Ensemble<T>>(m, ("Ensemble" + suffix).c_str())
-      .def(py::init<std::shared_ptr<Plan<T>>, int64_t>(), py::arg("plan"), py::arg("num_examples"))
-      .def_property_readonly("cached_bytes", &Ensemble<T>::cached_bytes)
-      .def_static(
-          "sets_at_once", [](const at::Tensor& t) { return Ensemble<T>::sets_at_once(Run(t.device()).ctx, t.size(0)); }, py::arg("theta"))
-      .def("step", &ensemble_step<T>, py::arg("inputs"), py::arg("constants"), py::arg("theta"), py::arg("moments"), py::arg("descent"),
-           py::arg("anchor"), py::arg("loss"), py::arg("loss_scale"), py::arg("loss_parameter"), py::arg("output_shape"), py::arg("target"),
-           py::arg("weight"), py::arg("kept"));
 }
 
 CgColumn* cg_columns(const at::Tensor& state, int64_t V, at::Device device) {

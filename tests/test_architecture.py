@@ -56,8 +56,10 @@ CPP_MAY_USE: dict[str, set[str]] = {
     "per_example": {"per_example", "layers/node.h", "kernels", "common"},
     "plan": {"plan", "layers", "losses", "per_example", "kernels", "common"},
     "bindings.cpp": {
+        "bindings_ensemble.h",
         "bindings_generic.h",
         "bindings_graph.h",
+        "bindings_losses.h",
         "bindings_tensors.h",
         "plan",
         "layers",
@@ -66,13 +68,24 @@ CPP_MAY_USE: dict[str, set[str]] = {
         "kernels",
         "common",
     },
+    "bindings_ensemble.h": {"bindings_losses.h", "plan"},
     "bindings_generic.h": {"bindings_tensors.h", "layers"},
     "bindings_graph.h": {"bindings_tensors.h", "kernels"},
+    "bindings_losses.h": {"bindings_tensors.h", "losses"},
     "bindings_tensors.h": {"bindings_cuda.h", "common"},
     "bindings_cuda.h": {"common"},
     "bindings_cuda.cpp": {"bindings_cuda.h", "common"},
 }
-BINDINGS = ("bindings.cpp", "bindings_generic.h", "bindings_graph.h", "bindings_tensors.h", "bindings_cuda.h", "bindings_cuda.cpp")
+BINDINGS = (
+    "bindings.cpp",
+    "bindings_cuda.cpp",
+    "bindings_cuda.h",
+    "bindings_ensemble.h",
+    "bindings_generic.h",
+    "bindings_graph.h",
+    "bindings_losses.h",
+    "bindings_tensors.h",
+)
 TORCH_HEADER = re.compile(r"^(torch|ATen|c10|pybind11|Python\.h)")
 DEVICE = re.compile(r"cuda|cudnn|cublas|__device__|__global__|__host__|Device::|\bgpu\b", re.IGNORECASE)
 

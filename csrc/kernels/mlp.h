@@ -34,10 +34,10 @@ struct MlpLayer {
 template <class T>
 struct Mlp {
   int depth = 0;
-  MlpLayer<T> layers[kMaxMlpDepth];
+  MlpLayer<T> layers[kMaxMlpDepth] = {};
   int64_t V = 0, N = 0, P = 0;
   const T *v = nullptr, *g = nullptr;
-  OutputHessian<T> hessian;
+  OutputHessian<T> hessian = {};
   T *t_out = nullptr, *out = nullptr;
 };
 

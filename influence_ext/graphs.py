@@ -30,10 +30,12 @@ if TYPE_CHECKING:
 Graphs = Literal["auto", "always", "never"]
 LIMIT = 16
 """Recordings that a tape keeps; of more, the least recently used goes."""
-LAUNCH_SECONDS, LAUNCHES_A_NODE = 3e-6, 4
+LAUNCH_SECONDS, LAUNCHES_A_NODE, LAUNCHES_A_CHAIN, LAUNCHES_A_STEP = 3e-6, 4, 2, 5
+LAUNCHES_A_REPLAY = 3
 OPERATIONS_A_SECOND = 1e13
 WORKSPACE_BYTES = 64 * 2**20
-"""What "auto" estimates with: a product is replayed if its launches take longer than its arithmetic, and its workspace is small."""
+"""What "auto" estimates with: a product, or a solver's step around it, is replayed if it has more launches than a replay with its copies in
+and out, these take longer than the arithmetic, and the workspace is small."""
 
 _log = logging.getLogger("influence_ext")
 
@@ -71,8 +73,8 @@ class Recordings:
             raises.
     """
 
-    def __init__(self, mode: Graphs, pays: Callable[[int], bool]):
-        """``pays(V)``: whether a product onto V vectors is worth replaying."""
+    def __init__(self, mode: Graphs, pays: Callable[[int, int], bool]):
+        """``pays(V, beside)``: whether a product onto V vectors with so many launches beside it is worth replaying."""
         self.mode = mode
         self._pays = pays
         self._refused = False
@@ -101,7 +103,7 @@ class Recordings:
         Returns:
             The full key, to give it back under, and what it is. Nobody else has it until then.
         """
-        full = self._key(key, v)
+        full = self._key(key, v, LAUNCHES_A_STEP)
         if full is None:
             return None, None
         with self._lock:
@@ -120,18 +122,18 @@ class Recordings:
             self._kept.clear()
             self._moves += 1  # what somebody has taken is not found again
 
-    def replays(self, V: int) -> bool:
-        """Are products onto V vectors replayed from their second call on?"""
-        return not self._refused and V > 0 and (self.mode == "always" or self._pays(V))
+    def replays(self, V: int, beside: int = 0) -> bool:
+        """Are products onto V vectors, with so many launches beside them, replayed from their second call on?"""
+        return not self._refused and V > 0 and (self.mode == "always" or self._pays(V, beside))
 
     def num_launches(self) -> dict[int, int]:
         """V -> launches of a recorded product onto V vectors."""
         with self._lock:
             return {kept.num_vectors: kept.num_launches for kept in self._kept.values() if isinstance(kept, _RecordedProduct)}
 
-    def _key(self, key: Hashable, v: Tensor) -> Hashable:
+    def _key(self, key: Hashable, v: Tensor, beside: int = 0) -> Hashable:
         """None where a call is not to be recorded: also while somebody else records the stream."""
-        if not self.replays(v.shape[0]):
+        if not self.replays(v.shape[0], beside):
             return None
         stream = _C.recordable_stream(v.device)
         return None if stream is None else (self._moves, key, v.shape, stream)
@@ -287,8 +289,10 @@ class Replayable:
         return f"tensors on {device}, where nothing is launched" if _C.recordable_stream(device) is None else None
 
 
-def _pays(plan: Plan, native: Any, V: int) -> bool:
+def _pays(plan: Plan, native: Any, V: int, beside: int) -> bool:
     nodes = plan.graph.nodes
     operations = 4.0 * native.num_examples * V * sum(node.operations for node in nodes)
-    launches = LAUNCHES_A_NODE * len(nodes)
-    return operations / OPERATIONS_A_SECOND < launches * LAUNCH_SECONDS and native.workspace_bytes(V) <= WORKSPACE_BYTES
+    by_example, _, _ = native.tiling(V)  # a chain in one kernel
+    launches = beside + (LAUNCHES_A_CHAIN if by_example else LAUNCHES_A_NODE * len(nodes))
+    is_small = operations / OPERATIONS_A_SECOND < launches * LAUNCH_SECONDS and native.workspace_bytes(V) <= WORKSPACE_BYTES
+    return is_small and launches > LAUNCHES_A_REPLAY

@@ -284,4 +284,5 @@ def test_precision(widths: tuple[int, ...], N: int, V: int, precision: Any) -> N
             "vjp": error(tape.vjp(G.float()), torch.einsum("ncp,vnc->vp", J, G)),
         },
         precision,
+        ours=("jvp", "vjp"),
     )

@@ -372,7 +372,10 @@ def test_inside_somebody_elses_recording(replays: list[int]) -> None:
 
 def test_auto_replays_small_products_only(replays: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     model, loss, data = problem()
-    G = ie.GGN(model, loss, data)
+    chain = ie.GGN(model, loss, data)
+    assert "V = 1: by example" in chain.report()
+    assert "launched kernel by kernel" in chain.report(), "one launch is not worth a replay"
+    G = ie.GGN(model, loss, data, schedule="by_operator")
     v = vectors(G, 1)
     assert "V = 1: by operator" in G.report()
     assert "replayed as a graph from the second call on" in G.report()

@@ -88,7 +88,8 @@ def signature(function: object) -> list[str] | None:
 def actual(members: dict[str, object]) -> dict[str, list[str] | None]:
     """The same for the compiled module; a class that Python cannot make has no constructor."""
     found: dict[str, list[str] | None] = {}
-    for name, thing in members.items():
+    for name, member in members.items():
+        thing = member.__func__ if isinstance(member, staticmethod) else member
         if isinstance(thing, (property, int)):
             found[name] = None
         elif (name == "__init__" or not name.startswith("_")) and (parameters := signature(thing)) is not None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -59,7 +60,7 @@ class ChunkedTape:
             part = tape.outputs()
             if outputs is None:
                 outputs = part.new_empty(self.num_examples, part.shape[1])
-                self._sizes = int(tape.cached_bytes), {V: int(tape.workspace_bytes(V)) for V in (1, 8)}
+                self._sizes = int(tape.cached_bytes), {V: int(tape.workspace_bytes(V)) for V in (1, 8, 64)}
                 self._tilings = {V: tape.tiling(V) for V in (1, 8)}
             outputs[start : start + len(part)] = part
         self._outputs = outputs
@@ -96,8 +97,10 @@ class ChunkedTape:
         return self._sizes[0]
 
     def workspace_bytes(self, V: int) -> int:
-        """Of one product on one chunk."""
-        return self._sizes[1].get(V) or self._sizes[1][1] * V
+        """Of one product on one chunk, at most."""
+        known = self._sizes[1]
+        most = max(known)
+        return known[min(size for size in known if size >= V)] if most >= V else known[most] * math.ceil(V / most)
 
     def tiling(self, V: int) -> tuple[bool, int, int]:
         """Of one chunk."""

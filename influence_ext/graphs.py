@@ -83,7 +83,8 @@ class Recordings:
         self._lock = threading.Lock()
 
     def product(self, call: Call, v: Tensor) -> Tensor:
-        """``call.run(v)``, by a replay if it is recorded."""
+        """``call.run(v)``, by a replay if it is recorded; outside of autograd, as launches are."""
+        v = v.detach()
         key = self._key(call.key, v)
         if key is None:
             return call.run(v)
@@ -114,7 +115,8 @@ class Recordings:
     def put(self, key: Hashable, taken: Any) -> None:
         """Let others have it."""
         with self._lock:
-            self._keep(key, taken)
+            if key[0] == self._moves:  # type: ignore[index]  # else what it reads has moved meanwhile
+                self._keep(key, taken)
 
     def clear(self) -> None:
         """Forget all, for what they read has moved."""
@@ -126,10 +128,10 @@ class Recordings:
         """Are products onto V vectors, with so many launches beside them, replayed from their second call on?"""
         return not self._refused and V > 0 and (self.mode == "always" or self._pays(V, beside))
 
-    def num_launches(self) -> dict[int, int]:
-        """V -> launches of a recorded product onto V vectors."""
+    def num_launches(self) -> dict[tuple[Any, int], int]:
+        """Launches of recorded products, by their call's key and the number of vectors."""
         with self._lock:
-            return {kept.num_vectors: kept.num_launches for kept in self._kept.values() if isinstance(kept, _RecordedProduct)}
+            return {kept.key: kept.num_launches for kept in self._kept.values() if isinstance(kept, _RecordedProduct)}
 
     def _key(self, key: Hashable, v: Tensor, beside: int = 0) -> Hashable:
         """None where a call is not to be recorded: also while somebody else records the stream."""
@@ -170,7 +172,7 @@ class _RecordedProduct:
         self._call = call
         self._operand = v.clone()
         self._graph = _C.Graph(v.device, self._enqueue)
-        self.num_vectors = len(v)
+        self.key = (call.key, len(v))
         self.num_launches = self._graph.num_launches
 
     def _enqueue(self) -> None:
@@ -186,7 +188,7 @@ class ReplayedTape:
     """A tape of the extension whose products are replayed; it has that one's methods, so nothing above knows the difference."""
 
     def __init__(self, native: Any, recordings: Recordings, precision: int):
-        self._native, self.recordings, self._precision = native, recordings, precision
+        self._native, self.recordings, self.precision = native, recordings, precision
 
     def __getattr__(self, name: str) -> Any:
         """What does not run again and again is the tape's own."""
@@ -195,6 +197,11 @@ class ReplayedTape:
     def at_precision(self, precision: int) -> ReplayedTape:
         """The same point, whose products multiply otherwise; recordings are kept together, since they end together."""
         return ReplayedTape(self._native.at_precision(precision), self.recordings, precision)
+
+    def set_schedule(self, choice: Any) -> None:
+        """What is recorded was scheduled otherwise."""
+        self.recordings.clear()
+        self._native.set_schedule(choice)
 
     def rebind(self, inputs: list[Tensor]) -> None:
         """Other examples, in other memory."""
@@ -205,7 +212,7 @@ class ReplayedTape:
         """``method(v, *arguments)`` for any v; tensors among the arguments are known by their memory, which the call holds."""
         run = getattr(self._native, method)
         known = tuple(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
-        return Call((method, self._precision, known), lambda v: run(v, *arguments))
+        return Call((method, self.precision, known), lambda v: run(v, *arguments))
 
     def jvp(self, v: Tensor) -> Tensor:
         """``[V, P] -> [V, N, C]``."""
@@ -275,8 +282,9 @@ class Replayable:
         recordings = self._native.recordings
         if not recordings.replays(V):
             return ", launched kernel by kernel"
-        count = recordings.num_launches().get(V)
-        return ", replayed as a graph" + (f" of {count} launches" if count else " from the second call on")
+        precision = self._native.precision
+        counts = [count for (call, size), count in recordings.num_launches().items() if size == V and call[1] == precision]
+        return ", replayed as a graph" + (f" of {max(counts)} launches" if counts else " from the second call on")
 
     def _obstacle(self) -> str | None:
         """Why products cannot be recorded."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -100,10 +101,54 @@ def test_fields_of_a_second_backward_pass_are_refused() -> None:
     assert model[0].weight.batch_l2.shape == (N,)
 
 
-def test_parameters_that_changed_since_the_forward_pass_are_noticed() -> None:
+def twice(model: nn.Module, X: Tensor) -> Tensor:
+    return model(model(X))
+
+
+def scaled(model: nn.Module, X: Tensor) -> Tensor:
+    return model(X * sum(p.sum() for p in model.parameters()))
+
+
+def adversarial(model: nn.Module, X: Tensor) -> Tensor:
+    X = X.clone().requires_grad_()
+    return model(X + torch.autograd.grad(model(X).square().sum(), X, create_graph=True)[0])
+
+
+@pytest.mark.parametrize("call", [twice, scaled, adversarial])
+def test_inputs_may_depend_on_the_parameters(call: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4)).double()
+    plain, X = copy.deepcopy(model), torch.randn(N, 4).double()
+
+    def first_and_second(network: nn.Module) -> list[Tensor]:
+        parameters = list(network.parameters())
+        gradients = torch.autograd.grad(call(network, X).pow(3).sum(), parameters, create_graph=True)
+        return [*gradients, *torch.autograd.grad(sum(g.square().sum() for g in gradients), parameters)]
+
+    for found, expected in zip(first_and_second(extend(model)), first_and_second(plain), strict=True):
+        assert_close(found.detach(), expected.detach(), scope="model")
+
+
+def test_fields_of_inputs_that_depend_on_the_parameters() -> None:
+    """A field is of the pass it belongs to: inputs are given."""
+    fields = []
+    for create_graph in (False, True):
+        model, X, y = mlp()
+        loss = F.cross_entropy(extend(model)(X * model[0].weight.sum()), y)
+        with backpack(BatchGrad()):
+            loss.backward(create_graph=create_graph)
+        fields.append(model[0].weight.grad_batch.detach())
+    assert_close(fields[1], fields[0])
+
+
+@pytest.mark.parametrize("what", ["trained", "frozen", "buffer"])
+def test_what_changed_since_the_forward_pass_is_noticed(what: str) -> None:
     model, X, y = mlp()
+    model = nn.Sequential(model, nn.BatchNorm1d(3, affine=False).double().eval())
+    if what == "frozen":
+        model[0][2].weight.requires_grad_(False)
     loss = F.cross_entropy(extend(model)(X), y)
     with torch.no_grad():
-        model[0].weight.mul_(2)
+        {"trained": model[0][0].weight, "frozen": model[0][2].weight, "buffer": model[1].running_mean}[what].add_(1)
     with backpack(BatchGrad()), pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward(create_graph=True)

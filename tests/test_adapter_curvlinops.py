@@ -428,7 +428,7 @@ def test_bad_arguments() -> None:
     for wrong, text in (
         ({"params": []}, "expected at least one parameter"),
         ({"data": data[0]}, r"expected data as batches \(X, y\), got a batch of type Tensor"),
-        ({"num_data": 0}, "expected num_data of at least 1"),
+        ({"num_data": 0}, "expected an integer num_data of at least 1"),
     ):
         with pytest.raises(ValueError, match=text):
             adapter.GGNLinearOperator(**{"model_func": model, "loss_func": loss, "params": params, "data": data, **wrong})

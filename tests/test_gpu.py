@@ -193,7 +193,7 @@ def test_tensors_on_another_gpu_than_the_current_one() -> None:
 
 def test_out_of_memory_is_a_sentence_and_nothing_is_lost() -> None:
     model, X, y = small_problem()
-    G = ie.GGN(model.cuda(), torch.nn.CrossEntropyLoss(), (X.cuda(), y.cuda()))
+    G = ie.GGN(model.cuda(), torch.nn.CrossEntropyLoss(), (X.cuda(), y.cuda()), schedule="by_operator")
     V = torch.randn(2, G.num_parameters, dtype=torch.float64, device="cuda")
     before, parameters = G.matmat(V), [p.detach().clone() for p in model.parameters()]
     torch.cuda.empty_cache()
@@ -213,18 +213,39 @@ def test_out_of_memory_is_a_sentence_and_nothing_is_lost() -> None:
     assert all(torch.equal(a, b) for a, b in zip(parameters, model.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("schedule", ["by_operator", "by_example"])
 @pytest.mark.parametrize(("precision", "limit"), [("full", 2e-6), ("tf32", 2e-3), ("bfloat16", 2e-2)])
-def test_precisions_of_the_matrix_product(precision: Any, limit: float) -> None:
-    """Relative error of a GGN product of an MLP 256-256-10 against float64: float32 has 24 bits, TF32 11, bfloat16 8."""
+def test_precisions_of_the_matrix_product(precision: Any, limit: float, schedule: Any) -> None:
+    """Relative error of a GGN product of an MLP 256-256-10 against float64: float32 has 24 bits, TF32 11, bfloat16 8.
+
+    By operator the vendor's products, by example the chain's kernel.
+    """
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.Tanh(), torch.nn.Linear(256, 10))
     X, y, loss = torch.randn(128, 256), torch.randint(10, (128,)), torch.nn.CrossEntropyLoss()
     V = torch.randn(2, sum(p.numel() for p in model.parameters()))
     exact = reference.ggn_products(model, torch.nn.functional.cross_entropy, X, y, V)
-    product = ie.GGN(copy.deepcopy(model).cuda(), loss, (X.cuda(), y.cuda()), precision=precision).matmat(V.cuda()).cpu().double()
+    G = ie.GGN(copy.deepcopy(model).cuda(), loss, (X.cuda(), y.cuda()), precision=precision, schedule=schedule)
+    product = G.matmat(V.cuda()).cpu().double()
     error = float((product - exact).norm() / exact.norm())
     assert error < limit
     assert precision == "full" or error > 1e-5, "full precision where less was asked for"
+
+
+@pytest.mark.parametrize(("N", "V"), [(50, 2), (1000, 3), (2000, 40)], ids=["one run", "small tiles", "large tiles"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_chain_in_one_kernel(dtype: torch.dtype, N: int, V: int) -> None:
+    """8-200-256-3, forced into the chain's kernel, against plain PyTorch in float64."""
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(8, 200), torch.nn.Tanh(), torch.nn.Linear(200, 256), torch.nn.Tanh(), torch.nn.Linear(256, 3)]
+    model = torch.nn.Sequential(*layers).to(dtype)
+    X, y = torch.randn(N, 8, dtype=dtype), torch.randint(3, (N,))
+    vectors = torch.randn(V, sum(p.numel() for p in model.parameters()), dtype=dtype)
+    exact = reference.ggn_products(model, torch.nn.functional.cross_entropy, X, y, vectors)
+    G = ie.GGN(copy.deepcopy(model).cuda(), torch.nn.CrossEntropyLoss(), (X.cuda(), y.cuda()), schedule="by_example")
+    assert "by example" in G.report()
+    error = float((G.matmat(vectors.cuda()).cpu().double() - exact).norm() / exact.norm())
+    assert error < (2e-6 if dtype == torch.float32 else 1e-12)
 
 
 def test_a_tensor_elsewhere_is_refused() -> None:

@@ -8,9 +8,10 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jvp, vjp
+from torch.func import functional_call, grad, jacrev, jvp, vjp
 
 import influence_ext as ie
+from influence_ext.plan import Plan
 from influence_ext.testing import assert_close
 from tests.cases import Network, build, eager, in_float64, subset
 from tests.cases.models import NETWORKS
@@ -151,3 +152,7 @@ def test_more_vectors_than_one_sweep_takes() -> None:
     assert_close(ie.vjp(model, X, G), torch.stack([pull(g)[0] for g in G]))
     gradient = grad(lambda vector: nn.functional.cross_entropy(outputs(vector), y))
     assert_close(ie.Hessian(model, nn.CrossEntropyLoss(), (X, y)).matmat(V), torch.stack([jvp(gradient, (flat,), (v,))[1] for v in V]))
+    rows = jacrev(lambda vector: nn.functional.cross_entropy(outputs(vector), y, reduction="none"))(flat)
+    assert_close(ie.per_example_dots(model, nn.CrossEntropyLoss(), (X, y), V), rows @ V.T)
+    tape = Plan.of(model, X).linearize(X)
+    assert tape.workspace_bytes(0) <= tape.workspace_bytes(1) < tape.workspace_bytes(19) <= tape.workspace_bytes(1000)

@@ -94,7 +94,7 @@ Plan<T>::Plan(std::vector<Node> nodes, std::vector<Slot> slots, std::vector<int6
   compile_forward();
   compile_tangent();
   compile_cotangent();
-  find_chain();
+  if (!second_order) find_chain();
 }
 
 template <class T>

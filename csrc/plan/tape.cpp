@@ -347,7 +347,7 @@ void Tape<T>::each_group(const Context& ctx, int64_t V, const Body& body) const 
 
 template <class T>
 int64_t Tape<T>::sides(const Context& ctx, int64_t V) const {
-  if (plan_->on_calling_thread() || ctx.on_device()) return V;  // calls and launches cost more than the cache saves
+  if (V <= 0 || plan_->on_calling_thread() || ctx.on_device()) return std::max<int64_t>(V, 1);  // calls and launches cost more than the cache saves
   const int64_t bytes = std::max<int64_t>(1, plan_->num_parameters()) * static_cast<int64_t>(sizeof(T));
   return ceil_div(V, ceil_div(V, std::max(kSharedSides, kSidesBytes / bytes)));
 }
@@ -457,7 +457,7 @@ void Tape<T>::descend(const Context& ctx, const T* g, const Descent<T>& descent,
   if (ctx.on_device() || sets_ > 1 || !is_whole(ctx)) {  // with several tiles, a gradient is complete after the last one only
     vjp(ctx, 1, g, gradient.data());
     Descent<T> of_all = descent;
-    of_all.anchor_size = P;
+    of_all.anchor_size = sets_ > 1 ? P : 0;
     infl::descend<T>(ctx, 0, sets_ * P, of_all, gradient.data(), moved);
     return;
   }
@@ -533,31 +533,35 @@ void Tape<T>::product(const Context& ctx, int64_t V, const T* v, const OutputHes
 template <class T>
 void Tape<T>::dots(const Context& ctx, int64_t V, const T* g, int64_t W, const T* u, T* out) const {
   const Schedules& s = plan_->schedules();
-  const auto t_theta = slot_rows(u);
-  Scratch<T> packed(ctx, W * s.tangent_packed_size);
-  const T* packed_data = packed.data();
-  pack_tangents(ctx, W, t_theta, packed.data());
-  run_tiles(ctx, V + W, W, nullptr, [&](const Context& inner, int64_t n0, int64_t n, T* workspace, T*) {
-    Scratch<T> sums(inner, V * W * n), of_node(inner, W * n);
-    fill_zero<T>(inner, V * W * n, sums.data());
-    load_cotangents(inner, V, n0, n, g, workspace);
-    T* t_y = workspace + s.sweep_width * V * n;
-    for (const CotangentStep& step : s.cotangent) {
-      if (step.params) {
-        Sweep sweep(*this, inner, step.node, W, n0, n);
-        const std::vector<const T*> no_tangents(sweep.x.size(), nullptr);
-        const auto tangents = operands(sweep.node, t_theta);
-        const ParameterTangents<T> t{tangents.data(), plan_->num_parameters(), packed_data + W * s.tangent_packed[step.node]};
-        plan_->rule(step.node).jvp(sweep.tile, no_tangents.data(), t, nullptr, t_y);
-        for (int64_t v = 0; v < V; ++v) {
-          const T* g_y = workspace + (step.g_output * V + v * sweep.node.width) * n;
-          weighted_sum_axis_stub<T>(inner, W, n, sweep.node.width, 1, g_y, t_y, of_node.data());
-          combine_stub<T>(inner, W * n, T(1), of_node.data(), T(0), nullptr, sums.data() + v * W * n, true);
+  each_group(ctx, W, [&](int64_t first, int64_t count) {
+    const auto t_theta = slot_rows(u + first * plan_->num_parameters());
+    Scratch<T> packed(ctx, count * s.tangent_packed_size);
+    const T* packed_data = packed.data();
+    pack_tangents(ctx, count, t_theta, packed.data());
+    run_tiles(ctx, V + count, count, nullptr, [&](const Context& inner, int64_t n0, int64_t n, T* workspace, T*) {
+      Scratch<T> sums(inner, V * count * n), of_node(inner, count * n);
+      fill_zero<T>(inner, V * count * n, sums.data());
+      load_cotangents(inner, V, n0, n, g, workspace);
+      T* t_y = workspace + s.sweep_width * V * n;
+      for (const CotangentStep& step : s.cotangent) {
+        if (step.params) {
+          Sweep sweep(*this, inner, step.node, count, n0, n);
+          const std::vector<const T*> no_tangents(sweep.x.size(), nullptr);
+          const auto tangents = operands(sweep.node, t_theta);
+          const ParameterTangents<T> t{tangents.data(), plan_->num_parameters(), packed_data + count * s.tangent_packed[step.node]};
+          plan_->rule(step.node).jvp(sweep.tile, no_tangents.data(), t, nullptr, t_y);
+          for (int64_t v = 0; v < V; ++v) {
+            const T* g_y = workspace + (step.g_output * V + v * sweep.node.width) * n;
+            weighted_sum_axis_stub<T>(inner, count, n, sweep.node.width, 1, g_y, t_y, of_node.data());
+            combine_stub<T>(inner, count * n, T(1), of_node.data(), T(0), nullptr, sums.data() + v * count * n, true);
+          }
         }
+        cotangent_step(inner, step, V, n0, n, {}, workspace);
       }
-      cotangent_step(inner, step, V, n0, n, {}, workspace);
-    }
-    copy_rows_stub<T>(inner, V * W, n, sums.data(), n, out + n0, N_, false);
+      for (int64_t v = 0; v < V; ++v) {
+        copy_rows_stub<T>(inner, count, n, sums.data() + v * count * n, n, out + (v * W + first) * N_ + n0, N_, false);
+      }
+    });
   });
 }
 

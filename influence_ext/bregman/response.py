@@ -183,7 +183,7 @@ class LateNorms:
     @standalone
     def of(self, position: int) -> Norms:
         """Those of one response."""
-        with exclusive:
+        with exclusive, torch.inference_mode(False):
             if self._compute is not None:
                 self._found = self._compute()
                 self._compute = None  # and the data it holds
@@ -234,7 +234,8 @@ class Response:
     def gradient_norm(self) -> float | None:
         """Norm of the gradient of this response's own objective at ``params`` (``None`` for the linear ones).
 
-        Cost: of a trained response a pass over the data, at the first look at any of those that were trained together.
+        Cost: of a trained response a pass over the data, at the first look at any of those that were trained together; the data must be
+        what it was. A copy or a pickle of the response holds the number.
         """
         found = self.norms() if callable(self.norms) else self.norms
         return None if found is None else found[0]

@@ -294,6 +294,7 @@ def _native(trainer: Trainer, X: ModelInput, thetas: Tensor, gs: Tensor) -> _Nat
     sizes = 2 if trainer.examples.num_examples % trainer.recipe.batch_size else 1
     ends = 4 * P  # parameters, up to two moments, and where the set ends
     if ensemble.sets_at_once(thetas) > 1:
+        tape.set_schedule("by_operator")  # as the steps of many sets run
         # For each set a tape, another if the last batch is smaller, a sweep and a gradient; targets, losses and cotangents.
         each = sizes * tape.cached_bytes + tape.workspace_bytes(1) + P + 3 * gs[0].numel() * itemsize
         return _Native(ensemble, ends + each, batch, together)

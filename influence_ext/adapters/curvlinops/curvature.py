@@ -116,8 +116,13 @@ class CurvatureLinearOperator(PyTorchLinearOperator):
         self._tensors = tuple(params.values() if isinstance(params, Mapping) else params)
         if not self._tensors:
             raise ArgumentError(f"{who}: expected at least one parameter, got none; pass list(model.parameters()).")
-        if num_data is not None and num_data < 1:
-            raise ArgumentError(f"{who}: expected num_data of at least 1, got {num_data}; leave it out to have the examples counted.")
+        if not all(isinstance(t, torch.Tensor) for t in self._tensors):
+            kinds = ", ".join(sorted({type(t).__name__ for t in self._tensors}))
+            raise ArgumentError(f"{who}: expected tensors as params, got {kinds}; with names pass dict(model.named_parameters()).")
+        if num_data is not None and (int(num_data) != num_data or num_data < 1):
+            raise ArgumentError(
+                f"{who}: expected an integer num_data of at least 1, got {num_data!r}; leave it out to have the examples counted."
+            )
         self._blocks = self._block_ranges(block_sizes, who)
         self._loss_func = loss_func
         stated = getattr(loss_func, "reduction", None)

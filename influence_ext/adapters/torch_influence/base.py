@@ -314,7 +314,7 @@ class BaseInfluenceModule(abc.ABC):
 
 
 def _check_loader(loader: Any, name: str) -> None:
-    if not hasattr(loader, "dataset"):
+    if not all(hasattr(loader, attribute) for attribute in ("dataset", "batch_size", "collate_fn")):
         raise ArgumentError(
             f"torch_influence: expected {name} to be a DataLoader, got {type(loader).__name__}; wrap the data, for instance in "
             "DataLoader(TensorDataset(X, y), batch_size=32)."

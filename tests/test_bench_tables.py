@@ -11,6 +11,7 @@ import pytest
 from bench import plot, tables
 from bench.cases import CASES, GPU_CASES
 from bench.contender import OURS
+from bench.records import ROOT
 
 
 def record(case: str, ours: float, peer: float, date: str = "2026-01-02", **changes: Any) -> dict[str, Any]:
@@ -114,3 +115,17 @@ def test_a_gpu_heads_its_page() -> None:
     found = record(name, 1e-3, 2e-3, machine={"name": "gpu", "gpu": "NVIDIA H100", "cpu": "M", "cores": 2})
     assert name in tables.MAIN
     assert tables.page([found], []).startswith("# NVIDIA H100, beside M, 2 cores\n")
+
+
+def test_tables_are_those_of_the_records(tmp_path: Path) -> None:
+    """What README and the machine's page show is what was measured last."""
+    machine = "amd-epyc-2c"
+    for path in ("README.md", f"bench/results/{machine}/README.md", f"bench/results/{machine}/results.jsonl"):
+        copy = tmp_path / path
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes((ROOT / path).read_bytes())
+    arguments = ["--machine", machine, "--results", str(tmp_path / "bench" / "results"), "--readme", str(tmp_path / "README.md")]
+    assert plot.main(arguments) == 0
+    for path in ("README.md", f"bench/results/{machine}/README.md"):
+        drawn, kept = (folder / path for folder in (tmp_path, ROOT))
+        assert drawn.read_text(encoding="utf-8") == kept.read_text(encoding="utf-8"), f"{path}: run python -m bench.plot"

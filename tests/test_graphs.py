@@ -96,6 +96,18 @@ def test_every_family(case: NetworkCase, replays: list[int]) -> None:
     assert ("replayed as a graph" in G.report()) != generic
 
 
+def test_a_subclass_is_solved_with_its_own_products(replays: list[int]) -> None:
+    class Doubled(ie.GGN):
+        def _undamped(self, V: torch.Tensor) -> torch.Tensor:
+            return 2 * super()._undamped(V)
+
+    model, loss, data = problem()
+    A, b = Doubled(model, loss, data, damping=0.5, graphs="always"), vectors(ie.GGN(model, loss, data), 2)
+    for _ in range(3):
+        found = CG(rtol=1e-10).solve(A, b)
+    assert float((A.matmat(found.value) - b).norm()) < 1e-9 * float(b.norm())
+
+
 def test_another_schedule_ends_recordings(replays: list[int]) -> None:
     model, loss, data = problem()
     G = ie.GGN(model, loss, data, graphs="always")

@@ -79,10 +79,7 @@ class LinearOperator(abc.ABC):
         return self.matvec(v) if v.dim() == 1 else self.matmat(v.T).T
 
     def recordable(self) -> RecordableProduct | None:
-        """The product as launches of the core alone, for a solver that records more than a product; None: there is only ``matmat``.
-
-        What computes another product than the class it inherits from says so here too.
-        """
+        """The product as launches of the core alone, for a solver that records more than a product; None: there is only ``matmat``."""
         return None
 
     def product_operations(self, V: int) -> float:

@@ -40,7 +40,7 @@ class GGN(KroneckerFactored, CurvatureOperator):
 
     def recordable(self) -> RecordableProduct | None:
         """``G v + damping·v`` as launches of the core alone."""
-        return self._tape.recordable("ggn", self._hessian, self.damping)
+        return self._tape.recordable("ggn", self._hessian, self.damping) if self._multiplies_as(GGN) else None
 
     @standalone
     def diagonal(self) -> Tensor:

@@ -46,7 +46,7 @@ class Hessian(LinearisedOperator):
 
     def recordable(self) -> RecordableProduct | None:
         """``∇²J v + damping·v`` as launches of the core alone."""
-        return self._tape.recordable("hvp", self._hessian, self.damping)
+        return self._tape.recordable("hvp", self._hessian, self.damping) if self._multiplies_as(Hessian) else None
 
     def report(self) -> str:
         """What runs how: the nodes and their rules, schedule, and memory; and which nodes are curved."""

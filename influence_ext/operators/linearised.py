@@ -102,6 +102,11 @@ class LinearisedOperator(LinearOperator):
         scaled = gradients * self._factor**power
         return scaled if self.weights is None else scaled * self.weights.pow(power).view(-1, *[1] * (gradients.dim() - 1))
 
+    def _multiplies_as(self, curvature: type[LinearisedOperator]) -> bool:
+        """Whether products are those of ``curvature``: a subclass of a user's may have put others in their place."""
+        mine = type(self)
+        return mine.matmat is LinearisedOperator.matmat and mine._undamped is curvature._undamped
+
     def _undamped(self, V: Tensor) -> Tensor:
         """``A v``: ``[V, P] -> [V, P]``, a new tensor."""
         raise NotImplementedError

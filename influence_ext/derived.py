@@ -5,7 +5,8 @@ computed from trained parameters become blocks of their own behind the parameter
 
     J v = J̃ D v,   Jᵀ g = Dᵀ J̃ᵀ g,   D = ∂θ̃/∂θ = [I; ∂φ/∂θ]
 
-D costs what φ costs, whatever the number of examples. Second derivatives have a term more, since φ is curved itself:
+D costs what φ costs, whatever the number of examples, for the parameters that φ reads; others pass through. Second derivatives have a term
+more, since φ is curved itself:
 
     ∇²L v = Dᵀ ∇̃²L D v + Σ_j (∇̃L)_j ∇²φ_j v
 """
@@ -34,12 +35,14 @@ class DerivedParameters:
         slots: index of a slot -> the slot.
         offsets: index of a slot -> its place in θ̃.
         num_parameters: length of θ̃.
+        read: places in ``space`` of the parameters that the slots are computed from.
     """
 
     space: ParameterSpace
     slots: dict[int, Slot]
     offsets: dict[int, int]
     num_parameters: int
+    read: tuple[int, ...]
 
     @classmethod
     def of(cls, slots: Sequence[Slot], space: ParameterSpace) -> DerivedParameters | None:
@@ -52,16 +55,18 @@ class DerivedParameters:
         for index, slot in found.items():
             offsets[index] = total
             total += math.prod(slot.shape)
-        return cls(space, found, offsets, total)
+        names = frozenset[str]().union(*(slot.names() for slot in found.values()))
+        read = {space.aliases.get(name, name) for name in names}
+        return cls(space, found, offsets, total, tuple(k for k, name in enumerate(space.names) if name in read))
 
     def at(self, parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> DerivedPoint:
         """φ at given values of the trained parameters; everything else is read from ``tensors`` (name -> tensor)."""
         operator = _Derivation(self, {name: t.detach() for name, t in tensors.items()})
-        theta = [parameters[name] for name in self.space.names]
-        flat = operator.forward(1, [], [t.reshape(-1) for t in theta])[0]
+        theta = [parameters[self.space.names[k]].reshape(-1) for k in self.read]
+        flat = operator.forward(1, [], theta)[0]
         sizes = [math.prod(slot.shape) for slot in self.slots.values()]
         values = dict(zip(self.slots, flat.split(sizes), strict=True))
-        return DerivedPoint(self, operator, [t.reshape(-1) for t in theta], {i: v.contiguous() for i, v in values.items()})
+        return DerivedPoint(self, operator, theta, {i: v.contiguous() for i, v in values.items()})
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +74,7 @@ class DerivedPoint:
     """φ and its derivative at one θ.
 
     Attributes:
+        theta: the parameters that are read, flat.
         values: index of a slot -> its value, flat.
     """
 
@@ -85,22 +91,34 @@ class DerivedPoint:
         return torch.cat([V, tangents.reshape(V.shape[0], -1)], dim=1)
 
     def pull(self, G: Tensor) -> Tensor:
-        """``Dᵀ g``: ``[V, P̃] -> [V, P]``."""
+        """``Dᵀ g``: ``[V, P̃] -> [V, P]``, in the memory of ``G`` where that is one vector."""
         P = self.parameters.space.num_parameters
-        direct, derived = G[:, :P], G[:, P:]
-        if G.shape[0] == 0:
-            return direct.contiguous()
-        found = self.operator.vjp(1, [], self.theta, derived.reshape(G.shape[0], 1, -1), [True] * len(self.theta))
-        return direct + torch.cat([g.reshape(G.shape[0], -1) for g in found if g is not None], dim=1)
+        total, derived = G[:, :P].contiguous(), G[:, P:]
+        if len(G) > 0:
+            found = self.operator.vjp(1, [], self.theta, derived.reshape(len(G), 1, -1), [True] * len(self.theta))
+            self._add(found, total)
+        return total
 
     def second_order(self, gradient: Tensor, V: Tensor) -> Tensor:
         """``Σ_j g_j ∇²φ_j v`` for a gradient ``[P̃]`` in θ̃: ``[V, P] -> [V, P]``."""
         g = gradient[None, self.parameters.space.num_parameters :]
         found = self.operator.second_order(1, [], self.theta, g, [], self._split(V), [True] * len(self.theta))
-        return torch.cat([s.reshape(V.shape[0], -1) for s in found if s is not None], dim=1)
+        total = torch.zeros_like(V)
+        self._add(found, total)
+        return total
+
+    def _blocks(self, V: Tensor) -> list[Tensor]:
+        """Of ``[V, P]``, the columns of each parameter that is read."""
+        space = self.parameters.space
+        return [V[:, space.offsets[k] : space.offsets[k] + space.sizes[k]] for k in self.parameters.read]
 
     def _split(self, V: Tensor) -> list[Tensor | None]:
-        return list(V.split([math.prod(shape) for shape in self.parameters.space.shapes], dim=1))
+        return list(self._blocks(V))
+
+    def _add(self, found: Sequence[Tensor | None], total: Tensor) -> None:
+        for block, term in zip(self._blocks(total), found, strict=True):
+            if term is not None:
+                block += term.reshape(len(total), -1)
 
 
 class _Derivation(Operator):
@@ -112,12 +130,12 @@ class _Derivation(Operator):
 
     def function(self, n: int) -> Any:
         """``f(*theta) -> [1, sum of sizes]``."""
-        space = self._derived.space
+        space, read = self._derived.space, self._derived.read
 
         def f(*theta: Tensor) -> Tensor:
             tensors = dict(self._tensors)
-            tensors.update({name: t.reshape(shape) for name, shape, t in zip(space.names, space.shapes, theta, strict=True)})
-            tensors.update({alias: tensors[name] for alias, name in space.aliases.items()})
+            tensors.update({space.names[k]: t.reshape(space.shapes[k]) for k, t in zip(read, theta, strict=True)})
+            tensors.update({alias: tensors[name] for alias, name in space.aliases.items() if name in tensors})
             rows = [slot.expression.evaluate(tensors).reshape(-1) for slot in self._derived.slots.values() if slot.expression is not None]
             return torch.cat(rows)[None]
 

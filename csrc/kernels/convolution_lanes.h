@@ -17,6 +17,7 @@ namespace infl {
 enum class ConvolutionLanes { positions, channels, columns };
 
 inline constexpr int64_t kChannelBlock = 16;  // channels (or pairs) that a block of packed weights has
+inline constexpr int64_t kTurn = 8;           // cycles to turn a vector of channels at one position into or out of lines of positions
 
 inline int64_t channel_blocks(int64_t channels) { return (channels + kChannelBlock - 1) / kChannelBlock; }
 
@@ -34,7 +35,6 @@ inline int64_t convolution_line_pairs(const Convolution& c, bool up) {
 
 // By the shape, from counted cycles of one image: multiplications of a vector, and what it takes to turn or to add up results.
 inline ConvolutionLanes convolution_lanes(const Convolution& c, bool up) {
-  constexpr int64_t kTurn = 8;  // to turn a vector of channels at one position into its place in channels of positions
   if (c.groups != 1 || (up && (c.stride[0] != 1 || c.stride[1] != 1 || c.stride[2] != 1))) return ConvolutionLanes::positions;
   const int64_t lanes = vector_bytes(active_isa()) / 4;
   const int64_t *out = up ? c.x_size : c.y_size, *in = up ? c.y_size : c.x_size;

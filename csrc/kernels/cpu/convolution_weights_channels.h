@@ -5,6 +5,7 @@
 
 #include <utility>
 
+#include "kernels/convolution_lanes.h"
 #include "kernels/cpu/convolution_geometry.h"
 #include "kernels/cpu/transpose.h"
 
@@ -15,7 +16,6 @@ namespace {
 constexpr int kLongestRun = 7;              // neighbouring taps
 constexpr int kMostRuns = 8;                // of a tile: a pointer each
 constexpr int64_t kTurnedBytes = 24 << 10;  // x and y of the examples handled together: stay in the first-level cache
-constexpr int64_t kTurn = 8;                // cycles to turn a vector of channels, against one for a multiplication
 constexpr int64_t kRunPositions = 512;      // summed in registers before they are added up
 
 // Whether this takes fewer cycles than dot products along `vectors` vectors of positions.

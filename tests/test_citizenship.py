@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 
 import influence_ext as ie
 from influence_ext.capture import clear_cache
+from influence_ext.operators.base import rows_of
 from influence_ext.testing import assert_close
 
 F64 = torch.float64
@@ -59,6 +60,18 @@ def operator(curvature: Any = ie.GGN, dtype: torch.dtype = F64, **options: Any) 
 def vectors(operator: Any, count: int = 3) -> Tensor:
     generator = torch.Generator().manual_seed(2)
     return torch.randn(count, operator.shape[0], generator=generator, dtype=F64).to(operator.dtype)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 40])
+def test_columns_become_rows_bit_for_bit(count: int) -> None:
+    generator = torch.Generator().manual_seed(3)
+    blocks = [torch.randn(size, count, generator=generator) for size in (7, 1, 200_001)]  # the last in several pieces
+    blocks[0] = torch.randn(count, 7, generator=generator).T.requires_grad_()
+    rows = rows_of(blocks)
+    assert rows.is_contiguous()
+    assert not rows.requires_grad
+    assert torch.equal(rows, torch.cat(blocks).T)
+    assert rows_of([blocks[0], blocks[1].double()]).dtype == F64
 
 
 # SciPy and torch.lobpcg

@@ -6,6 +6,8 @@ Rows are right-hand sides: ``matmat`` takes and returns ``[V, P]``.
 from __future__ import annotations
 
 import abc
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,19 @@ if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator as ScipyLinearOperator
 
     from influence_ext.graphs import RecordableProduct
+
+_PIECE = 1 << 17  # elements transposed at a time: what is read and what is written stay in the second-level cache
+
+
+def rows_of(columns: Sequence[Tensor]) -> Tensor:
+    """``[V, P]``, contiguous, from blocks ``[P_i, V]`` of columns; for few columns in half the time of ``contiguous()``, which gathers."""
+    num_columns = columns[0].shape[1]
+    dtype = functools.reduce(torch.promote_types, (block.dtype for block in columns))
+    rows = columns[0].new_empty((num_columns, sum(map(len, columns))), dtype=dtype)
+    pieces = [piece for block in columns for piece in block.detach().split(max(1, _PIECE // max(1, num_columns)))]
+    for to, piece in zip(rows.split([len(piece) for piece in pieces], dim=1), pieces, strict=True):
+        to.T.copy_(piece)
+    return rows
 
 
 class LinearOperator(abc.ABC):
@@ -76,7 +91,7 @@ class LinearOperator(abc.ABC):
                 f"{type(self).__name__}: expected a tensor of shape [P] or [P, V], got {type(v).__name__}; convert it with torch.as_tensor."
             )
         self._check(v, "[P] or [P, V]", v.dim() in (1, 2) and v.shape[0] == self.num_parameters)
-        return self.matvec(v) if v.dim() == 1 else self.matmat(v.T).T
+        return self.matvec(v) if v.dim() == 1 else self.matmat(rows_of([v])).T
 
     def recordable(self) -> RecordableProduct | None:
         """The product as launches of the core alone, for a solver that records more than a product; None: there is only ``matmat``."""

@@ -18,6 +18,7 @@ from influence_ext.adapters.curvlinops.model import Parameters, Subject
 from influence_ext.errors import ArgumentError, DTypeError, ShapeError, UnsupportedLossError, UnsupportedModelError
 from influence_ext.losses import resolve
 from influence_ext.operators import GGN, EmpiricalFisher, Hessian
+from influence_ext.operators.base import rows_of
 from influence_ext.params import ParameterSpace
 from influence_ext.plan import Tape
 
@@ -171,7 +172,7 @@ class CurvatureLinearOperator(PyTorchLinearOperator):
                 f"{type(self).__name__}: expected a tensor [P] or [P, K] with P = {self.shape[1]}, got {list(X.shape)}; "
                 "transpose a matrix whose rows are vectors."
             )
-        return self._rows(X[None])[0] if X.dim() == 1 else self._rows(X.T).T
+        return self._rows(X[None])[0] if X.dim() == 1 else self._rows(rows_of([X])).T
 
     def _is_vector(self, X: Any) -> bool:
         """Whether this is a list of tensors shaped like the parameters."""
@@ -183,7 +184,7 @@ class CurvatureLinearOperator(PyTorchLinearOperator):
 
     def _matmat(self, X: list[Tensor]) -> list[Tensor]:
         K = X[0].shape[-1]
-        rows = self._rows(torch.cat([x.reshape(-1, K) for x in X]).T)
+        rows = self._rows(rows_of([x.reshape(-1, K) for x in X]))
         return [r.T.reshape(*s, K) for r, s in zip(rows.split(self._in_shape_flat, dim=1), self._in_shape, strict=True)]
 
     def _adjoint(self) -> PyTorchLinearOperator:

@@ -178,6 +178,11 @@ void bind(py::module_& m, const std::string& suffix) {
       .def(
           "set_schedule", [](BoundTape<T>& b, int choice) { b.tape->set_schedule(static_cast<ScheduleChoice>(choice)); }, py::arg("choice"))
       .def(
+          "set_shortcuts", [](BoundTape<T>& b, bool allowed) { b.tape->set_shortcuts(allowed); }, py::arg("allowed"))
+      .def(
+          "takes_shortcuts", [](const BoundTape<T>& b, int64_t V) { return b.tape->takes_shortcuts(Run(b.device, b.precision).ctx, V); },
+          py::arg("num_vectors"))
+      .def(
           "at_precision",  // the same point, whose products multiply otherwise
           [](const BoundTape<T>& b, int precision) {
             auto other = std::make_shared<BoundTape<T>>(b);

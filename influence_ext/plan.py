@@ -153,11 +153,11 @@ class Plan:
         tensors = named_tensors(self._model)
         theta = self.space.gather(tensors, self._who) if theta is None else self._copied(theta)
         native = self._second_order_native if second_order else self._native
-        make = functools.partial(self._make, native)
         curved = tuple(native.curved_nodes) if second_order else None
         examples = X if isinstance(X, Examples) else None
         if memory_budget is None and isinstance(examples, StreamedExamples):
             memory_budget = examples.memory_budget
+        make = functools.partial(self._make, native, shortcuts=memory_budget is None)
         if memory_budget is None:
             return Tape(self, make(self._inputs(X if examples is None else examples.X, tensors)), theta, tensors, curved)
         if examples is None:
@@ -202,10 +202,11 @@ class Plan:
     def _second_order_native(self) -> Any:
         return self._compile(second_order=True)
 
-    def _make(self, native: Any, sources: list[Tensor]) -> Any:
+    def _make(self, native: Any, sources: list[Tensor], shortcuts: bool = False) -> Any:
         """A tape of the extension."""
-        kind = _C.Tape32 if self.space.dtype == torch.float32 else _C.Tape64
-        return kind(native, sources)
+        tape = (_C.Tape32 if self.space.dtype == torch.float32 else _C.Tape64)(native, sources)
+        tape.set_shortcuts(shortcuts)
+        return tape
 
     def _chunk(self, native: Any, examples: Examples, budget: int) -> int:
         """Examples whose forward state and workspace, for one vector, take at most ``budget`` bytes."""

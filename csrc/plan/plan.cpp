@@ -33,6 +33,12 @@ class Places {
   int64_t high_water_ = 0;
 };
 
+// Has the node's output a tangent, if of all values those have one that are `carried`?
+bool has_tangent(const Node& node, const std::vector<bool>& carried, const std::vector<int>& canonical) {
+  return std::find(node.trainable.begin(), node.trainable.end(), true) != node.trainable.end() ||
+         std::any_of(node.inputs.begin(), node.inputs.end(), [&](int input) { return carried[canonical[input]]; });
+}
+
 }  // namespace
 
 template <class T>
@@ -92,9 +98,14 @@ Plan<T>::Plan(std::vector<Node> nodes, std::vector<Slot> slots, std::vector<int6
   }
   analyse();
   compile_forward();
-  compile_tangent();
-  compile_cotangent();
-  if (!second_order) find_chain();
+  compile_tangent(needs_tangent_, schedules_);
+  compile_cotangent(needs_tangent_, schedules_);
+  if (second_order) return;
+  find_chain();
+  find_shortcuts();
+  if (shortcuts_.empty()) return;
+  compile_tangent(carried(), shortened_);
+  compile_cotangent(carried(), shortened_);
 }
 
 template <class T>
@@ -169,11 +180,13 @@ void Plan<T>::compile_forward() {
 }
 
 template <class T>
-void Plan<T>::compile_tangent() {
+void Plan<T>::compile_tangent(const std::vector<bool>& carried, Schedules& to) {
+  const auto runs = [&](const Node& node) { return has_tangent(node, carried, canonical_); };
   std::vector<int> num_uses(widths_.size(), 0), last_use(widths_.size(), -1);
   for (size_t i = 0; i < nodes_.size(); ++i) {
-    if (!needs_tangent_[nodes_[i].output]) continue;
+    if (!runs(nodes_[i])) continue;
     for (int input : nodes_[i].inputs) {
+      if (!carried[canonical_[input]]) continue;
       ++num_uses[canonical_[input]];
       last_use[canonical_[input]] = static_cast<int>(i);
     }
@@ -185,10 +198,10 @@ void Plan<T>::compile_tangent() {
   std::vector<Place> place(widths_.size(), kNowhere);
   std::vector<int> step_of(widths_.size(), -1);
   tangent_place_.assign(widths_.size(), kNowhere);
-  auto& steps = schedules_.tangent;
+  auto& steps = to.tangent;
   for (size_t i = 0; i < nodes_.size(); ++i) {
     const Node& node = nodes_[i];
-    if (!needs_tangent_[node.output]) continue;
+    if (!runs(node)) continue;
     const int first = node.inputs.empty() ? -1 : canonical_[node.inputs[0]];
     if (is_elementwise(static_cast<int>(i)) && num_uses[first] == 1 && !node.curved) {
       // Sole reader of its input: same place; and if the step that wrote it can, it multiplies by the derivative on its way out.
@@ -204,7 +217,7 @@ void Plan<T>::compile_tangent() {
       continue;
     }
     TangentStep step{static_cast<int>(i), {}, kNowhere, -1};
-    for (int input : node.inputs) step.inputs.push_back(place[canonical_[input]]);
+    for (int input : node.inputs) step.inputs.push_back(carried[canonical_[input]] ? place[canonical_[input]] : kNowhere);
     step.output = place[node.output] = places.take(node.width);
     step_of[node.output] = static_cast<int>(steps.size());
     for (int input : node.inputs) {
@@ -217,23 +230,24 @@ void Plan<T>::compile_tangent() {
     }
     steps.push_back(std::move(step));
   }
-  schedules_.output = place[output()];
-  schedules_.sweep_width = places.high_water();
-  schedules_.tangent_packed.assign(nodes_.size(), 0);
+  for (Shortcut& shortcut : shortcuts_) tangent_place_[shortcut.value] = shortcut.place = place[shortcut.value];
+  to.output = place[output()];
+  to.sweep_width = places.high_water();
+  to.tangent_packed.assign(nodes_.size(), 0);
   for (const TangentStep& step : steps) {
-    schedules_.tangent_packed[step.node] = schedules_.tangent_packed_size;
-    schedules_.tangent_packed_size += storages_[step.node].tangent_packed_size;
+    to.tangent_packed[step.node] = to.tangent_packed_size;
+    to.tangent_packed_size += storages_[step.node].tangent_packed_size;
   }
 }
 
 template <class T>
-void Plan<T>::compile_cotangent() {
+void Plan<T>::compile_cotangent(const std::vector<bool>& carried, Schedules& to) {
   // Number of contributions to each value's cotangent.
   std::vector<int> num_writes(widths_.size(), 0);
   for (const Node& node : nodes_) {
-    if (!needs_tangent_[node.output]) continue;
+    if (!has_tangent(node, carried, canonical_)) continue;
     for (int input : node.inputs) {
-      if (needs_tangent_[canonical_[input]]) ++num_writes[canonical_[input]];
+      if (carried[canonical_[input]]) ++num_writes[canonical_[input]];
     }
   }
   if (!needs_tangent_[output()]) return;
@@ -246,10 +260,14 @@ void Plan<T>::compile_cotangent() {
   std::vector<Place> place(widths_.size(), kNowhere);
   std::vector<bool> written(widths_.size(), false);
   std::vector<int> step_of(widths_.size(), -1);  // the step that wrote the cotangent, if it was one alone
-  place[output()] = schedules_.output;
-  places.take_at(schedules_.output, output_width());
+  place[output()] = to.output;
+  places.take_at(to.output, output_width());
   written[output()] = true;
-  auto& steps = schedules_.cotangent;
+  for (const Shortcut& shortcut : shortcuts_) {
+    place[shortcut.value] = shortcut.place;
+    written[shortcut.value] = true;
+  }
+  auto& steps = to.cotangent;
   // Ends the steps of a curved node: its second-order term, after which tangents that no earlier node reads have had their use.
   const auto second_order = [&](int i) {
     if (!nodes_[i].curved) return;
@@ -261,19 +279,19 @@ void Plan<T>::compile_cotangent() {
     }
     for (int input : nodes_[i].inputs) {
       const int value = canonical_[input];
-      if (first_curved_[value] != i || tangent_place_[value] == kNowhere || tangent_place_[value] == schedules_.output) continue;
+      if (first_curved_[value] != i || tangent_place_[value] == kNowhere || tangent_place_[value] == to.output) continue;
       places.release(tangent_place_[value]);
       tangent_place_[value] = kNowhere;
     }
-    steps.back().second_order = static_cast<int>(schedules_.second_order.size());
-    schedules_.second_order.push_back(std::move(step));
+    steps.back().second_order = static_cast<int>(to.second_order.size());
+    to.second_order.push_back(std::move(step));
   };
   for (int i = static_cast<int>(nodes_.size()) - 1; i >= 0; --i) {
     const Node& node = nodes_[i];
     if (!written[node.output]) continue;
     const Place g_output = place[node.output];
     const int first = node.inputs.empty() ? -1 : canonical_[node.inputs[0]];
-    if (is_elementwise(i) && num_writes[first] == 1 && needs_tangent_[first]) {
+    if (is_elementwise(i) && num_writes[first] == 1 && carried[first]) {
       // Sole contribution to its input's cotangent: in place, or as the epilogue of the step before.
       place[first] = g_output;
       written[first] = true;
@@ -293,7 +311,7 @@ void Plan<T>::compile_cotangent() {
     bool params_done = false;
     for (size_t k = 0; k < node.inputs.size(); ++k) {
       const int value = canonical_[node.inputs[k]];
-      if (!needs_tangent_[value]) continue;
+      if (!carried[value]) continue;
       CotangentStep step{i, g_output, params && !params_done, static_cast<int>(k), kNowhere, written[value], -1};
       params_done = true;
       if (!written[value]) {
@@ -308,7 +326,7 @@ void Plan<T>::compile_cotangent() {
     second_order(i);
     places.release(g_output);
   }
-  schedules_.sweep_width = std::max(schedules_.sweep_width, places.high_water());
+  to.sweep_width = std::max(to.sweep_width, places.high_water());
 }
 
 // Backwards from the output, along nodes of one input each: what else reads the values on the way does not reach the output.
@@ -345,6 +363,40 @@ void Plan<T>::find_chain() {
     chain_shape_.activations += dense.inputs + dense.outputs;
     chain_shape_.depth += 1;
   }
+}
+
+// Of every dense layer with many more outputs than the network has: the value before it, below elementwise nodes.
+template <class T>
+void Plan<T>::find_shortcuts() {
+  constexpr int64_t kFewOutputs = 32;  // a sweep for each makes the Jacobians
+  const int64_t C = output_width();
+  if (C > kFewOutputs || !needs_tangent_[output()]) return;
+  std::vector<int> readers(widths_.size(), 0);
+  ++readers[output()];
+  for (const Node& node : nodes_) {
+    for (int input : node.inputs) ++readers[canonical_[input]];
+  }
+  for (size_t i = 0; i < nodes_.size(); ++i) {
+    const Dense& dense = storages_[i].dense;
+    if (dense.inputs == 0 || dense.outputs <= 2 * C) continue;
+    int value = canonical_[nodes_[i].inputs[0]];
+    while (readers[value] == 1 && needs_tangent_[value] && is_elementwise(producer_[value])) value = canonical_[nodes_[producer_[value]].inputs[0]];
+    if (readers[value] != 1 || !needs_tangent_[value] || !has_tangent(nodes_[producer_[value]], carried(), canonical_)) continue;
+    shortcuts_.push_back({value, widths_[value], dense.inputs * dense.outputs});
+  }
+  std::sort(shortcuts_.begin(), shortcuts_.end(), [this](const Shortcut& a, const Shortcut& b) { return producer_[a.value] < producer_[b.value]; });
+  if (!has_tangent(nodes_[producer_[output()]], carried(), canonical_)) shortcuts_.clear();  // nothing would write the output's tangent
+}
+
+// The values whose tangent leads on in shortened sweeps.
+template <class T>
+std::vector<bool> Plan<T>::carried() const {
+  std::vector<bool> carried(widths_.size(), false);
+  for (const Node& node : nodes_) {
+    const auto of_output = [&](const Shortcut& shortcut) { return shortcut.value == node.output; };
+    carried[node.output] = has_tangent(node, carried, canonical_) && std::none_of(shortcuts_.begin(), shortcuts_.end(), of_output);
+  }
+  return carried;
 }
 
 template class Plan<float>;

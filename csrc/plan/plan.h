@@ -9,6 +9,10 @@
 // Where all nodes that a differentiated parameter influences form one chain of dense and elementwise ones (an MLP), it is listed besides: a device
 // can take tiles of examples through it in one kernel (kernels/mlp.h).
 //
+// Shortcuts: J_n is linear, so what a value u adds to it may come by any way, and where a dense layer of many outputs follows, the shortest is
+// B_n = ∂z_n/∂u_n itself, [C, width] an example: t_z += B_n t_u and g_u = B_nᵀ g_z take C · width multiplications where the layer takes
+// width · outputs. With a shortcut nothing else leads on from u. A second pair of sweeps is compiled for products that take them.
+//
 // A plan for second-order products has curved nodes, too: the tangents that they read stay in the workspace until the cotangent sweep has passed
 // them, and they are fused with nothing that would come between a product and its second-order term.
 #pragma once
@@ -61,6 +65,14 @@ struct ChainLink {
   int scale_by = -1;  // the elementwise node behind it, if there is one
 };
 
+// From the value past what follows it to the output.
+struct Shortcut {
+  int value;
+  int64_t width;
+  int64_t saved;           // multiplications an example and direction in the dense layer that the value reaches no more
+  Place place = kNowhere;  // of its tangent, then of its cotangent, in Schedules of shortened sweeps
+};
+
 struct Schedules {
   std::vector<ForwardStep> forward;
   std::vector<TangentStep> tangent;
@@ -86,7 +98,9 @@ class Plan {
   const std::vector<Slot>& slots() const { return slots_; }
   const Rule<T>& rule(int node) const { return *rules_[node]; }
   const Storage& storage(int node) const { return storages_[node]; }
-  const Schedules& schedules() const { return schedules_; }
+  const Schedules& schedules(bool shortened = false) const { return shortened ? shortened_ : schedules_; }
+  const std::vector<Shortcut>& shortcuts() const { return shortcuts_; }   // in the order of the nodes
+  int producer(int value) const { return producer_[canonical_[value]]; }  // node, or -1 for inputs
   // From the lowest trained node to the output; empty if that is no chain, or one that is too deep or too wide.
   const std::vector<ChainLink>& chain() const { return chain_; }
   const MlpShape& chain_shape() const { return chain_shape_; }
@@ -108,9 +122,11 @@ class Plan {
  private:
   void analyse();
   void compile_forward();
-  void compile_tangent();
-  void compile_cotangent();
+  std::vector<bool> carried() const;
+  void compile_tangent(const std::vector<bool>& carried, Schedules& to);
+  void compile_cotangent(const std::vector<bool>& carried, Schedules& to);
   void find_chain();
+  void find_shortcuts();
   bool is_elementwise(int node) const { return storages_[node].derivative >= 0; }
 
   std::vector<Node> nodes_;
@@ -127,8 +143,9 @@ class Plan {
   std::vector<bool> kept_, needs_tangent_;
   std::vector<bool> read_once_;       // per slot
   std::vector<int> first_curved_;     // per canonical value with a tangent: the first curved node that reads it, or -1
-  std::vector<Place> tangent_place_;  // of such values
-  Schedules schedules_;
+  std::vector<Place> tangent_place_;  // of such values and those with a shortcut: where the tangent stays
+  Schedules schedules_, shortened_;
+  std::vector<Shortcut> shortcuts_;
   std::vector<ChainLink> chain_;
   MlpShape chain_shape_;
 };

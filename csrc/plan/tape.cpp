@@ -9,6 +9,7 @@
 #include "common/scratch.h"
 #include "kernels/elementwise.h"
 #include "kernels/movement.h"
+#include "kernels/output_jacobian.h"
 #include "kernels/reduction.h"
 
 namespace infl {
@@ -23,6 +24,11 @@ constexpr int64_t kSmallestTile = 8, kLargestTile = 240;
 constexpr int64_t kSharedSides = 8, kSidesBytes = 128 << 10;
 constexpr int64_t kWholeWorkspaceBytes = 64 << 20;           // by operator: workspace of one tile; by example: accumulators of all threads
 constexpr int64_t kDeviceWorkspaceBytes = int64_t{2} << 30;  // few, large launches
+// Shortcuts: what their Jacobians may take, and what an element of them costs, in multiplications of a matrix product: one, at a fraction of its
+// rate, and its way from a shared cache or from memory, for all right-hand sides of a sweep.
+constexpr int64_t kJacobianBytes = 256 << 20, kNearBytes = 8 << 20;
+constexpr int64_t kJacobianMultiplication = 3, kNearLoad = 10, kFarLoad = 25;
+constexpr int64_t kPaysBackWithin = 8;  // vectors: the Jacobians themselves take a cotangent sweep for each output
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -152,6 +158,7 @@ template <class T>
 void Tape<T>::linearize(const Context& ctx, const std::vector<const T*>& theta, bool borrow, int64_t stride) {
   theta_at_ = theta;
   theta_stride_ = stride;
+  jacobians_kept_ = false;
   for (size_t s = 0; s < theta_.size() && sets_ == 1 && !borrow; ++s) {
     theta_[s].resize(ctx, plan_->slots()[s].size);
     copy<T>(ctx, plan_->slots()[s].size, theta[s], theta_[s].data());
@@ -184,27 +191,27 @@ void Tape<T>::forward_tile(const Context& ctx, int64_t n0, int64_t n, T* workspa
 }
 
 template <class T>
-void Tape<T>::pack_tangents(const Context& ctx, int64_t V, const std::vector<const T*>& t_theta, T* packed) const {
-  for (const TangentStep& step : plan_->schedules().tangent) {
+void Tape<T>::pack_tangents(const Context& ctx, const Schedules& s, int64_t V, const std::vector<const T*>& t_theta, T* packed) const {
+  for (const TangentStep& step : s.tangent) {
     if (plan_->storage(step.node).tangent_packed_size == 0) continue;
     Sweep sweep(*this, ctx, step.node, V, 0, 0);
     const auto tangents = operands(sweep.node, t_theta);
-    T* to = packed + V * plan_->schedules().tangent_packed[step.node];
+    T* to = packed + V * s.tangent_packed[step.node];
     plan_->rule(step.node).pack_tangents(sweep.tile, {tangents.data(), plan_->num_parameters(), nullptr}, to);
   }
 }
 
 template <class T>
-void Tape<T>::tangent_tile(const Context& ctx, int64_t V, int64_t n0, int64_t n, const std::vector<const T*>& t_theta, const T* packed,
-                           T* workspace) const {
+void Tape<T>::tangent_tile(const Context& ctx, const Schedules& s, int64_t V, int64_t n0, int64_t n, const std::vector<const T*>& t_theta,
+                           const T* packed, T* workspace) const {
   std::vector<const T*> t_x;
-  for (const TangentStep& step : plan_->schedules().tangent) {
+  for (const TangentStep& step : s.tangent) {
     Sweep sweep(*this, ctx, step.node, V, n0, n);
     t_x.clear();
     for (Place place : step.inputs) t_x.push_back(place == kNowhere ? nullptr : workspace + place * V * n);
     const auto tangents = operands(sweep.node, t_theta);
     const T* scale = step.scale_by < 0 ? nullptr : Sweep(*this, ctx, step.scale_by, V, n0, n).state[plan_->storage(step.scale_by).derivative];
-    const ParameterTangents<T> t{tangents.data(), plan_->num_parameters(), packed + V * plan_->schedules().tangent_packed[step.node]};
+    const ParameterTangents<T> t{tangents.data(), plan_->num_parameters(), packed + V * s.tangent_packed[step.node]};
     plan_->rule(step.node).jvp(sweep.tile, t_x.data(), t, scale, workspace + step.output * V * n);
   }
 }
@@ -216,8 +223,9 @@ void Tape<T>::load_cotangents(const Context& ctx, int64_t V, int64_t n0, int64_t
 }
 
 template <class T>
-void Tape<T>::cotangent_tile(const Context& ctx, int64_t V, int64_t n0, int64_t n, const std::vector<T*>& g_theta, T* workspace) const {
-  for (const CotangentStep& step : plan_->schedules().cotangent) cotangent_step(ctx, step, V, n0, n, g_theta, workspace);
+void Tape<T>::cotangent_tile(const Context& ctx, const Schedules& s, int64_t V, int64_t n0, int64_t n, const std::vector<T*>& g_theta,
+                             T* workspace) const {
+  for (const CotangentStep& step : s.cotangent) cotangent_step(ctx, step, V, n0, n, g_theta, workspace);
 }
 
 // `g_theta` empty: parameters are not wanted.
@@ -292,15 +300,15 @@ Tiling Tape<T>::tiling(const Context& ctx, int64_t V) const {
   if (runs_as_chain(ctx, V))
     return {.by_example = true, .tile = mlp_tiling<T>(V, N_, plan_->chain_shape().width).rows, .num_threads = ctx.num_threads};
   const int64_t together = sides(ctx, V);
-  return tiling(ctx, together, together);
+  return tiling(ctx, together, together, takes_shortcuts(ctx, V));
 }
 
 // Of a sweep for V right-hand sides that adds to `sums` vectors [P].
 template <class T>
-Tiling Tape<T>::tiling(const Context& ctx, int64_t V, int64_t sums) const {
+Tiling Tape<T>::tiling(const Context& ctx, int64_t V, int64_t sums, bool shortened) const {
   const int num_threads = ctx.num_threads;
   const bool on_device = ctx.on_device();
-  const Schedules& s = plan_->schedules();
+  const Schedules& s = plan_->schedules(shortened);
   int64_t kept = 0;  // tape elements per example that a sweep reads
   for (size_t i = 0; i < plan_->nodes().size(); ++i) {
     for (int64_t width : plan_->storage(static_cast<int>(i)).state_widths) kept += width;
@@ -309,6 +317,7 @@ Tiling Tape<T>::tiling(const Context& ctx, int64_t V, int64_t sums) const {
   for (int id = 0; id < plan_->num_values(); ++id) {
     if (plan_->canonical(id) == id && (plan_->is_kept(id) || id < plan_->num_inputs())) kept += plan_->width(id);
   }
+  for (const Shortcut& shortcut : plan_->shortcuts()) kept += shortened ? plan_->output_width() * shortcut.width : 0;
   const int64_t sweep_bytes = std::max<int64_t>(1, std::max(s.sweep_width * V, s.forward_width)) * sizeof(T);
   const int64_t accumulator = sums * plan_->num_parameters() * static_cast<int64_t>(sizeof(T));
   const int64_t example_bytes = sweep_bytes + kept * static_cast<int64_t>(sizeof(T));
@@ -365,6 +374,7 @@ int64_t Tape<T>::cached_bytes() const {
     if (!borrowed) bytes += plan_->slots()[s].size * static_cast<int64_t>(sizeof(T));  // those of a tape that is still to be linearised, too
   }
   for (const auto& b : cotangents_) bytes += b.bytes();
+  for (const auto& b : jacobians_) bytes += b.bytes();
   return bytes;
 }
 
@@ -372,8 +382,9 @@ template <class T>
 int64_t Tape<T>::workspace_bytes(const Context& ctx, int64_t V) const {
   if (runs_as_chain(ctx, V)) return mlp_workspace<T>(V, N_, plan_->num_parameters(), plan_->chain_shape().width);
   const int64_t together = sides(ctx, V);
-  const Tiling t = tiling(ctx, together, together);
-  const int64_t sweep = std::max(plan_->schedules().sweep_width * together, plan_->schedules().forward_width) * t.tile;
+  const bool shortened = takes_shortcuts(ctx, V);
+  const Tiling t = tiling(ctx, together, together, shortened);
+  const int64_t sweep = std::max(plan_->schedules(shortened).sweep_width * together, plan_->schedules().forward_width) * t.tile;
   const int64_t per_thread = t.by_example ? ctx.num_threads * (sweep + together * plan_->num_parameters()) : sweep;
   return (per_thread + together * plan_->schedules().tangent_packed_size) * static_cast<int64_t>(sizeof(T));
 }
@@ -382,9 +393,9 @@ int64_t Tape<T>::workspace_bytes(const Context& ctx, int64_t V) const {
 // the tiles add to their accumulators (null: none wanted). Exceptions do not cross the parallel region.
 template <class T>
 template <class Body>
-void Tape<T>::run_tiles(const Context& ctx, int64_t V, int64_t sums_wanted, T* out, const Body& body) const {
-  const Schedules& s = plan_->schedules();
-  const Tiling t = tiling(ctx, V, sums_wanted);
+void Tape<T>::run_tiles(const Context& ctx, int64_t V, int64_t sums_wanted, T* out, const Body& body, bool shortened) const {
+  const Schedules& s = plan_->schedules(shortened);
+  const Tiling t = tiling(ctx, V, sums_wanted, shortened);
   const int64_t size = sums_wanted * sets_ * plan_->num_parameters();
   const int64_t workspace_size = std::max(s.sweep_width * V, s.forward_width) * sets_ * t.tile;
   const int64_t num_tiles = ceil_div(N_, t.tile);
@@ -429,9 +440,9 @@ void Tape<T>::jvp(const Context& ctx, int64_t V, const T* v, T* t_out) const {
     const auto t_theta = slot_rows(v + first * plan_->num_parameters());
     Scratch<T> packed(ctx, count * plan_->schedules().tangent_packed_size);
     const T* packed_data = packed.data();
-    pack_tangents(ctx, count, t_theta, packed.data());
+    pack_tangents(ctx, plan_->schedules(), count, t_theta, packed.data());
     run_tiles(ctx, count, count, nullptr, [&](const Context& inner, int64_t n0, int64_t n, T* workspace, T*) {
-      tangent_tile(inner, count, n0, n, t_theta, packed_data, workspace);
+      tangent_tile(inner, plan_->schedules(), count, n0, n, t_theta, packed_data, workspace);
       const T* t_z = workspace + plan_->schedules().output * count * n;
       copy_rows_stub<T>(inner, count, n * C, t_z, n * C, t_out + (first * N_ + n0) * C, N_ * C, false);
     });
@@ -444,7 +455,7 @@ void Tape<T>::vjp(const Context& ctx, int64_t V, const T* g, T* out) const {
   each_group(ctx, V, [&](int64_t first, int64_t count) {
     run_tiles(ctx, count, count, out + first * plan_->num_parameters(), [&](const Context& inner, int64_t n0, int64_t n, T* workspace, T* sum) {
       load_cotangents(inner, count, n0, n, g + first * sets_ * N_ * plan_->output_width(), workspace);
-      cotangent_tile(inner, count, n0, n, slot_rows(sum), workspace);
+      cotangent_tile(inner, plan_->schedules(), count, n0, n, slot_rows(sum), workspace);
     });
   });
 }
@@ -512,22 +523,86 @@ void Tape<T>::hvp(const Context& ctx, int64_t V, const T* v, const OutputHessian
 
 template <class T>
 void Tape<T>::product(const Context& ctx, int64_t V, const T* v, const OutputHessian<T>& h, bool second_order, T* out) const {
+  const bool shortened = takes_shortcuts(ctx, V);
+  const Schedules& s = plan_->schedules(shortened);
+  const int64_t C = plan_->output_width();
+  if (shortened) keep_jacobians(ctx);
+  // body(a shortcut's Jacobians of a tile, its width, where its tangent and cotangent are)
+  const auto each_shortcut = [&](int64_t count, int64_t n0, int64_t n, T* workspace, const auto& body) {
+    for (size_t k = 0; shortened && k < jacobians_.size(); ++k) {
+      const Shortcut& shortcut = plan_->shortcuts()[k];
+      body(jacobians_[k].data() + n0 * C * shortcut.width, shortcut.width, workspace + shortcut.place * count * n);
+    }
+  };
   each_group(ctx, V, [&](int64_t first, int64_t count) {
     const int64_t at = first * plan_->num_parameters();
     const auto t_theta = slot_rows(v + at);
-    Scratch<T> packed(ctx, count * plan_->schedules().tangent_packed_size);
+    Scratch<T> packed(ctx, count * s.tangent_packed_size);
     const T* packed_data = packed.data();
-    pack_tangents(ctx, count, t_theta, packed.data());
-    run_tiles(ctx, count, count, out + at, [&](const Context& inner, int64_t n0, int64_t n, T* workspace, T* sum) {
-      tangent_tile(inner, count, n0, n, t_theta, packed_data, workspace);
-      output_hessian_stub<T>(inner, h.from(n0), HessianPart::product, count, n, workspace + plan_->schedules().output * count * n);
+    pack_tangents(ctx, s, count, t_theta, packed.data());
+    const auto of_tile = [&](const Context& inner, int64_t n0, int64_t n, T* workspace, T* sum) {
+      T* z = workspace + s.output * count * n;
+      tangent_tile(inner, s, count, n0, n, t_theta, packed_data, workspace);
+      each_shortcut(count, n0, n, workspace,
+                    [&](const T* B, int64_t width, const T* t_u) { output_jacobian_stub<T>(inner, count, n, C, width, B, t_u, z); });
+      output_hessian_stub<T>(inner, h.from(n0), HessianPart::product, count, n, z);
+      each_shortcut(count, n0, n, workspace,
+                    [&](const T* B, int64_t width, T* g_u) { output_jacobian_transposed_stub<T>(inner, count, n, C, width, B, z, g_u); });
       if (second_order) {
         curved_cotangent_tile(inner, count, n0, n, t_theta, packed_data, slot_rows(sum), workspace);
       } else {
-        cotangent_tile(inner, count, n0, n, slot_rows(sum), workspace);
+        cotangent_tile(inner, s, count, n0, n, slot_rows(sum), workspace);
+      }
+    };
+    run_tiles(ctx, count, count, out + at, of_tile, shortened);
+  });
+}
+
+template <class T>
+bool Tape<T>::takes_shortcuts(const Context& ctx, int64_t V) const {
+  if (!shortcuts_allowed_ || ctx.on_device() || sets_ > 1 || V == 0) return false;
+  int64_t saved = 0, elements = 0;
+  for (const Shortcut& shortcut : plan_->shortcuts()) {
+    saved += shortcut.saved;
+    elements += plan_->output_width() * shortcut.width;
+  }
+  const int64_t bytes = N_ * elements * static_cast<int64_t>(sizeof(T));
+  const int64_t spent = elements * (kJacobianMultiplication + (bytes > kNearBytes ? kFarLoad : kNearLoad) / sides(ctx, V));
+  return bytes <= kJacobianBytes && plan_->output_width() * saved < kPaysBackWithin * 2 * (saved - spent);
+}
+
+// By cotangent sweeps of unit vectors at the outputs; where the node that computes a shortcut's value begins, its cotangent is complete.
+template <class T>
+void Tape<T>::keep_jacobians(const Context& ctx) const {
+  const std::lock_guard<std::mutex> guard(keeping_jacobians_);
+  if (jacobians_kept_) return;
+  const std::vector<Shortcut>& shortcuts = plan_->shortcuts();
+  const Schedules& s = plan_->schedules();
+  const int64_t C = plan_->output_width();
+  jacobians_.resize(shortcuts.size());
+  for (size_t k = 0; k < shortcuts.size(); ++k) jacobians_[k].resize(ctx, N_ * C * shortcuts[k].width);
+  each_group(ctx, C, [&](int64_t first, int64_t count) {
+    run_tiles(ctx, count, 1, nullptr, [&](const Context& inner, int64_t n0, int64_t n, T* workspace, T*) {
+      T* g = workspace + s.output * count * n;
+      fill_zero<T>(inner, count * n * C, g);
+      for (int64_t v = 0; v < count; ++v) {
+        for (int64_t i = 0; i < n; ++i) g[(v * n + i) * C + first + v] = 1;
+      }
+      size_t left = shortcuts.size();  // those before it are further down
+      for (const CotangentStep& step : s.cotangent) {
+        if (plan_->producer(shortcuts[left - 1].value) == step.node) {
+          const int64_t width = shortcuts[--left].width;
+          for (int64_t v = 0; v < count; ++v) {
+            T* B = jacobians_[left].data() + (n0 * C + first + v) * width;
+            copy_rows_stub<T>(inner, n, width, workspace + (step.g_output * count + v * width) * n, width, B, C * width, false);
+          }
+          if (left == 0) return;
+        }
+        cotangent_step(inner, step, count, n0, n, {}, workspace);
       }
     });
   });
+  jacobians_kept_ = true;
 }
 
 template <class T>
@@ -537,7 +612,7 @@ void Tape<T>::dots(const Context& ctx, int64_t V, const T* g, int64_t W, const T
     const auto t_theta = slot_rows(u + first * plan_->num_parameters());
     Scratch<T> packed(ctx, count * s.tangent_packed_size);
     const T* packed_data = packed.data();
-    pack_tangents(ctx, count, t_theta, packed.data());
+    pack_tangents(ctx, s, count, t_theta, packed.data());
     run_tiles(ctx, V + count, count, nullptr, [&](const Context& inner, int64_t n0, int64_t n, T* workspace, T*) {
       Scratch<T> sums(inner, V * count * n), of_node(inner, count * n);
       fill_zero<T>(inner, V * count * n, sums.data());

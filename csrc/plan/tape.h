@@ -57,9 +57,12 @@ class Tape {
   const T* outputs() const { return value(plan_->output(), 0); }  // [sets, N, C]
 
   void set_schedule(ScheduleChoice choice) { choice_ = choice; }
+  void set_shortcuts(bool allowed) { shortcuts_allowed_ = allowed; }
   int64_t sides(const Context& ctx, int64_t V) const;                            // how many of V right-hand sides a sweep takes at once
   Tiling tiling(const Context& ctx, int64_t V) const;                            // of its sweeps in jvp, vjp and ggn
   bool is_whole(const Context& ctx) const { return tiling(ctx, 1).tile >= N_; }  // do sweeps of one right-hand side take all examples at once?
+  // Do products onto V vectors take the plan's shortcuts? The first that does makes the Jacobians, once for the life of a linearisation.
+  bool takes_shortcuts(const Context& ctx, int64_t V) const;
   int64_t cached_bytes() const;
   int64_t workspace_bytes(const Context& ctx, int64_t V) const;  // of one product onto V vectors, beyond operand and result
 
@@ -101,21 +104,23 @@ class Tape {
   void forward_tile(const Context& ctx, int64_t n0, int64_t n, T* workspace);
   // g [V, N, C] of a tile to where the cotangent sweep begins.
   void load_cotangents(const Context& ctx, int64_t V, int64_t n0, int64_t n, const T* g, T* workspace) const;
-  void tangent_tile(const Context& ctx, int64_t V, int64_t n0, int64_t n, const std::vector<const T*>& t_theta, const T* packed, T* workspace) const;
-  void cotangent_tile(const Context& ctx, int64_t V, int64_t n0, int64_t n, const std::vector<T*>& g_theta, T* workspace) const;
+  void tangent_tile(const Context& ctx, const Schedules& s, int64_t V, int64_t n0, int64_t n, const std::vector<const T*>& t_theta, const T* packed,
+                    T* workspace) const;
+  void cotangent_tile(const Context& ctx, const Schedules& s, int64_t V, int64_t n0, int64_t n, const std::vector<T*>& g_theta, T* workspace) const;
   void cotangent_step(const Context& ctx, const CotangentStep& step, int64_t V, int64_t n0, int64_t n, const std::vector<T*>& g_theta,
                       T* workspace) const;
   void curved_cotangent_tile(const Context& ctx, int64_t V, int64_t n0, int64_t n, const std::vector<const T*>& t_theta, const T* packed,
                              const std::vector<T*>& g_theta, T* workspace) const;
   void product(const Context& ctx, int64_t V, const T* v, const OutputHessian<T>& h, bool second_order, T* out) const;
-  void pack_tangents(const Context& ctx, int64_t V, const std::vector<const T*>& t_theta, T* packed) const;
+  void keep_jacobians(const Context& ctx) const;
+  void pack_tangents(const Context& ctx, const Schedules& s, int64_t V, const std::vector<const T*>& t_theta, T* packed) const;
   bool runs_as_chain(const Context& ctx, int64_t V) const;
   void run_chain(const Context& ctx, Mlp<T> product) const;
-  Tiling tiling(const Context& ctx, int64_t V, int64_t sums) const;
+  Tiling tiling(const Context& ctx, int64_t V, int64_t sums, bool shortened = false) const;
   template <class Body>
   void each_group(const Context& ctx, int64_t V, const Body& body) const;
   template <class Body>
-  void run_tiles(const Context& ctx, int64_t V, int64_t sums, T* out, const Body& body) const;
+  void run_tiles(const Context& ctx, int64_t V, int64_t sums, T* out, const Body& body, bool shortened = false) const;
 
   std::shared_ptr<const Plan<T>> plan_;
   int64_t N_, sets_;
@@ -129,6 +134,10 @@ class Tape {
   int64_t theta_stride_ = 0;                    // between sets
   std::vector<Buffer<T>> cotangents_;           // per node: of the outputs of curved ones [N, width]
   ScheduleChoice choice_ = ScheduleChoice::automatic;
+  bool shortcuts_allowed_ = true;
+  mutable std::mutex keeping_jacobians_;
+  mutable bool jacobians_kept_ = false;
+  mutable std::vector<Buffer<T>> jacobians_;  // per shortcut [N, C, width]
 };
 
 extern template class Tape<float>;

@@ -1,0 +1,87 @@
+// One example after another: its Jacobian comes from memory once and stays in the first-level cache for all right-hand sides.
+#include "kernels/output_jacobian.h"
+
+#include <algorithm>
+
+#include "kernels/cpu/parallel.h"
+
+namespace infl {
+namespace INFL_ISA {
+namespace {
+
+constexpr int64_t kStrip = 64;  // columns whose sums stay in registers
+
+template <class T>
+void dot_row(int64_t width, const T* B, const T* t, T* to) {
+  T sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < width; ++i) sum += B[i] * t[i];
+  *to += sum;
+}
+
+// Four neighbouring rows of B, which share the loads of t.
+template <class T>
+void dot_rows(int64_t width, const T* B, const T* t, T* to) {
+  const T *B1 = B + width, *B2 = B1 + width, *B3 = B2 + width;
+  T s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+  for (int64_t i = 0; i < width; ++i) {
+    s0 += B[i] * t[i];
+    s1 += B1[i] * t[i];
+    s2 += B2[i] * t[i];
+    s3 += B3[i] * t[i];
+  }
+  to[0] += s0;
+  to[1] += s1;
+  to[2] += s2;
+  to[3] += s3;
+}
+
+template <class T>
+void output_jacobian(const Context& ctx, int64_t V, int64_t n, int64_t C, int64_t width, const T* B, const T* t_u, T* t_z) {
+  const int threads = threads_for(ctx, V * n * C * width);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t v = 0; v < V; ++v) {
+      const T *rows = B + i * C * width, *t = t_u + (v * n + i) * width;
+      T* to = t_z + (v * n + i) * C;
+      int64_t c = 0;
+      for (; c + 4 <= C; c += 4) dot_rows<T>(width, rows + c * width, t, to + c);
+      for (; c < C; ++c) dot_row<T>(width, rows + c * width, t, to + c);
+    }
+  }
+}
+
+template <class T>
+void output_jacobian_transposed(const Context& ctx, int64_t V, int64_t n, int64_t C, int64_t width, const T* B, const T* g_z, T* g_u) {
+  const int threads = threads_for(ctx, V * n * C * width);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t v = 0; v < V; ++v) {
+      const T *rows = B + i * C * width, *g = g_z + (v * n + i) * C;
+      T* to = g_u + (v * n + i) * width;
+      for (int64_t begin = 0; begin < width; begin += kStrip) {
+        const int64_t count = std::min(kStrip, width - begin);
+        T sum[kStrip] = {};
+        for (int64_t c = 0; c < C; ++c) {
+          const T* row = rows + c * width + begin;
+          if (count == kStrip) {
+#pragma omp simd
+            for (int64_t k = 0; k < kStrip; ++k) sum[k] += g[c] * row[k];
+          } else {
+#pragma omp simd
+            for (int64_t k = 0; k < count; ++k) sum[k] += g[c] * row[k];
+          }
+        }
+        for (int64_t k = 0; k < count; ++k) to[begin + k] = sum[k];
+      }
+    }
+  }
+}
+
+INFL_REGISTER_CPU(output_jacobian_stub, output_jacobian)
+INFL_REGISTER_CPU(output_jacobian_transposed_stub, output_jacobian_transposed)
+
+}  // namespace
+}  // namespace INFL_ISA
+}  // namespace infl

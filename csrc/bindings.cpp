@@ -283,21 +283,21 @@ void bind(py::module_& m, const std::string& suffix) {
             return out;
           },
           py::arg("u"))
-      .def("square_norms_by_parameter",  // offset of the parameter -> [V, N]
+      .def("square_norms_by_region",  // where a region of the flat vector begins, never beyond one parameter -> [V, N]
            [](const BoundFactors<T>& f) {
              std::map<int64_t, at::Tensor> found;
-             std::vector<T*> by_slot;
-             for (const int slot : f.gradients.slots()) {
+             std::vector<T*> by_region;
+             for (const int64_t begin : f.gradients.regions()) {
                at::Tensor out = f.empty_norms();
-               by_slot.push_back(out.mutable_data_ptr<T>());
-               found.emplace(f.tape->tape->plan().slots()[slot].offset, std::move(out));
+               by_region.push_back(out.mutable_data_ptr<T>());
+               found.emplace(begin, std::move(out));
              }
              const Run run(f.tape->device, f.tape->precision);
              py::gil_scoped_release release;
-             f.gradients.square_norms(run.ctx, by_slot);
+             f.gradients.square_norms(run.ctx, by_region);
              return found;
            })
-      // offset of a parameter -> (activations [N, t, .], cotangents [V, N, t, .]) of each node that reads it
+      // offset of a slot -> (activations [N, t, .], cotangents [V, N, t, .]) of each node that reads it
       .def("outer_products",
            [](const BoundFactors<T>& f) {
              std::map<int64_t, std::vector<std::pair<at::Tensor, at::Tensor>>> found;
@@ -308,11 +308,11 @@ void bind(py::module_& m, const std::string& suffix) {
                copy<T>(run.ctx, out.numel(), from, out.mutable_data_ptr<T>());
                return out;
              };
-             f.gradients.outer_products(run.ctx, [&](int slot, const Factor<T>& factor) {
+             f.gradients.outer_products(run.ctx, [&](const Factor<T>& factor) {
                const bool flipped = factor.col_has_v;
                const int64_t t = factor.positions, inputs = flipped ? factor.rows : factor.cols, outputs = flipped ? factor.cols : factor.rows;
-               found[f.tape->tape->plan().slots()[slot].offset].emplace_back(side(flipped ? factor.row : factor.col, {N, t, inputs}),
-                                                                             side(flipped ? factor.col : factor.row, {V, N, t, outputs}));
+               found[f.tape->tape->plan().slots()[factor.slot].offset].emplace_back(side(flipped ? factor.row : factor.col, {N, t, inputs}),
+                                                                                    side(flipped ? factor.col : factor.row, {V, N, t, outputs}));
              });
              return found;
            })

@@ -181,9 +181,9 @@ class ChunkedFactors:
         """``[V, N]``."""
         return torch.cat([factors.square_norms() for _, _, factors in self._parts()], dim=1)
 
-    def square_norms_by_parameter(self) -> dict[int, Tensor]:
-        """Offset of a parameter -> ``[V, N]``."""
-        parts = [factors.square_norms_by_parameter() for _, _, factors in self._parts()]
+    def square_norms_by_region(self) -> dict[int, Tensor]:
+        """Where a region of the flat vector begins, which lies within one parameter -> ``[V, N]``."""
+        parts = [factors.square_norms_by_region() for _, _, factors in self._parts()]
         return {offset: torch.cat([part[offset] for part in parts], dim=1) for offset in parts[0]}
 
     def square_sum(self) -> Tensor:

@@ -167,8 +167,8 @@ class DerivedFactors:
         """``[V, N]``."""
         return self.materialise().square().sum(dim=-1)
 
-    def square_norms_by_parameter(self) -> dict[int, Tensor]:
-        """Offset of a parameter -> ``[V, N]``."""
+    def square_norms_by_region(self) -> dict[int, Tensor]:
+        """Where a region of the flat vector begins, which lies within one parameter -> ``[V, N]``."""
         space = self.point.parameters.space
         blocks = self.materialise().split(space.sizes, dim=-1)
         return {offset: block.square().sum(dim=-1) for offset, block in zip(space.offsets, blocks, strict=True)}

@@ -35,6 +35,7 @@ class Plan:
         space: layout of the flat vectors ``[P]``.
         graph: the captured nodes.
         output_shape: of one example, ``*out``.
+        slot_offsets: where each slot of the graph begins in the vectors that nodes see; −1 if it is not differentiated.
         parameters_read: those of ``space.names`` that the output is computed from.
     """
 
@@ -53,11 +54,12 @@ class Plan:
         for index, slot in enumerate(graph.slots):
             name = space.aliases.get(slot.name, slot.name)
             offset = offsets.get(name, -1) if slot.kind == "parameter" else -1
+            offset += (slot.begin or 0) * (offset >= 0)
             if self._derived is not None:
                 offset = self._derived.offsets.get(index, offset)
             slots.append((math.prod(slot.shape), offset))
-        self.is_trained = [offset >= 0 for _, offset in slots]
-        read = {name for node in graph.nodes for index in node.slots for name in graph.slots[index].names()}
+        self.slot_offsets = [offset for _, offset in slots]
+        read = {name for node in graph.nodes for index in node.slots if index >= 0 for name in graph.slots[index].names()}
         self.parameters_read = frozenset(map(space.canonical, read)).intersection(space.names)
         aliases = [-1] * graph.num_values
         nodes = []
@@ -277,8 +279,8 @@ class Plan:
 
     def _constants(self, tensors: Mapping[str, Tensor]) -> list[Tensor | None]:
         """Values of the slots that are not differentiated; None for the others."""
-        dtype, slots = self.space.dtype, zip(self.graph.slots, self.is_trained, strict=True)
-        return [None if is_trained else slot.read(tensors).to(dtype).contiguous() for slot, is_trained in slots]
+        dtype, slots = self.space.dtype, zip(self.graph.slots, self.slot_offsets, strict=True)
+        return [None if offset >= 0 else slot.read(tensors).to(dtype).contiguous() for slot, offset in slots]
 
 
 class Tape(Replayable):
@@ -448,7 +450,7 @@ class Tape(Replayable):
     def factors(self, G: Tensor) -> Any:
         """Per-example gradients ``J_nᵀ g[v, n]`` for ``G [V, N, *out]``, as factors.
 
-        Methods: ``materialise``, ``dots``, ``square_norms``, ``square_norms_by_parameter``, ``square_sum``, ``gram``, ``outer_products``.
+        Methods: ``materialise``, ``dots``, ``square_norms``, ``square_norms_by_region``, ``square_sum``, ``gram``, ``outer_products``.
         They read the tape when they are called. Cost: one cotangent sweep each; factors are held for a tile of examples, by ``gram`` and
         ``outer_products`` for all: V·N times the widths of the trainable nodes.
         """

@@ -18,7 +18,10 @@ from torch import Tensor, nn
 from influence_ext.capture import CapturedGraph, capture, clear_cache, format_table
 from influence_ext.plan import Plan
 from influence_ext.testing import assert_close
+from tests.cases import NetworkCase, build
 from tests.cases.capture import CASES, Case, Net, dense, frozen, interpret, normal, par, weights
+from tests.cases.layers import Expression, parameter
+from tests.cases.reads import READS
 
 
 @functools.cache
@@ -162,3 +165,28 @@ def test_an_island_of_another_precision_is_computed_in_it(dtype: torch.dtype, ot
     tape = plan.linearize(X)
     assert torch.allclose(tape.outputs, y, rtol=0, atol=1e-6)
     assert torch.allclose(tape.jvp(v)[0], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", READS, ids=lambda case: case.id)
+def test_parameters_read_in_part_are_no_expressions(case: NetworkCase) -> None:
+    network = build(case, torch.float64)
+    plan = Plan.of(network.model, network.X)
+    assert not plan.has_derived_parameters, plan.report()
+    assert all(node.operator is None for node in plan.graph.nodes), "a node runs in torch"
+
+
+def test_rows_follow_the_buffer_that_picks_them() -> None:
+    """A graph is kept by structure; which rows a buffer picks is not part of that."""
+    model = Expression(lambda m, x: m.fc(x) * m.w[m.i], fc=nn.Linear(3, 3).double(), w=parameter(9, 3), i=torch.tensor([3, 1, 1]))
+    X = torch.randn(4, 3, 3, dtype=torch.float64)
+    plan = Plan.of(model, X)
+    assert torch.allclose(plan.linearize(X).outputs, model(X))
+    model.i.copy_(torch.tensor([0, 8, 8]))  # type: ignore[operator, union-attr]
+    tape = Plan.of(model, X).linearize(X)
+    assert Plan.of(model, X).graph is plan.graph
+    assert torch.allclose(tape.outputs, model(X))
+    gradients = torch.autograd.grad(model(X).sum(), list(model.parameters()))
+    assert torch.allclose(tape.vjp(torch.ones(1, *tape.outputs.shape, dtype=X.dtype))[0], torch.cat([g.flatten() for g in gradients]))
+    model.i[0] = 9  # type: ignore[operator, index]
+    with pytest.raises(IndexError, match="9"):
+        plan.linearize(X)

@@ -319,3 +319,46 @@ def test_influence_scores_carry_the_error_of_the_approximation() -> None:
     assert bool((gap <= scores.error_bound).all())
     assert dataclasses.replace(EKFAC(), seed=1) != EKFAC()
     assert "EKFAC" in scores.info["solver"]
+
+
+def test_weights_that_are_slices_of_one_parameter() -> None:
+    """The projections of an attention layer with other keys than queries, and overlapping slices, which have no factors."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.memory, self.attention = nn.Linear(4, 4), nn.MultiheadAttention(4, 2, batch_first=True)
+            self.shared, self.head = nn.Parameter(torch.randn(6, 4)), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            memory = self.memory(x)
+            h = self.attention(x, memory, memory, need_weights=False)[0].mean(dim=1)
+            y: Tensor = self.head(nn.functional.linear(nn.functional.linear(h, self.shared[:4]).tanh(), self.shared[2:]))
+            return y
+
+    torch.manual_seed(0)
+    model, X, y = Net().double(), torch.randn(7, 3, 4, dtype=torch.float64), torch.randint(0, 3, (7,))
+    G = ie.GGN(model, "cross_entropy", (X, y), DAMPING)
+    found = EKFAC().factorise(G)
+    space = G._tape.plan.space
+    at = dict(zip(space.names, space.offsets, strict=True))
+    q = at["attention.in_proj_weight"]
+    assert {r.block.weight for r in found.rotations} == {
+        *(q, q + 16, q + 32),
+        *(at["memory.weight"], at["attention.out_proj.weight"], at["head.weight"]),
+    }
+    bias = at["attention.in_proj_bias"]
+    assert [r.block.bias for r in found.rotations if q <= r.block.weight < q + 48] == [bias, bias + 4, bias + 8]
+    dense = reference.ggn(model, nn.functional.cross_entropy, X, y)
+    assert torch.allclose(found.eigenvalues.sum(), torch.trace(dense))
+    # the rotation is orthogonal, and its diagonal that of the rotated matrix
+    Q = torch.eye(len(dense), dtype=torch.float64)
+    for r in found.rotations:
+        O, I = r.block.shape
+        places = list(range(r.block.weight, r.block.weight + O * r.block.num_inputs))
+        index = torch.tensor(places).view(O, -1)
+        if r.block.bias is not None:
+            index = torch.cat([index, torch.arange(r.block.bias, r.block.bias + O)[:, None]], dim=1)
+        flat = index.reshape(-1)
+        Q[flat[:, None], flat[None]] = torch.kron(r.outputs, r.inputs)
+    assert torch.allclose(found.eigenvalues, (Q.T @ dense @ Q).diagonal(), atol=1e-10)

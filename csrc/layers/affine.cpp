@@ -12,9 +12,14 @@
 // How a slot is broadcast: lists scale_shape and scale_strides (of one example, 0 = broadcast), integer scale_offset; likewise shift_…; without
 // them the slot has an example's elements in order. A slot that only repeats along leading axes (a bias [C] under [T, C]) is read as it lies, with
 // rows of C elements; any other is expanded to an example's width, once per linearisation (values) or product (tangents).
+//
+// Rows of a table (position embeddings, relative position biases): slot 2 for the scale, slot 3 for the shift holds the numbers of the rows, the same
+// for all examples; then it is these rows, integer scale_cols elements each, that are broadcast. Row scale_padding (−1: none) takes no derivative.
+// A product reads and writes no other rows; of one example the gradient is a row scatter.
 #include "common/scratch.h"
 #include "kernels/arithmetic.h"
 #include "kernels/elementwise.h"
+#include "kernels/embedding.h"
 #include "kernels/movement.h"
 #include "layers/rule.h"
 
@@ -22,9 +27,31 @@ namespace infl {
 namespace {
 
 enum SlotRole : int { kScale = 0, kShift = 1 };
+constexpr int kRows = 2;  // of a role's rows: the slot so far behind its own
+
+std::string name_of(SlotRole role) { return role == kScale ? "scale" : "shift"; }
+
+// The rows of a table that a slot is read by; none: it is read as it lies.
+struct TableRows {
+  int64_t count = 0, cols = 0, padding = -1;
+  int64_t size() const { return count * cols; }
+
+  TableRows() = default;
+  TableRows(const Node& node, SlotRole role) {
+    const size_t numbers = kRows + role;
+    if (!node.has_slot(numbers)) return;
+    count = node.slot_sizes[numbers];
+    cols = node.attribute(name_of(role) + "_cols");
+    padding = node.attribute(name_of(role) + "_padding");
+    if (node.is_trainable(numbers) || cols <= 0 || node.slot_sizes[role] % cols != 0) {
+      throw std::invalid_argument(node.rule + " (" + node.name + "): expected constant numbers of rows and a table of whole rows, got " +
+                                  std::to_string(node.slot_sizes[role]) + " elements in rows of " + std::to_string(cols) + ".");
+    }
+  }
+};
 
 StridedMap slot_map(const Node& node, SlotRole role) {
-  const std::string name = role == kScale ? "scale" : "shift";
+  const std::string name = name_of(role);
   const auto offset = node.ints.find(name + "_offset");
   const auto shape = node.lists.find(name + "_shape"), strides = node.lists.find(name + "_strides");
   const bool given = shape != node.lists.end() && strides != node.lists.end();
@@ -40,6 +67,7 @@ StridedMap slot_map(const Node& node, SlotRole role) {
 struct Broadcasting {
   int64_t repeat = 1, width = 0;
   StridedMap map[2];
+  TableRows rows[2];
   bool present[2] = {}, expanded[2] = {};
 
   explicit Broadcasting(const Node& node) : width(node.width) {
@@ -48,10 +76,13 @@ struct Broadcasting {
       if (!node.has_slot(role)) continue;
       present[role] = true;
       const StridedMap& m = map[role] = slot_map(node, role);
-      if (m.size != node.width || !m.fits(node.slot_sizes[role])) {
+      rows[role] = TableRows(node, role);
+      const int64_t read = rows[role].count > 0 ? rows[role].size() : node.slot_sizes[role];
+      if (m.size != node.width || !m.fits(read)) {
         throw std::invalid_argument(node.rule + " (" + node.name + "): expected slots that broadcast to " + std::to_string(node.width) +
-                                    " elements, got one of " + std::to_string(m.size) + " from " + std::to_string(node.slot_sizes[role]) + ".");
+                                    " elements, got one of " + std::to_string(m.size) + " from " + std::to_string(read) + ".");
       }
+      if (rows[role].count > 0) continue;
       if (m.rank == 0 || (m.rank == 1 && m.stride[0] == 1)) period[role] = node.width;
       if (m.rank == 2 && m.stride[0] == 0 && m.stride[1] == 1) period[role] = m.shape[1];
     }
@@ -91,7 +122,11 @@ class SlotRule : public Rule<T> {
     T* to = tile.packed;
     for (SlotRole role : {kScale, kShift}) {
       if (!b.expanded[role]) continue;
-      strided_gather_stub<T>(tile.ctx, 1, b.map[role], tile.theta[role], 0, to, 0);
+      if (b.rows[role].count > 0) {
+        const int64_t rows = tile.node.slot_sizes[role] / b.rows[role].cols;
+        check_indices_stub<T>(tile.ctx, b.rows[role].count, tile.theta[kRows + role], rows, false, tile.node.name.c_str());
+      }
+      expand(tile, b, role, 1, -1, tile.theta[role], 0, to, 0);
       to += tile.node.width;
     }
   }
@@ -101,7 +136,7 @@ class SlotRule : public Rule<T> {
     const int64_t width = tile.node.width, ld = this->storage(tile.node).tangent_packed_size;
     for (SlotRole role : {kScale, kShift}) {
       if (!b.expanded[role] || !tile.node.is_trainable(role)) continue;
-      strided_gather_stub<T>(tile.ctx, tile.V, b.map[role], t_theta.theta[role], t_theta.stride, packed, ld);
+      expand(tile, b, role, tile.V, b.rows[role].padding, t_theta.theta[role], t_theta.stride, packed, ld);
       packed += width;
     }
   }
@@ -141,6 +176,19 @@ class SlotRule : public Rule<T> {
         factors.add({.slot = node.slots[role], .positions = b.repeat, .rows = size, .cols = 1, .row = whole});
         continue;
       }
+      if (const TableRows& table = b.rows[role]; table.count > 0) {
+        T *met = factors.allocate(rows * table.size()), *index = factors.allocate(tile.n * table.count);
+        strided_scatter_stub<T>(tile.ctx, rows, b.map[role], whole, node.width, met, table.size(), table.size(), false);
+        copy_rows_stub<T>(tile.ctx, tile.n, table.count, tile.theta[kRows + role], 0, index, table.count, false);
+        Factor<T> f{.slot = node.slots[role], .positions = table.count, .rows = size / table.cols, .cols = table.cols};
+        f.index = index;
+        f.skip = table.padding;
+        f.col = met;
+        f.row_has_v = false;
+        f.col_has_v = true;
+        factors.add(f);
+        continue;
+      }
       T* summed = factors.allocate(rows * size);
       strided_scatter_stub<T>(tile.ctx, rows, b.map[role], whole, node.width, summed, size, size, false);
       factors.add({.slot = node.slots[role], .positions = 1, .rows = size, .cols = 1, .row = summed});
@@ -162,12 +210,27 @@ class SlotRule : public Rule<T> {
     } else {
       column_sum_stub<T>(tile.ctx, tile.V, tile.n * b.repeat, b.width, g, to, ld);
     }
-    if (b.expanded[role]) {
+    if (!b.expanded[role]) return;
+    if (const TableRows& table = b.rows[role]; table.count > 0) {
+      Scratch<T> met(tile.ctx, tile.V * table.size());
+      strided_scatter_stub<T>(tile.ctx, tile.V, b.map[role], to, ld, met.data(), table.size(), table.size(), false);
+      row_scatter_stub<T>(tile.ctx, tile.V, table.count, table.cols, tile.theta[kRows + role], 0, table.padding, met.data(), g_slot, stride);
+    } else {
       strided_scatter_stub<T>(tile.ctx, tile.V, b.map[role], to, ld, g_slot, stride, tile.node.slot_sizes[role], true);
     }
   }
 
  protected:
+  // V slots `from_ld` apart to an example's width each, `to_ld` apart; a table's row `skip` as zeros.
+  static void expand(const Tile<T>& tile, const Broadcasting& b, SlotRole role, int64_t V, int64_t skip, const T* from, int64_t from_ld, T* to,
+                     int64_t to_ld) {
+    const TableRows& table = b.rows[role];
+    if (table.count == 0) return strided_gather_stub<T>(tile.ctx, V, b.map[role], from, from_ld, to, to_ld);
+    Scratch<T> picked(tile.ctx, V * table.size());
+    row_gather_stub<T>(tile.ctx, V, table.count, table.cols, tile.theta[kRows + role], skip, from, from_ld, picked.data());
+    strided_gather_stub<T>(tile.ctx, V, b.map[role], picked.data(), table.size(), to, to_ld);
+  }
+
   static T factor(const Tile<T>& tile) { return tile.node.inputs.empty() ? T(1) : static_cast<T>(tile.node.number("a")); }
 
   // The slot's values for rows of b.width elements, null if absent.
@@ -220,8 +283,8 @@ template <class T>
 class Broadcast final : public SlotRule<T> {
  public:
   Storage storage(const Node& node) const override {
-    if (!node.inputs.empty() || node.slots.size() != 2 || node.has_slot(kScale) || !node.has_slot(kShift)) {
-      throw std::invalid_argument("broadcast (" + node.name + "): expected no inputs and the slots {-1, slot}, got others.");
+    if (!node.inputs.empty() || node.has_slot(kScale) || !node.has_slot(kShift)) {
+      throw std::invalid_argument("broadcast (" + node.name + "): expected no inputs and slots that begin with {-1, slot}, got others.");
     }
     return SlotRule<T>::storage(node);
   }

@@ -45,70 +45,79 @@ void multiply_transposed(const Context& ctx, int64_t M, int64_t N, int64_t K, co
 template <class T>
 FactorSet<T>::FactorSet(int64_t V, int64_t N, int64_t num_parameters, const std::vector<Slot>& slots, const std::vector<Factor<T>>& factors)
     : V_(V), N_(N), num_parameters_(num_parameters), slots_(slots) {
-  for (const Factor<T>& factor : factors) groups_[factor.slot].push_back(factor);
+  for (const Factor<T>& factor : factors) {
+    const Slot::Region& region = slots_[factor.slot].region;
+    Group& group = groups_[region.begin];
+    group.size = region.size;
+    group.factors.push_back(factor);
+  }
 }
 
 template <class T>
 void FactorSet<T>::form(const Context& ctx, const Group& group, int64_t v, int64_t n0, int64_t n, T* out, int64_t stride, bool stream) const {
   bool accumulate = false;
-  for (const Factor<T>& f : group) {
-    if (f.is_scatter()) {
-      if (!accumulate) copy_rows_stub<T>(ctx, n, f.rows * f.cols, nullptr, 0, out, stride, false);
-      row_scatter_stub<T>(ctx, n, f.positions, f.cols, f.index + n0 * f.positions, f.positions, f.skip, f.col + (v * N_ + n0) * f.positions * f.cols,
-                          out, stride);
+  for (const Factor<T>& f : group.factors) {
+    if (!accumulate && (f.is_scatter() || slots_[f.slot].size != group.size)) {
+      copy_rows_stub<T>(ctx, n, group.size, nullptr, 0, out, stride, false);
       accumulate = true;
+    }
+    if (f.is_scatter()) {
+      row_scatter_stub<T>(ctx, n, f.positions, f.cols, f.index + n0 * f.positions, f.positions, f.skip, f.col + (v * N_ + n0) * f.positions * f.cols,
+                          out + place(f), stride);
       continue;
     }
     const T* row = f.row + ((f.row_has_v ? v * N_ : 0) + n0) * f.positions * f.rows;
     const T* col = f.is_dense() ? nullptr : f.col + ((f.col_has_v ? v * N_ : 0) + n0) * f.positions * f.cols;
-    outer_product_stub<T>(ctx, n, f.positions, f.rows, f.cols, row, col, out, stride, accumulate, stream);
+    outer_product_stub<T>(ctx, n, f.positions, f.rows, f.cols, row, col, out + place(f), stride, accumulate, stream);
     accumulate = true;
   }
 }
 
 template <class T>
 void FactorSet<T>::materialise(const Context& ctx, T* out, int64_t stride, int64_t v_stride, bool stream) const {
-  // Parameters that do not influence the output have zero gradients: clear the gaps between those that do.
-  std::map<int64_t, int64_t> covered;  // offset -> size
-  for (const auto& [slot, group] : groups_) covered[slots_[slot].offset] = slots_[slot].size;
-  covered[num_parameters_] = 0;
+  // Parameters that do not influence the output have zero gradients: clear the gaps between the regions that do.
   int64_t at = 0;
-  for (const auto& [offset, size] : covered) {
-    for (int64_t v = 0; v < V_ && offset > at; ++v) copy_rows_stub<T>(ctx, N_, offset - at, nullptr, 0, out + v * v_stride + at, stride, false);
-    at = offset + size;
+  const auto clear_up_to = [&](int64_t end) {
+    for (int64_t v = 0; v < V_ && end > at; ++v) copy_rows_stub<T>(ctx, N_, end - at, nullptr, 0, out + v * v_stride + at, stride, false);
+  };
+  for (const auto& [begin, group] : groups_) {
+    clear_up_to(begin);
+    at = begin + group.size;
   }
-  for (const auto& [slot, group] : groups_) {
-    for (int64_t v = 0; v < V_; ++v) form(ctx, group, v, 0, N_, out + v * v_stride + slots_[slot].offset, stride, stream);
+  clear_up_to(num_parameters_);
+  for (const auto& [begin, group] : groups_) {
+    for (int64_t v = 0; v < V_; ++v) form(ctx, group, v, 0, N_, out + v * v_stride + begin, stride, stream);
   }
 }
 
 template <class T>
 void FactorSet<T>::square_norms(const Context& ctx, T* out) const {
   fill_zero<T>(ctx, V_ * N_, out);
-  for (const auto& [slot, group] : groups_) add_square_norms(ctx, slot, group, out);
+  for (const auto& [begin, group] : groups_) add_square_norms(ctx, group, out);
 }
 
 template <class T>
-void FactorSet<T>::square_norms(const Context& ctx, int slot, T* out) const {
+void FactorSet<T>::square_norms(const Context& ctx, int64_t region, T* out) const {
   fill_zero<T>(ctx, V_ * N_, out);
-  const auto found = groups_.find(slot);
-  if (found != groups_.end()) add_square_norms(ctx, slot, found->second, out);
+  const auto found = groups_.find(region);
+  if (found != groups_.end()) add_square_norms(ctx, found->second, out);
 }
 
 template <class T>
-std::map<int, std::vector<Factor<T>>> FactorSet<T>::outer_products() const {
-  std::map<int, Group> found = groups_;
-  std::erase_if(found, [](const auto& entry) {
-    return std::any_of(entry.second.begin(), entry.second.end(), [](const Factor<T>& f) { return f.is_dense() || f.is_scatter(); });
-  });
+std::vector<Factor<T>> FactorSet<T>::outer_products() const {
+  std::vector<Factor<T>> found;
+  for (const auto& [begin, group] : groups_) {
+    const auto is_whole = [&, size = group.size](const Factor<T>& f) { return !f.is_dense() && !f.is_scatter() && slots_[f.slot].size == size; };
+    if (std::all_of(group.factors.begin(), group.factors.end(), is_whole)) found.insert(found.end(), group.factors.begin(), group.factors.end());
+  }
   return found;
 }
 
 template <class T>
-void FactorSet<T>::add_square_norms(const Context& ctx, int slot, const Group& group, T* out) const {
-  if (is_simple(group)) {
+void FactorSet<T>::add_square_norms(const Context& ctx, const Group& group, T* out) const {
+  if (group.is_simple()) {
     // ‖row colᵀ‖² = ‖row‖² ‖col‖²
-    const Factor<T>& f = group[0];
+    const Factor<T>& f = group.factors[0];
     const bool row_first = f.row_has_v;
     const T* mine = row_first ? f.row : f.col;
     Scratch<T> norms(ctx, V_ * N_);
@@ -123,11 +132,11 @@ void FactorSet<T>::add_square_norms(const Context& ctx, int slot, const Group& g
     }
     return;
   }
-  if (is_scatter(group)) {
-    RowScatter<T>(ctx, V_, N_, group[0]).add_square_norms(ctx, out);
+  if (group.is_scatter()) {
+    RowScatter<T>(ctx, V_, N_, group.factors[0]).add_square_norms(ctx, out);
     return;
   }
-  const int64_t size = slots_[slot].size;
+  const int64_t size = group.size;
   const int64_t block = largest_block<T>(N_, size);
   Scratch<T> formed(ctx, block * size);
   for (int64_t v = 0; v < V_; ++v) {
@@ -141,19 +150,19 @@ void FactorSet<T>::add_square_norms(const Context& ctx, int slot, const Group& g
 
 template <class T>
 void FactorSet<T>::add_square_sum(const Context& ctx, T* out) const {
-  for (const auto& [slot, group] : groups_) {
-    const int64_t size = slots_[slot].size;
-    T* to = out + slots_[slot].offset;
-    const Factor<T>& f = group[0];
-    if (is_scatter(group)) {
+  for (const auto& [begin, group] : groups_) {
+    const int64_t size = group.size;
+    T* to = out + begin;
+    const Factor<T>& f = group.factors[0];
+    if (group.is_scatter()) {
       RowScatter<T>(ctx, V_, N_, f).add_square_sum(ctx, to);
       continue;
     }
-    if (is_simple(group) && f.is_dense()) {
+    if (group.is_simple() && f.is_dense()) {
       square_accumulate_stub<T>(ctx, V_ * N_, f.rows, f.row, to, true);
       continue;
     }
-    if (is_simple(group)) {
+    if (group.is_simple()) {
       // Σ_{v,n} (row_r col_c)² = Σ_n (Σ_v row²) col²: one product of squares
       const int64_t mine = f.row_has_v ? f.rows : f.cols, shared = f.row_has_v ? f.cols : f.rows;
       Scratch<T> a(ctx, N_ * mine), b(ctx, N_ * shared);
@@ -188,17 +197,17 @@ void FactorSet<T>::add_square_sum(const Context& ctx, T* out) const {
 }
 
 template <class T>
-std::map<int, int> FactorSet<T>::dense_partners(const FactorSet& other) const {
-  const auto vectors = [](const FactorSet& set, int slot) -> const T* {
-    const auto found = set.groups_.find(slot);
-    if (found == set.groups_.end() || !is_simple(found->second)) return nullptr;
-    const Factor<T>& f = found->second[0];
+std::map<int64_t, int64_t> FactorSet<T>::dense_partners(const FactorSet& other) const {
+  const auto vectors = [](const FactorSet& set, int64_t region) -> const T* {
+    const auto found = set.groups_.find(region);
+    if (found == set.groups_.end() || !found->second.is_simple()) return nullptr;
+    const Factor<T>& f = found->second.factors[0];
     return f.row_has_v ? f.row : f.col;
   };
-  const auto is_dense = [](const FactorSet& set, int slot) { return set.groups_.at(slot)[0].is_dense(); };
-  std::map<int, int> partners;
+  const auto is_dense = [](const FactorSet& set, int64_t region) { return set.groups_.at(region).factors[0].is_dense(); };
+  std::map<int64_t, int64_t> partners;
   for (const auto& [dense, group] : groups_) {
-    if (!vectors(*this, dense) || !vectors(other, dense) || !group[0].is_dense()) continue;
+    if (!vectors(*this, dense) || !vectors(other, dense) || !group.factors[0].is_dense()) continue;
     for (const auto& [outer, unused] : groups_) {
       const bool same = vectors(*this, outer) == vectors(*this, dense) && vectors(other, outer) == vectors(other, dense);
       if (!same || is_dense(*this, outer) || partners.count(outer) > 0) continue;
@@ -212,16 +221,16 @@ std::map<int, int> FactorSet<T>::dense_partners(const FactorSet& other) const {
 template <class T>
 void FactorSet<T>::gram(const Context& ctx, const FactorSet& other, T* out) const {
   fill_zero<T>(ctx, V_ * N_ * other.V_ * other.N_, out);
-  const std::map<int, int> partners = dense_partners(other);
-  std::set<int> included;
+  const std::map<int64_t, int64_t> partners = dense_partners(other);
+  std::set<int64_t> included;
   for (const auto& [outer, dense] : partners) included.insert(dense);
-  for (const auto& [slot, group] : groups_) {
-    const auto it = other.groups_.find(slot);
-    if (it == other.groups_.end() || included.count(slot) > 0) continue;
-    if (is_simple(group) && is_simple(it->second)) {
-      add_simple_gram(ctx, group[0], other, it->second[0], partners.count(slot) > 0, out);
+  for (const auto& [begin, group] : groups_) {
+    const auto it = other.groups_.find(begin);
+    if (it == other.groups_.end() || included.count(begin) > 0) continue;
+    if (group.is_simple() && it->second.is_simple()) {
+      add_simple_gram(ctx, group.factors[0], other, it->second.factors[0], partners.count(begin) > 0, out);
     } else {
-      add_gram(ctx, group, other, it->second, slots_[slot].size, out);
+      add_gram(ctx, group, other, it->second, out);
     }
   }
   if (is_halved(ctx, other)) mirror(ctx, out);
@@ -287,10 +296,10 @@ void FactorSet<T>::add_simple_gram(const Context& ctx, const Factor<T>& f, const
 }
 
 template <class T>
-void FactorSet<T>::add_gram(const Context& ctx, const Group& mine, const FactorSet& other, const Group& theirs, int64_t size, T* out) const {
-  const int64_t cols = other.V_ * other.N_;
-  if (is_scatter(mine) && is_scatter(theirs)) {
-    RowScatter<T>(ctx, V_, N_, mine[0]).add_gram(ctx, RowScatter<T>(ctx, other.V_, other.N_, theirs[0]), out);
+void FactorSet<T>::add_gram(const Context& ctx, const Group& mine, const FactorSet& other, const Group& theirs, T* out) const {
+  const int64_t cols = other.V_ * other.N_, size = mine.size;
+  if (mine.is_scatter() && theirs.is_scatter()) {
+    RowScatter<T>(ctx, V_, N_, mine.factors[0]).add_gram(ctx, RowScatter<T>(ctx, other.V_, other.N_, theirs.factors[0]), out);
     return;
   }
   // Blocks of formed gradients against each other.

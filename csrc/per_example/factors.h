@@ -1,8 +1,8 @@
 // What is computed from the factors of per-example gradients. Each quantity is written once, for every rule.
 //
-// Factors are grouped by parameter first: a parameter used more than once owns several, and its gradient is their sum, cross terms included.
-// A parameter with one factor at one position (a linear layer on vectors) takes the short way, without forming its gradients; so does a table
-// whose rows are picked by index (row_scatter.h); any other is formed for a block of examples at a time.
+// Factors are grouped by region first (common/slot.h): a parameter used more than once owns several, and its gradient is their sum, cross terms
+// included; so have slices of it that overlap. A region with one factor at one position (a linear layer on vectors) takes the short way, without
+// forming its gradients; so does a table whose rows are picked by index (row_scatter.h); any other is formed for a block of examples at a time.
 #pragma once
 
 #include <cstdint>
@@ -23,36 +23,41 @@ class FactorSet {
 
   int64_t num_vectors() const { return V_; }
   int64_t num_examples() const { return N_; }
-  // The factors of every parameter that has nothing but outer products.
-  std::map<int, std::vector<Factor<T>>> outer_products() const;
+  // The factors of every slot whose region has nothing but outer products, all of the whole region.
+  std::vector<Factor<T>> outer_products() const;
   // [V, N, P], examples and right-hand sides so far apart; `stream`: written past the caches.
   void materialise(const Context& ctx, T* out, int64_t stride, int64_t v_stride, bool stream) const;
   void square_norms(const Context& ctx, T* out) const;                  // [V, N]
-  void square_norms(const Context& ctx, int slot, T* out) const;        // [V, N], of one parameter
+  void square_norms(const Context& ctx, int64_t region, T* out) const;  // [V, N], of the one that begins there
   void add_square_sum(const Context& ctx, T* out) const;                // [P] += Σ over v and n of the squared entries
   void gram(const Context& ctx, const FactorSet& other, T* out) const;  // [V N, V' N'] inner products
 
  private:
-  using Group = std::vector<Factor<T>>;
-  static bool is_simple(const Group& group) { return group.size() == 1 && group[0].positions == 1 && !group[0].is_scatter(); }
-  static bool is_scatter(const Group& group) { return group.size() == 1 && group[0].is_scatter(); }
-  // Gradients of examples [n0, n0 + n) for right-hand side v, with respect to one parameter: out [n, size], examples `stride` apart.
+  // A region's factors; one that is alone has the whole of it.
+  struct Group {
+    int64_t size = 0;
+    std::vector<Factor<T>> factors;
+    bool is_simple() const { return factors.size() == 1 && factors[0].positions == 1 && !factors[0].is_scatter(); }
+    bool is_scatter() const { return factors.size() == 1 && factors[0].is_scatter(); }
+  };
+  int64_t place(const Factor<T>& f) const { return slots_[f.slot].offset - slots_[f.slot].region.begin; }  // in its region
+  // Gradients of examples [n0, n0 + n) for right-hand side v, with respect to one region: out [n, size], examples `stride` apart.
   void form(const Context& ctx, const Group& group, int64_t v, int64_t n0, int64_t n, T* out, int64_t stride, bool stream = false) const;
-  void add_square_norms(const Context& ctx, int slot, const Group& group, T* out) const;
-  void add_gram(const Context& ctx, const Group& mine, const FactorSet& other, const Group& theirs, int64_t size, T* out) const;
+  void add_square_norms(const Context& ctx, const Group& group, T* out) const;
+  void add_gram(const Context& ctx, const Group& mine, const FactorSet& other, const Group& theirs, T* out) const;
   // Of simple groups; `ones`: and of the dense ones with the same vectors.
   void add_simple_gram(const Context& ctx, const Factor<T>& mine, const FactorSet& other, const Factor<T>& theirs, bool ones, T* out) const;
   // The Gram matrix of a set with itself is computed above the diagonal alone, in blocks of so many rows; a device would rather have few launches.
   bool is_halved(const Context& ctx, const FactorSet& other) const { return this == &other && !ctx.on_device(); }
   int64_t rows_of_half() const;
   void mirror(const Context& ctx, T* out) const;
-  // The dense parameters whose gradients are the vectors of an outer product (a layer's bias, of its weight), in both sets: slot of the latter ->
-  // slot.
-  std::map<int, int> dense_partners(const FactorSet& other) const;
+  // The dense parameters whose gradients are the vectors of an outer product (a layer's bias, of its weight), in both sets: region of the latter ->
+  // region.
+  std::map<int64_t, int64_t> dense_partners(const FactorSet& other) const;
 
   int64_t V_, N_, num_parameters_;
   const std::vector<Slot>& slots_;
-  std::map<int, Group> groups_;  // by slot
+  std::map<int64_t, Group> groups_;  // by where the region begins
 };
 
 extern template class FactorSet<float>;

@@ -48,28 +48,28 @@ void ExampleGradients<T>::dots(const Context& ctx, int64_t W, const T* u, T* out
 }
 
 template <class T>
-std::vector<int> ExampleGradients<T>::slots() const {
-  std::set<int> found;
+std::vector<int64_t> ExampleGradients<T>::regions() const {
+  std::set<int64_t> found;
   for (const CotangentStep& step : tape_.plan().schedules().cotangent) {
     if (!step.params) continue;
     for (const int slot : tape_.plan().nodes()[step.node].slots) {
-      if (slot >= 0 && tape_.plan().slots()[slot].offset >= 0) found.insert(slot);
+      if (slot >= 0 && tape_.plan().slots()[slot].offset >= 0) found.insert(tape_.plan().slots()[slot].region.begin);
     }
   }
   return {found.begin(), found.end()};
 }
 
 template <class T>
-void ExampleGradients<T>::square_norms(const Context& ctx, const std::vector<T*>& by_slot) const {
+void ExampleGradients<T>::square_norms(const Context& ctx, const std::vector<T*>& by_region) const {
   const Plan<T>& plan = tape_.plan();
   const int64_t N = num_examples();
-  const std::vector<int> wanted = slots();
+  const std::vector<int64_t> wanted = regions();
   tape_.each_tile_of_factors(ctx, V_, g_, nullptr, [&](const Context& inner, int64_t n0, int64_t n, const std::vector<Factor<T>>& factors, T*) {
     const FactorSet<T> set(V_, n, plan.num_parameters(), plan.slots(), factors);
     Scratch<T> found(inner, V_ * n);
     for (size_t i = 0; i < wanted.size(); ++i) {
       set.square_norms(inner, wanted[i], found.data());
-      copy_rows_stub<T>(inner, V_, n, found.data(), n, by_slot[i] + n0, N, false);
+      copy_rows_stub<T>(inner, V_, n, found.data(), n, by_region[i] + n0, N, false);
     }
   });
 }
@@ -103,11 +103,9 @@ void ExampleGradients<T>::gram(const Context& ctx, const ExampleGradients& other
 }
 
 template <class T>
-void ExampleGradients<T>::outer_products(const Context& ctx, const std::function<void(int slot, const Factor<T>&)>& body) const {
+void ExampleGradients<T>::outer_products(const Context& ctx, const std::function<void(const Factor<T>&)>& body) const {
   const Whole mine(ctx, *this, true);
-  for (const auto& [slot, factors] : mine.set.outer_products()) {
-    for (const Factor<T>& factor : factors) body(slot, factor);
-  }
+  for (const Factor<T>& factor : mine.set.outer_products()) body(factor);
 }
 
 template class ExampleGradients<float>;

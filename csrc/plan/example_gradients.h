@@ -20,16 +20,16 @@ class ExampleGradients {
   int64_t num_vectors() const { return V_; }
   int64_t num_examples() const { return tape_.num_examples(); }
 
-  void materialise(const Context& ctx, T* out) const;                           // [V, N, P]
-  void square_norms(const Context& ctx, T* out) const;                          // [V, N]
-  void dots(const Context& ctx, int64_t W, const T* u, T* out) const;           // u [W, P] -> [V, W, N] inner products
-  std::vector<int> slots() const;                                               // the parameters that influence the output
-  void square_norms(const Context& ctx, const std::vector<T*>& by_slot) const;  // [V, N] each, of slots(); in one sweep
-  void square_sum(const Context& ctx, T* out) const;                            // [P]: Σ over v and n of the squared entries
-  void gram(const Context& ctx, const ExampleGradients& other, T* out) const;   // [V N, V' N'] inner products
-  // The factors of every parameter that has nothing but outer products, those of a convolution at each position: body(slot, factor), for all
-  // examples at once. They are gone when the call returns.
-  void outer_products(const Context& ctx, const std::function<void(int slot, const Factor<T>&)>& body) const;
+  void materialise(const Context& ctx, T* out) const;                             // [V, N, P]
+  void square_norms(const Context& ctx, T* out) const;                            // [V, N]
+  void dots(const Context& ctx, int64_t W, const T* u, T* out) const;             // u [W, P] -> [V, W, N] inner products
+  std::vector<int64_t> regions() const;                                           // where those begin that influence the output (common/slot.h)
+  void square_norms(const Context& ctx, const std::vector<T*>& by_region) const;  // [V, N] each, of regions(); in one sweep
+  void square_sum(const Context& ctx, T* out) const;                              // [P]: Σ over v and n of the squared entries
+  void gram(const Context& ctx, const ExampleGradients& other, T* out) const;     // [V N, V' N'] inner products
+  // The factors of every slot whose region has nothing but outer products of all of it, those of a convolution at each position: body(factor), for
+  // all examples at once. They are gone when the call returns.
+  void outer_products(const Context& ctx, const std::function<void(const Factor<T>&)>& body) const;
 
  private:
   struct Whole;  // factors of all examples, and their memory

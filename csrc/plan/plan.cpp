@@ -133,21 +133,36 @@ void Plan<T>::analyse() {
     }
   }
   if (producer_[output()] >= 0) kept_[output()] = true;
+  find_regions();
+}
+
+// Regions of the slots that nodes read, in order of their places; one that begins before the last has ended belongs to it.
+template <class T>
+void Plan<T>::find_regions() {
   std::vector<int> readers(slots_.size(), 0);
   for (const Node& node : nodes_) {
     for (int slot : node.slots) {
       if (slot >= 0) ++readers[slot];
     }
   }
-  const auto meet = [](const Slot& a, const Slot& b) {
-    return a.offset >= 0 && b.offset >= 0 && a.offset < b.offset + b.size && b.offset < a.offset + a.size;
-  };
+  std::vector<int> order;
   for (size_t s = 0; s < slots_.size(); ++s) {
-    int all = readers[s];
-    for (size_t other = 0; other < slots_.size(); ++other) {
-      if (other != s && meet(slots_[s], slots_[other])) all += readers[other];
+    if (slots_[s].offset >= 0 && readers[s] > 0) order.push_back(static_cast<int>(s));
+  }
+  std::sort(order.begin(), order.end(), [&](int a, int b) { return slots_[a].offset < slots_[b].offset; });
+  read_once_.assign(slots_.size(), false);
+  for (size_t first = 0, last; first < order.size(); first = last) {
+    Slot::Region region{slots_[order[first]].offset, 0};
+    int all = 0;
+    for (last = first; last < order.size() && (last == first || slots_[order[last]].offset < region.begin + region.size); ++last) {
+      const Slot& slot = slots_[order[last]];
+      region.size = std::max(region.size, slot.offset + slot.size - region.begin);
+      all += readers[order[last]];
     }
-    read_once_.push_back(all == 1);
+    for (size_t k = first; k < last; ++k) {
+      slots_[order[k]].region = region;
+      read_once_[order[k]] = all == 1;
+    }
   }
 }
 
@@ -333,7 +348,7 @@ void Plan<T>::compile_cotangent(const std::vector<bool>& carried, Schedules& to)
 template <class T>
 void Plan<T>::find_chain() {
   std::vector<ChainLink> chain;
-  std::vector<int> slots;  // that are trained; of tied ones the gradients would have to meet
+  std::vector<int64_t> regions;  // of trained slots; in shared ones gradients would have to meet
   int scale_by = -1;
   for (int value = output(); needs_tangent_[value];) {
     const int i = producer_[value];
@@ -343,7 +358,7 @@ void Plan<T>::find_chain() {
     } else if (dense.inputs > 0) {
       if (dense.outputs > kMaxMlpWidth || dense.inputs * dense.outputs > INT32_MAX) return;
       for (size_t k = 0; k < nodes_[i].slots.size(); ++k) {
-        if (nodes_[i].trainable[k]) slots.push_back(nodes_[i].slots[k]);
+        if (nodes_[i].trainable[k]) regions.push_back(slots_[nodes_[i].slots[k]].region.begin);
       }
       chain.push_back({i, scale_by});
       scale_by = -1;
@@ -352,8 +367,8 @@ void Plan<T>::find_chain() {
     }
     value = canonical_[nodes_[i].inputs[0]];
   }
-  std::sort(slots.begin(), slots.end());
-  const bool tied = std::adjacent_find(slots.begin(), slots.end()) != slots.end();
+  std::sort(regions.begin(), regions.end());
+  const bool tied = std::adjacent_find(regions.begin(), regions.end()) != regions.end();
   if (chain.size() > kMaxMlpDepth || tied) return;
   chain_.assign(chain.rbegin(), chain.rend());
   for (const ChainLink& link : chain_) {

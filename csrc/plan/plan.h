@@ -115,12 +115,13 @@ class Plan {
   int64_t output_width() const { return width(output_); }
   int64_t num_parameters() const { return num_parameters_; }
   bool output_depends_on_parameters() const { return needs_tangent_[output()]; }
-  bool is_read_once(int slot) const { return read_once_[slot]; }  // by one node, of all that read any of its elements
+  bool is_read_once(int slot) const { return read_once_[slot]; }  // by one node, of all that read its region
   bool on_calling_thread() const;                                 // does a node refuse other threads?
   int64_t widest_activation() const;
 
  private:
   void analyse();
+  void find_regions();
   void compile_forward();
   std::vector<bool> carried() const;
   void compile_tangent(const std::vector<bool>& carried, Schedules& to);

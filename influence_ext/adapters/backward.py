@@ -6,6 +6,7 @@ loss's cotangents arrive at the output, the tape gives the batch gradient of eve
 
 from __future__ import annotations
 
+import bisect
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -65,8 +66,11 @@ class ForwardPass:
 
     def square_norms(self, factors: Any) -> dict[str, Tensor]:
         """``‖J_nᵀ g_n‖²`` by parameter, ``[N]``; gradients of layers on vectors are not formed."""
-        found, space = factors.square_norms_by_parameter(), self.tape.plan.space
-        return self._used({name: found[offset][0] for name, offset in zip(space.names, space.offsets, strict=True) if offset in found})
+        space, norms = self.tape.plan.space, dict[str, Tensor]()
+        for begin, found in factors.square_norms_by_region().items():
+            name = space.names[bisect.bisect_right(space.offsets, begin) - 1]
+            norms[name] = norms[name] + found[0] if name in norms else found[0]
+        return self._used(norms)
 
     def square_sums(self, factors: Any) -> dict[str, Tensor]:
         """``Σ_n (J_nᵀ g_n)²`` by parameter, ``[*shape]``, elementwise. Cost: one product of squares a layer."""

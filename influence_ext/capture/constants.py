@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,18 +12,9 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
+from influence_ext.capture.elements import Elements, elements_of
 from influence_ext.capture.graph import Expression, Slot, SlotKind
 
-# Operators that keep a tensor's elements in order: a parameter seen through them is the same memory.
-ORDER_KEEPING = frozenset(
-    f"aten.{name}.default" for name in ("_reshape_alias", "_unsafe_view", "alias", "clone", "squeeze", "unsqueeze", "view", "reshape")
-) | {"aten.squeeze.dim", "aten.squeeze.dims"}
-# Operators whose output is the input's memory under other strides.
-STRIDED = ORDER_KEEPING - {"aten.clone.default"} | frozenset(
-    f"aten.{name}"
-    for name in ("permute.default", "transpose.int", "t.default", "expand.default", "slice.Tensor", "select.int", "narrow.default")
-)
-SWAPS = frozenset(("aten.transpose.int", "aten.swapaxes.default", "aten.swapdims.default"))
 _KINDS: dict[InputKind, SlotKind] = {
     InputKind.PARAMETER: "parameter",
     InputKind.BUFFER: "buffer",
@@ -29,14 +22,30 @@ _KINDS: dict[InputKind, SlotKind] = {
 }
 Refuse = Callable[[fx.Node, str, frozenset[str] | None], None]
 Step = tuple[Callable[..., Tensor], tuple[Any, ...]]
+_EXACT = {torch.float32: 2**24}  # whole numbers up to here
+
+
+@dataclass(frozen=True)
+class Read:
+    """How a rule reads a batch-free tensor: its element i is number ``offset + Σ i_k strides_k`` of a slot.
+
+    Or of rows of the slot, ``cols`` elements each, whose numbers another slot holds; row ``padding`` takes no derivative (−1: none).
+    """
+
+    slot: int
+    offset: int
+    strides: tuple[int, ...]
+    rows: int = -1
+    cols: int = 0
+    padding: int = -1
 
 
 class SlotTable:
     """The slots of one graph, each tensor once.
 
-    A parameter, buffer or lifted tensor that a rule can read as it lies in memory (also through a reshape, and for
-    weights through a transpose) becomes a plain slot; anything else that does not depend on the inputs becomes a
-    derived one: an expression, evaluated by torch and differentiated by it where it depends on trained parameters.
+    A parameter or buffer that a rule can read as it lies in memory, or a run of its elements (a slice, a reshape, for
+    weights a transpose), becomes a plain slot; anything else that does not depend on the inputs becomes a derived one:
+    an expression, evaluated by torch and differentiated by it where it depends on trained parameters.
     """
 
     def __init__(
@@ -54,13 +63,16 @@ class SlotTable:
         self._refuse = refuse
         self._dtype = dtype
         self._index: dict[Any, int] = {}
+        self._found: dict[fx.Node, Elements | None] = {}
         self._specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
 
     def matrix(self, weight: fx.Node) -> tuple[int, bool] | None:
         """The slot of a weight, and whether the slot holds its transpose; None (and a problem) where it is random."""
-        leaf, flipped = self._leaf(weight)
-        if leaf is not None:
-            return self._plain(leaf), flipped
+        found = self._elements(weight)
+        if found is not None and found.rows is None and len(found.shape) == 2 and found.view().t().is_contiguous():
+            turned = found.shape[::-1]
+            if not found.is_run or tuple(found.leaf.meta["val"].shape) == turned != found.shape:  # a single row or column is either
+                return self._run(found, turned), True
         slot = self.slot(weight)
         return None if slot is None else (slot, False)
 
@@ -71,10 +83,9 @@ class SlotTable:
         None (and a problem) where the tensor is random.
         """
         value = tensor.meta["val"]
-        leaf, flipped = self._leaf(tensor)
         same_shape = shape is None or _without_ones(shape) == _without_ones(tuple(value.shape))
-        if leaf is not None and not flipped and not steps and same_shape and value.dtype == self._dtype:
-            return self._plain(leaf)
+        if not steps and same_shape and (found := self._elements(tensor)) is not None and found.is_run:
+            return self._run(found, found.shape)
         chain: list[Step] = []
         if value.is_complex():
             chain.append((torch.view_as_real, ()))  # as Slot.read does with what is no expression
@@ -98,25 +109,25 @@ class SlotTable:
             constant = expression.evaluate({}).detach().contiguous()
         return self._add(key, Slot(tensor.name, final, "constant", value=constant))
 
-    def strided(self, tensor: fx.Node, steps: Sequence[Step] = ()) -> tuple[int, int, tuple[int, ...]] | None:
-        """A batch-free tensor after ``steps`` as elements of a slot: ``(slot, offset, strides)``, one stride an axis of the tensor.
+    def read(self, tensor: fx.Node, steps: Sequence[Step] = ()) -> Read | None:
+        """A batch-free tensor after ``steps`` as elements of a slot, one stride an axis of the tensor.
 
-        A slice, a permutation or an expansion of a parameter is read from the parameter itself. None as for ``slot``.
+        A slice, a permutation or an expansion of a parameter is read from the parameter itself, and so are its rows. None as for ``slot``.
         """
-        chain: list[fx.Node] = []
-        node = tensor
-        while node.op == "call_function" and str(node.target) in STRIDED and node.all_input_nodes == [node.args[0]]:
-            chain.append(node)
-            node = node.args[0]  # type: ignore[assignment]
-        if not steps and self._kind(node) is not None and tensor.meta["val"].dtype == self._dtype:
-            root = view = torch.empty(tuple(int(s) for s in node.meta["val"].shape), device="meta")
-            for link in reversed(chain):
-                view = link.target(view, *link.args[1:], **link.kwargs)  # type: ignore[operator]
-            if view is root or view._base is root:
-                return self._plain(node), int(view.storage_offset()), view.stride()
-        slot = self.slot(tensor, None, steps)
-        shape = tuple(int(s) for s in tensor.meta["val"].shape)
-        return None if slot is None else (slot, 0, torch.empty(shape, device="meta").stride())
+        found = None if steps else self._elements(tensor)
+        if found is None or (found.rows is not None and self._kind(found.leaf) != "parameter"):
+            slot = self.slot(tensor, None, steps)
+            shape = tuple(int(s) for s in tensor.meta["val"].shape)
+            return None if slot is None else Read(slot, 0, torch.empty(shape, device="meta").stride())
+        if found.rows is None:
+            return Read(self._run(found, (found.span,)), 0, found.strides)
+        rows = found.rows
+        if isinstance(rows.numbers, Tensor):
+            numbers: int | None = self.constant((tensor, "rows"), f"{tensor.name}_rows", rows.numbers.to(self._dtype))
+        else:
+            numbers = self.slot(rows.numbers, None, [] if rows.count_back_from is None else [(_counted_back, (rows.count_back_from,))])
+        table = self._plain(found.leaf, found.first, (found.size,))
+        return None if numbers is None else Read(table, found.offset, found.strides, numbers, rows.cols, rows.padding)
 
     def literal(self, tensor: fx.Node) -> Tensor | None:
         """The value of a tensor that reads neither parameters nor buffers, so that it is part of the graph; None for any other."""
@@ -133,8 +144,8 @@ class SlotTable:
 
     def is_plain(self, constant: fx.Node) -> bool:
         """Whether a tensor is a parameter, a buffer or a lifted tensor, up to a reshape."""
-        leaf, flipped = self._leaf(constant)
-        return leaf is not None and not flipped
+        found = self._elements(constant)
+        return found is not None and found.is_run
 
     @staticmethod
     def _shape_after(value: Tensor, steps: Sequence[Step]) -> tuple[int, ...]:
@@ -143,26 +154,28 @@ class SlotTable:
             sample = operator(sample, *operands)
         return tuple(sample.shape)
 
-    def _leaf(self, constant: fx.Node) -> tuple[fx.Node | None, bool]:
-        """The placeholder whose memory ``constant`` is, and whether it is that matrix transposed; ``(None, False)`` if
-        it is neither.
-        """
-        flipped = reshaped = False
-        node = constant
-        while node.op == "call_function":
-            source = node.args[0] if node.args else None
-            if not isinstance(source, fx.Node):
-                return None, False
-            if str(node.target) in ORDER_KEEPING:
-                reshaped = reshaped or node.meta["val"].shape != source.meta["val"].shape
-                if reshaped and flipped:
-                    return None, False
-            elif transposes_matrix(node) and not reshaped:
-                flipped = not flipped
-            else:
-                return None, False
-            node = source
-        return (node, flipped) if self._kind(node) is not None else (None, False)
+    def _elements(self, tensor: fx.Node) -> Elements | None:
+        """The elements of a parameter, a buffer or a whole lifted tensor that ``tensor`` consists of."""
+        if tensor.meta["val"].dtype != self._dtype:
+            return None
+        if tensor not in self._found:
+            found = elements_of(tensor, lambda node: self._kind(node) is not None, self.literal)
+            if found is not None and not self._is_readable(found):
+                found = None
+            self._found[tensor] = found
+        return self._found[tensor]
+
+    def _is_readable(self, found: Elements) -> bool:
+        whole = found.rows is None and found.span == math.prod(found.leaf.meta["val"].shape)
+        if found.leaf.meta["val"].dtype != self._dtype or math.prod(found.shape) == 0:
+            return False
+        if self._kind(found.leaf) == "constant" and not whole:
+            return False  # what is made of literals alone is one
+        if found.rows is None:
+            return True
+        numbers = found.rows.numbers
+        exact = found.size // found.rows.cols <= _EXACT.get(self._dtype, 2**53)
+        return exact and (isinstance(numbers, Tensor) or not self._depends[numbers])
 
     def _kind(self, node: fx.Node) -> SlotKind | None:
         return _KINDS.get(self._specs[node.name].kind) if node.op == "placeholder" else None
@@ -171,11 +184,19 @@ class SlotTable:
         target = str(self._specs[leaf.name].target)
         return self._names.get(target, target)
 
-    def _plain(self, leaf: fx.Node) -> int:
+    def _run(self, found: Elements, shape: tuple[int, ...]) -> int:
+        """The slot of elements from the first to the last, in that order ``shape``d."""
+        return self._plain(found.leaf, found.offset, shape)
+
+    def _plain(self, leaf: fx.Node, begin: int, shape: tuple[int, ...]) -> int:
+        """The slot of so many elements of a parameter, buffer or lifted tensor; of all of them in its own shape."""
         kind, name = self._kind(leaf), self._name(leaf)
         assert kind is not None
+        own = tuple(leaf.meta["val"].shape)
+        if math.prod(shape) != math.prod(own):
+            return self._add((kind, name, begin, shape), Slot(name, shape, kind, begin=begin))
         value = self._lifted(name) if kind == "constant" else None
-        return self._add((kind, name), Slot(name, tuple(leaf.meta["val"].shape), kind, value))
+        return self._add((kind, name), Slot(name, own, kind, value))
 
     def _lifted(self, name: str) -> Tensor:
         """A copy: the user may go on to change a tensor that the graph was traced with."""
@@ -205,22 +226,13 @@ class SlotTable:
         return Expression(node.target, tuple(args), dict(kwargs))
 
 
+def _counted_back(numbers: Tensor, size: int) -> Tensor:
+    """Negative indices into ``size`` rows as those that they stand for."""
+    return torch.where(numbers < 0, numbers + size, numbers)
+
+
 def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(size for size in shape if size != 1)
-
-
-def transposes_matrix(node: fx.Node) -> bool:
-    """Whether a node swaps the two axes of a matrix."""
-    value = node.meta.get("val")
-    if not isinstance(value, Tensor) or value.dim() != 2:
-        return False
-    target = str(node.target)
-    if target in ("aten.t.default", "aten.numpy_T.default", "aten.mT.default", "aten.adjoint.default"):
-        return True
-    args: Any = node.args
-    if target in SWAPS:
-        return int(args[1] - args[2]) % 2 == 1
-    return target == "aten.permute.default" and [axis % 2 for axis in args[1]] == [1, 0]
 
 
 # Operators that may draw random numbers -> the argument that decides.

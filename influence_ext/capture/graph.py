@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -62,7 +63,8 @@ def _evaluate(argument: Any, tensors: Mapping[str, Tensor]) -> Any:
 class Slot:
     """A tensor without a batch axis that nodes read.
 
-    ``kind`` says where its value comes from: ``"parameter"`` and ``"buffer"`` are re-read from the model by ``name``,
+    ``kind`` says where its value comes from: ``"parameter"`` and ``"buffer"`` are re-read from the model by ``name`` (all of it, or the run
+    of its elements that starts at number ``begin``),
     ``"constant"`` carries ``value``, ``"derived"`` is an ``expression`` of parameters and buffers evaluated anew at
     every read (a mean that is broadcast over a feature map, the reciprocal of a standard deviation). ``shape`` is the
     shape of what ``read`` returns.
@@ -73,6 +75,14 @@ class Slot:
     kind: SlotKind
     value: Tensor | None = None
     expression: Expression | None = None
+    begin: int | None = None
+
+    @property
+    def label(self) -> str:
+        """What a report calls it."""
+        if self.begin is not None:
+            return f"{self.name}[{self.begin}:{self.begin + math.prod(self.shape)}]"
+        return self.name if self.kind == "parameter" else f"{self.name} ({self.kind})"
 
     def names(self) -> frozenset[str]:
         """Names of the parameters and buffers that the slot's value comes from."""
@@ -94,6 +104,8 @@ class Slot:
         with torch.no_grad():
             tensor = tensors[self.name] if self.expression is None else self.expression.evaluate(tensors)
             tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+            if self.begin is not None:
+                tensor = tensor.reshape(-1)[self.begin : self.begin + math.prod(self.shape)].reshape(self.shape)
             return tensor.detach().contiguous()
 
 

@@ -67,8 +67,7 @@ def _shape_text(shape: tuple[int, ...]) -> str:
 
 
 def _slots_text(graph: CapturedGraph, node: Node) -> str:
-    slots = [graph.slots[index] for index in node.slots if index >= 0]
-    return ", ".join(slot.name if slot.kind == "parameter" else f"{slot.name} ({slot.kind})" for slot in slots)
+    return ", ".join(graph.slots[index].label for index in node.slots if index >= 0)
 
 
 def _attributes(graph: CapturedGraph, node: Node, names: tuple[str, ...]) -> str:

@@ -45,7 +45,7 @@ class KroneckerFactored(LinearisedOperator):
         plan, R = self._tape.plan, self.num_roots  # type: ignore[attr-defined]
         graph, elements = plan.graph, 0
         for node in graph.nodes:
-            sizes = [math.prod(graph.slots[index].shape) for index in node.slots if index >= 0 and plan.is_trained[index]]
+            sizes = [math.prod(graph.slots[index].shape) for index in node.slots if index >= 0 and plan.slot_offsets[index] >= 0]
             is_simple = node.rule == "linear" and node.width == node.ints["out_features"] and bool(sizes)
             elements += node.width + node.ints["in_features"] if is_simple else sum(sizes)
         sweeps = 2.0 * R * sum(node.operations for node in graph.nodes)
@@ -173,38 +173,39 @@ def _projected_squares(uses: _Uses, rotation: Rotation) -> Tensor:
 
 
 def _blocks(plan: Plan) -> dict[int, KroneckerBlock]:
-    """Offset of a weight -> its block, with the bias of its layer where neither is read anywhere else."""
-    graph, space = plan.graph, plan.space
-    offsets = dict(zip(space.names, space.offsets, strict=True))
-    shapes = dict(zip(space.names, space.shapes, strict=True))
-    computed_from = {space.canonical(name) for slot in graph.slots if slot.kind == "derived" for name in slot.names()}
-    readers: dict[str, int] = {}
-    for node in graph.nodes:
-        for index in node.slots:
-            if index >= 0 and graph.slots[index].kind == "parameter":
-                name = space.canonical(graph.slots[index].name)
-                readers[name] = readers.get(name, 0) + 1
+    """Offset of a weight -> its block, with the bias of its layer where neither is read anywhere else.
 
-    def parameter(index: int) -> str | None:
-        """Its name, if the slot is a trained parameter that nothing is computed from."""
-        name = space.canonical(graph.slots[index].name) if index >= 0 and graph.slots[index].kind == "parameter" else None
-        return name if name in offsets and name not in computed_from else None
+    A weight may be a slice of a parameter, such as the projections of an attention layer that share one.
+    """
+    graph, space = plan.graph, plan.space
+    computed_from = {space.canonical(name) for slot in graph.slots if slot.kind == "derived" for name in slot.names()}
+    places = [(offset, offset + math.prod(slot.shape)) for offset, slot in zip(plan.slot_offsets, graph.slots, strict=True)]
+    reads = [places[index] for node in graph.nodes for index in node.slots if index >= 0]
+
+    def parameter(index: int) -> int | None:
+        """Its offset, if the slot is a trained parameter, or a run of one, that nothing is computed from."""
+        if index < 0 or plan.slot_offsets[index] < 0 or graph.slots[index].kind != "parameter":
+            return None
+        return None if space.canonical(graph.slots[index].name) in computed_from else plan.slot_offsets[index]
+
+    def is_read_once(index: int) -> bool:
+        begin, end = places[index]
+        return sum(first < end and begin < last for first, last in reads) == 1
 
     found: dict[int, KroneckerBlock] = {}
     orientations: dict[int, set[bool]] = {}
     for node in graph.nodes:
         plain = node.rule == "linear" or (node.rule == "convolution" and not node.ints["transposed"] and node.ints["groups"] == 1)
-        weight = parameter(node.slots[0]) if plain else None
-        if weight is None:
+        offset = parameter(node.slots[0]) if plain else None
+        if offset is None:
             continue
         transposed = node.rule == "linear" and bool(node.ints["transposed"])
         num_outputs = node.ints["out_features" if node.rule == "linear" else "out_channels"]
         bias = parameter(node.slots[1]) if len(node.slots) > 1 else None
-        alone = bias is not None and readers[weight] == readers[bias] == 1 and math.prod(shapes[bias]) == num_outputs
-        offset = offsets[weight]
+        alone = bias is not None and all(map(is_read_once, node.slots[:2])) and math.prod(graph.slots[node.slots[1]].shape) == num_outputs
         orientations.setdefault(offset, set()).add(transposed)
-        num_inputs = math.prod(shapes[weight]) // num_outputs
-        found[offset] = KroneckerBlock(offset, offsets[bias] if alone and bias else None, num_outputs, num_inputs, transposed)
+        num_inputs = math.prod(graph.slots[node.slots[0]].shape) // num_outputs
+        found[offset] = KroneckerBlock(offset, bias if alone else None, num_outputs, num_inputs, transposed)
     # a matrix that one layer reads as W and another as Wᵀ has two pairs of factors
     return {offset: block for offset, block in found.items() if len(orientations[offset]) == 1}
 

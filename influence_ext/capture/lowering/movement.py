@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from influence_ext.capture.constants import Step
 from influence_ext.capture.context import Context, Value, is_number, target_of
+from influence_ext.capture.elements import strides_of
 from influence_ext.capture.layout import VIEWS, Layout
 from influence_ext.capture.lowering.table import Lowering, argument, named
 
@@ -121,7 +123,7 @@ def _emit_moved(context: Context, node: fx.Node, operation: fx.Node, item: Any, 
     index = _index_map(context, operation, item, value, layout, without=fill)
     if index is None:
         return None
-    affine = _as_strides(index)
+    affine = strides_of(index)
     if affine is not None:
         return emit_strided(context, node, value, *affine)
     return context.emit(node, "gather", [value], floats={"fill": float(fill or 0)}, lists={"index": index.flatten().tolist()})
@@ -161,22 +163,6 @@ def _index_map(context: Context, operation: fx.Node, item: Any, value: Value, la
     return own[0] if apart else None
 
 
-def _as_strides(index: Tensor) -> tuple[int, list[int]] | None:
-    """Offset and strides of an index map, if it has them."""
-    if int(index.min()) < 0:
-        return None
-    origin = (0,) * index.dim()
-    offset = int(index[origin])
-    strides = []
-    for axis, size in enumerate(index.shape):
-        one = tuple(int(axis == k) for k in range(index.dim()))
-        strides.append(int(index[one]) - offset if size > 1 else 0)
-    guess = torch.full((), offset)
-    for axis, (size, stride) in enumerate(zip(index.shape, strides, strict=True)):
-        guess = guess + (torch.arange(size) * stride).reshape([size if k == axis else 1 for k in range(index.dim())])
-    return (offset, strides) if torch.equal(guess.expand(index.shape), index) else None
-
-
 def _expand(context: Context, node: fx.Node) -> Value | None:
     """Axes of one entry repeated; a tensor without examples repeated for each of them is a broadcast."""
     source: Any = node.args[0]
@@ -191,26 +177,67 @@ def _expand(context: Context, node: fx.Node) -> Value | None:
 
 def emit_broadcast(context: Context, node: fx.Node, tensor: fx.Node, layout: Layout, suffix: str) -> Value | None:
     """A tensor without examples as a value: the same for each example."""
-    found = slot_strides(context, tensor, layout)
-    if found is None:
+    first, *others = terms_of(context, tensor)
+    operands = slot_operands(context, "shift", first, layout)
+    if operands is None:
         return None
-    slot, offset, strides = found
-    lists = {"shift_shape": layout.shape, "shift_strides": strides}
-    return context.emit(node, "broadcast", [], (-1, slot), ints={"shift_offset": offset}, lists=lists, suffix=suffix, layout=layout)
+    value = context.emit(node, "broadcast", [], **operands, suffix=suffix + "_0" * bool(others), layout=layout)
+    return emit_shifts(context, node, value, others, 1.0, suffix, layout)
 
 
-def slot_strides(context: Context, tensor: fx.Node, layout: Layout, steps: Sequence[Any] = ()) -> tuple[int, int, list[int]] | None:
-    """A batch-free tensor under broadcasting to ``layout``: slot, offset and strides; None where it varies along the batch axis."""
+def terms_of(context: Context, tensor: fx.Node) -> list[fx.Node]:
+    """A batch-free tensor as a sum of tensors, so that the sum of two parameters is no expression of them (positions and segments)."""
+    terms: Any = tensor.args
+    is_sum = tensor.op == "call_function" and target_of(tensor) == "aten.add.Tensor" and not tensor.kwargs and len(terms) == 2
+    if not is_sum or not context.depends[tensor] or not all(map(context.is_batch_free, terms)):
+        return [tensor]
+    if any(term.meta["val"].dtype != context.dtype for term in terms):
+        return [tensor]
+    return [part for term in terms for part in terms_of(context, term)]
+
+
+def emit_shifts(
+    context: Context,
+    node: fx.Node,
+    value: Value | None,
+    terms: Sequence[fx.Node],
+    a: float,
+    suffix: str,
+    layout: Layout,
+    steps: Sequence[Step] = (),
+) -> Value | None:
+    """``a value`` plus batch-free tensors, each after ``steps``."""
+    for number, term in enumerate(terms, start=1):
+        operands = slot_operands(context, "shift", term, layout, steps)
+        if value is None or operands is None:
+            return None
+        own = suffix + f"_{number}" * (number < len(terms))
+        value = context.emit(node, "affine", [value], **operands, floats={"a": a, "b": 0.0}, suffix=own, layout=layout)
+        a = 1.0
+    return value
+
+
+def slot_operands(context: Context, role: str, tensor: fx.Node, layout: Layout, steps: Sequence[Step] = ()) -> dict[str, Any] | None:
+    """What ``affine`` and ``broadcast`` read a batch-free tensor by, under broadcasting to ``layout``, as arguments of ``Context.emit``.
+
+    ``role`` is "scale" or "shift". None where the tensor varies along the batch axis, or is random.
+    """
     size = tuple(int(s) for s in tensor.meta["val"].shape)
     extra = len(layout.shape) - len(size)
     aligned = (1,) * extra + size
     if extra < 0 or aligned[layout.axis] != 1 or any(a not in (1, s) for a, s in zip(aligned, layout.shape, strict=True)):
         return None
-    found = context.table.strided(tensor, steps)
-    if found is None:
+    read = context.table.read(tensor, steps)
+    if read is None:
         return None
-    slot, offset, steps_of = found
-    return slot, offset, [0 if a == 1 else s for a, s in zip(aligned, [0] * extra + list(steps_of), strict=True)]
+    strides = [0 if a == 1 else s for a, s in zip(aligned, [0] * extra + list(read.strides), strict=True)]
+    ints, slots = {f"{role}_offset": read.offset}, [-1, -1]
+    slots[role == "shift"] = read.slot
+    if read.rows >= 0:
+        slots += [-1, -1]
+        slots[2 + (role == "shift")] = read.rows
+        ints |= {f"{role}_cols": read.cols, f"{role}_padding": read.padding}
+    return {"slots": slots, "ints": ints, "lists": {f"{role}_shape": layout.shape, f"{role}_strides": strides}}
 
 
 def _cat(context: Context, node: fx.Node) -> Value | None:

@@ -14,7 +14,15 @@ from influence_ext.capture.constants import Step
 from influence_ext.capture.context import Context, Value
 from influence_ext.capture.layout import Layout
 from influence_ext.capture.lowering.linear import bias_of
-from influence_ext.capture.lowering.movement import emit_broadcast, emit_strided, expanded, row_major, slot_strides
+from influence_ext.capture.lowering.movement import (
+    emit_broadcast,
+    emit_shifts,
+    emit_strided,
+    expanded,
+    row_major,
+    slot_operands,
+    terms_of,
+)
 from influence_ext.capture.lowering.table import Lowering, argument, named
 
 # In the order of their numbers (csrc/math/activations.h has the same list).
@@ -207,6 +215,10 @@ def _sum(context: Context, node: fx.Node, left: Any, right: Any, a: float, b: fl
     if context.is_batch_free(right):
         if a == b == 1.0 and (fused := _fuse_bias(context, node, left, right)) is not None:
             return fused
+        if b != 1.0 and b != 0.0 and context.depends[right]:
+            # b (a/b x + y), so that y is read as it lies
+            inner = _affine(context, node, left, "shift", right, a / b, [], "_sum")
+            return None if inner is None else context.emit(node, "affine", [inner], (-1, -1), floats={"a": b, "b": 0.0})
         return _affine(context, node, left, "shift", right, a, [] if b == 1.0 else [(torch.mul, (b,))])
     number = context.number(node, right)
     if number is None or not context.is_batched(left):
@@ -233,19 +245,18 @@ def _pair(context: Context, node: fx.Node, *tensors: Any) -> list[Value] | None:
     return values
 
 
-def _affine(context: Context, node: fx.Node, x: Any, role: str, tensor: fx.Node, a: float, steps: Sequence[Step]) -> Value | None:
+def _affine(
+    context: Context, node: fx.Node, x: Any, role: str, tensor: fx.Node, a: float, steps: Sequence[Step], suffix: str = ""
+) -> Value | None:
     """``a x ∘ tensor`` (role "scale") or ``a x + tensor`` (role "shift"), the tensor batch-free, after ``steps``."""
     layout = context.layout(node)
     value = None if layout is None else expanded(context, node, context.value(x), layout, "_operand")
     if layout is None or value is None:
         return None
-    found = slot_strides(context, tensor, layout, steps)
-    if found is None:
-        return None
-    slot, offset, strides = found
-    lists = {f"{role}_shape": layout.shape, f"{role}_strides": strides}
-    slots = (slot, -1) if role == "scale" else (-1, slot)
-    return context.emit(node, "affine", [value], slots, ints={f"{role}_offset": offset}, floats={"a": a, "b": 0.0}, lists=lists)
+    if role == "shift":
+        return emit_shifts(context, node, value, [tensor] if steps else terms_of(context, tensor), a, suffix, layout, steps)
+    operands = slot_operands(context, role, tensor, layout, steps)
+    return None if operands is None else context.emit(node, "affine", [value], **operands, floats={"a": a, "b": 0.0}, suffix=suffix)
 
 
 def _fuse_bias(context: Context, node: fx.Node, left: fx.Node, right: fx.Node) -> Value | None:
@@ -296,12 +307,8 @@ def _product_with(context: Context, node: fx.Node, left: Any, factor: Value) -> 
         value = expanded(context, node, context.value(left), layout, "_operand_0")
         return None if value is None else context.emit(node, "multiply", [value, whole])
     if context.is_batch_free(left):
-        found = slot_strides(context, left, layout)
-        if found is None:
-            return None
-        slot, offset, strides = found
-        lists = {"scale_shape": layout.shape, "scale_strides": strides}
-        return context.emit(node, "affine", [whole], (slot, -1), ints={"scale_offset": offset}, floats={"a": 1.0, "b": 0.0}, lists=lists)
+        operands = slot_operands(context, "scale", left, layout)
+        return None if operands is None else context.emit(node, "affine", [whole], **operands, floats={"a": 1.0, "b": 0.0})
     number = context.number(node, left)
     return None if number is None else context.emit(node, "affine", [whole], (-1, -1), floats={"a": number, "b": 0.0})
 

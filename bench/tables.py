@@ -132,7 +132,7 @@ def caption(records: list[Record]) -> str:
         f"Medians of interleaved runs on {where}, {what}; each case in a process of its own, every answer checked against "
         f"float64 first. {older}Peak memory is what a call needs beyond network, data and vectors, kept state included. "
         "The floor is the count of the "
-        "operations of plain sums (Winograd's algorithm needs fewer, and may pass it) "
+        "operations of plain sums in a tangent and a cotangent sweep (Winograd's algorithm and shortcuts need fewer, and may pass it) "
         f"over the fastest matrix product measured in the same run ({last['rates']['gemm'] / 1e9:.0f} GFLOP/s), or of "
         "unavoidable traffic over the speed of memory. Reproduce with `make bench`."
     )

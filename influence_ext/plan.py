@@ -391,6 +391,8 @@ class Tape(Replayable):
         name = "by example" if by_example else "by operator"
         if self.chunk is not None:
             name = f"recomputed in chunks of {self.chunk} examples, {name}"
+        elif self._native.takes_shortcuts(num_vectors):
+            name = f"with shortcuts, {name}"
         return f"{name}, tiles of {tile} examples, {threads} thread{'s' if threads > 1 else ''}"
 
     def jvp(self, V: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Tensors that a network computes from its parameters alone: normalised weights, masks times weights, gathered tables, low-rank updates.
+"""Tensors that a network computes from its parameters alone: normalised weights, masks times weights, low-rank updates.
 
 The executor differentiates with respect to slots. A slot that is a parameter as it lies in memory needs nothing more; slots φ(θ) that are
 computed from trained parameters become blocks of their own behind the parameters, θ̃ = (θ, φ(θ)), and products go through the chain rule:

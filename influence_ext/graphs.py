@@ -232,7 +232,7 @@ class ReplayedTape:
 
 
 class Replayable:
-    """What a :class:`~influence_ext.plan.Tape` has to do with graphs."""
+    """What a :class:`~influence_ext.tape.Tape` has to do with graphs."""
 
     plan: Plan
     precision: Precision

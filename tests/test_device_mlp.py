@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import influence_ext as ie
 from influence_ext import plan as plan_module
 from influence_ext import reference
-from influence_ext.plan import Plan, Tape
+from influence_ext.plan import Plan
+from influence_ext.tape import Tape
 from influence_ext.testing import assert_close
 from tests.cases import LOSSES, NetworkCase, build
 from tests.cases.layers import Expression, fc

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import influence_ext as ie
 from influence_ext import reference
-from influence_ext.plan import Plan, Tape
+from influence_ext.plan import Plan
+from influence_ext.tape import Tape
 from influence_ext.testing import deviation
 
 ROOT = Path(__file__).resolve().parents[1]

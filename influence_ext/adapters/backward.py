@@ -22,7 +22,8 @@ from influence_ext.capture import Remembered, differentiable
 from influence_ext.capture.probe import same
 from influence_ext.data import ModelInput, call_arguments, call_model
 from influence_ext.errors import DTypeError, UnsupportedModelError
-from influence_ext.plan import Plan, RowBuffer, Tape
+from influence_ext.plan import Plan, RowBuffer
+from influence_ext.tape import Tape
 
 
 @dataclass(eq=False)

@@ -12,7 +12,8 @@ from torch import Tensor
 from influence_ext.bregman.response import TrainedNetwork
 from influence_ext.losses import OutputHessian
 from influence_ext.operators.ggn import GGN
-from influence_ext.plan import Plan, Tape
+from influence_ext.plan import Plan
+from influence_ext.tape import Tape
 
 
 class Reference:

@@ -15,7 +15,7 @@ from influence_ext.losses import Loss, LossLike
 from influence_ext.operators.base import CurvatureOperator
 from influence_ext.operators.kronecker import KroneckerFactored
 from influence_ext.params import Selection
-from influence_ext.plan import Schedule
+from influence_ext.tape import Schedule
 
 
 class _OuterProducts(KroneckerFactored, CurvatureOperator):

@@ -17,7 +17,8 @@ from torch import Tensor
 from influence_ext.context import standalone
 from influence_ext.operators.base import KroneckerBlock, KroneckerFactors, Rotation
 from influence_ext.operators.linearised import LinearisedOperator
-from influence_ext.plan import Plan, Tape
+from influence_ext.plan import Plan
+from influence_ext.tape import Tape
 
 BLOCK_BYTES = 128 * 2**20
 """Layer factors of a block of examples and right-hand sides take about this much memory."""

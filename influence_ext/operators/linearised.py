@@ -15,7 +15,8 @@ from influence_ext.losses import Loss, LossLike, resolve
 from influence_ext.losses.base import check_weights
 from influence_ext.operators.base import LinearOperator
 from influence_ext.params import ParameterSpace, Precision, Selection
-from influence_ext.plan import Plan, Schedule, Tape
+from influence_ext.plan import Plan
+from influence_ext.tape import Schedule, Tape
 
 _ROUNDED = {
     "bfloat16": "products: factors rounded to bfloat16 (8 bits), float32 sums; expect a relative error of about 3e-3, refined away by CG",

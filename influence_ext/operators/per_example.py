@@ -12,7 +12,8 @@ from influence_ext.data import Examples, load
 from influence_ext.errors import ArgumentError, DeviceError, DTypeError, ShapeError
 from influence_ext.losses import Loss, LossLike, resolve
 from influence_ext.params import ParameterSpace, Selection
-from influence_ext.plan import Plan, Tape
+from influence_ext.plan import Plan
+from influence_ext.tape import Tape
 
 
 @dataclass(frozen=True, eq=False)

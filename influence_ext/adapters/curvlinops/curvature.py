@@ -20,7 +20,7 @@ from influence_ext.losses import resolve
 from influence_ext.operators import GGN, EmpiricalFisher, Hessian
 from influence_ext.operators.base import rows_of
 from influence_ext.params import ParameterSpace
-from influence_ext.plan import Tape
+from influence_ext.tape import Tape
 
 RTOL, ATOL = 5e-5, 1e-6
 """Two passes over the data may differ by this much, as in curvlinops."""

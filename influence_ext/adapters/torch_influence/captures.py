@@ -13,7 +13,7 @@ from influence_ext.adapters.torch_influence.batches import Block, NotNative
 from influence_ext.adapters.torch_influence.network import Network, affine_network, as_not_native, native_form, outputs_network
 from influence_ext.capture.signature import structure_key
 from influence_ext.losses import OutputHessian
-from influence_ext.plan import Tape
+from influence_ext.tape import Tape
 
 if TYPE_CHECKING:
     from influence_ext.adapters.torch_influence.base import BaseInfluenceModule

@@ -18,7 +18,7 @@ from influence_ext.adapters.torch_influence.regulariser import Product, hessian_
 from influence_ext.errors import ShapeError
 from influence_ext.losses import OutputHessian
 from influence_ext.operators.base import LinearOperator
-from influence_ext.plan import Tape
+from influence_ext.tape import Tape
 
 if TYPE_CHECKING:
     from influence_ext.adapters.torch_influence.base import BaseInfluenceModule

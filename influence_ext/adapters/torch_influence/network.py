@@ -16,7 +16,8 @@ from influence_ext.adapters.torch_influence.batches import Block, NotNative
 from influence_ext.errors import InfluenceExtError
 from influence_ext.losses import Loss, OutputHessian, resolve
 from influence_ext.losses.hessian import DIAGONAL, SOFTMAX, BlockHessian
-from influence_ext.plan import Plan, Tape
+from influence_ext.plan import Plan
+from influence_ext.tape import Tape
 
 if TYPE_CHECKING:
     from influence_ext.adapters.torch_influence.base import BaseInfluenceModule, BaseObjective

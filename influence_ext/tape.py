@@ -1,0 +1,223 @@
+"""Tape: a network linearised at one point, and its products."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from influence_ext.capture import named_tensors
+from influence_ext.chunks import ChunkedTape
+from influence_ext.context import about_to_start_threads
+from influence_ext.derived import DerivedFactors, DerivedPoint
+from influence_ext.errors import ArgumentError, DataError, ShapeError
+from influence_ext.finite import all_finite
+from influence_ext.graphs import Replayable
+from influence_ext.losses import OutputHessian
+from influence_ext.params import PRECISIONS, Precision, check_precision
+
+if TYPE_CHECKING:
+    from influence_ext.plan import Plan
+
+Schedule = Literal["auto", "by_example", "by_operator"]
+_SCHEDULES: dict[str, int] = {"auto": 0, "by_example": 1, "by_operator": 2}
+
+
+class Tape(Replayable):
+    """A network linearised at θ on N examples. Made by :meth:`Plan.linearize`.
+
+    Attributes:
+        plan: where it came from.
+        num_examples: N.
+        theta: ``[P]``, the parameters it stands at.
+        precision: how its products multiply float32 matrices.
+        curved_nodes: nodes with a second-order term; None if the tape was not made for second-order products.
+    """
+
+    def __init__(self, plan: Plan, native: Any, theta: Tensor, tensors: Mapping[str, Tensor], curved_nodes: tuple[str, ...] | None):
+        about_to_start_threads()
+        self.plan = plan
+        self.curved_nodes = curved_nodes
+        self.precision: Precision = "full"
+        self._constants = plan._constants(tensors)
+        self._native = native
+        self._derived: DerivedPoint | None = None
+        self.num_examples: int = native.num_examples
+        self._move_to(theta)
+
+    def at_precision(self, precision: Precision) -> Tape:
+        """The same point, state shared, whose products multiply float32 matrices otherwise; valid until either is moved.
+
+        "bfloat16" rounds both factors to 8 bits, an error of up to 2⁻⁹ each, "tf32", on a CUDA device, to 11; sums are float32. The point
+        itself (outputs, derivatives, kept cotangents) is always computed in full.
+
+        Raises:
+            ArgumentError: another word, or a precision that the device or the data type has not.
+        """
+        check_precision(precision, self.plan.space, self.plan._who)
+        if precision == self.precision:
+            return self
+        other = copy.copy(self)
+        other.precision, other._native = precision, self._native.at_precision(PRECISIONS[precision])
+        return other
+
+    def relinearize(self, theta: Tensor, X: Any = None) -> None:
+        """Move to another θ ``[P]``, and to other examples; memory is reused, factors and cotangents made before become invalid.
+
+        Args:
+            theta: ``[P]``.
+            X: inputs of as many examples, in the structure that the plan was captured with; None: the same as before.
+
+        Raises:
+            ShapeError, DTypeError, DeviceError: theta is not ``[P]`` of the plan's dtype; X does not fit.
+            ArgumentError: X for a tape that a memory budget has recompute its forward state.
+        """
+        theta = self.plan._copied(theta)
+        if X is not None:
+            if self.chunk is not None:
+                raise ArgumentError("Tape: expected no other inputs for a tape that is recomputed in chunks, got some; linearize anew.")
+            sources, N = self.plan._inputs(X), self.num_examples
+            if sources[0].shape[0] != N:
+                raise ShapeError(f"Tape: expected inputs of {N} examples, got {sources[0].shape[0]}; linearize another number anew.")
+            self._native.rebind(sources)
+        self._move_to(theta)
+
+    def _move_to(self, theta: Tensor) -> None:
+        plan = self.plan
+        self.theta = theta
+        values = self._constants
+        if plan._derived is not None:
+            self._derived = plan._derived.at(plan.space.unflatten(theta), named_tensors(plan._model))
+            values = [self._derived.values.get(slot, value) for slot, value in enumerate(values)]
+        self._native.linearize(values, theta)
+        self._outputs: Tensor | None = None
+        self._has_cotangents = False
+        self._gradient: Tensor | None = None  # of what keep_cotangents was given, in θ̃, if there are derived parameters
+
+    @property
+    def outputs(self) -> Tensor:
+        """``[N, *out]``, the network's outputs (a copy, made once)."""
+        if self._outputs is None:
+            self._outputs = self._native.outputs().view(self.num_examples, *self.plan.output_shape)
+        return self._outputs
+
+    @property
+    def cached_bytes(self) -> int:
+        """Memory the tape holds for products."""
+        return int(self._native.cached_bytes)
+
+    @property
+    def chunk(self) -> int | None:
+        """Examples at a time, if a memory budget has it recompute the forward state; None if that is resident."""
+        return self._native.chunk if isinstance(self._native, ChunkedTape) else None
+
+    def workspace_bytes(self, num_vectors: int) -> int:
+        """Memory one product onto V vectors takes beyond operand and result."""
+        return int(self._native.workspace_bytes(num_vectors))
+
+    def set_schedule(self, schedule: Schedule) -> None:
+        """Force how products run over examples: ``"by_example"``, ``"by_operator"`` or ``"auto"`` (by size).
+
+        Raises:
+            ArgumentError: another word.
+        """
+        if schedule not in _SCHEDULES:
+            raise ArgumentError(f"Tape: expected a schedule among {', '.join(_SCHEDULES)}, got {schedule!r}; choose one.")
+        self._native.set_schedule(_SCHEDULES[schedule])
+
+    def schedule(self, num_vectors: int) -> str:
+        """How a product onto V vectors runs, in words."""
+        by_example, tile, threads = self._native.tiling(num_vectors)
+        name = "by example" if by_example else "by operator"
+        if self.chunk is not None:
+            name = f"recomputed in chunks of {self.chunk} examples, {name}"
+        elif self._native.takes_shortcuts(num_vectors):
+            name = f"with shortcuts, {name}"
+        return f"{name}, tiles of {tile} examples, {threads} thread{'s' if threads > 1 else ''}"
+
+    def jvp(self, V: Tensor) -> Tensor:
+        """``J_n v``: ``[V, P] -> [V, N, *out]``. Cost: one tangent sweep for all V."""
+        out: Tensor = self._native.jvp(self._push(V))
+        return out.view(V.shape[0], self.num_examples, *self.plan.output_shape)
+
+    def vjp(self, G: Tensor) -> Tensor:
+        """``Σ_n J_nᵀ g[v, n]``: ``[V, N, *out] -> [V, P]``. Cost: one cotangent sweep for all V."""
+        return self._pull(self._native.vjp(G.contiguous()))
+
+    def ggn(self, V: Tensor, hessian: OutputHessian) -> Tensor:
+        """``Σ_n J_nᵀ (w_n H_n) J_n v``: ``[V, P] -> [V, P]``. Cost: one tangent and one cotangent sweep for all V.
+
+        A Hessian that is not native takes ``V·N·C`` more memory, twice.
+        """
+        if not hessian.native:
+            return self.vjp(hessian.matmat(self.jvp(V)))
+        return self._pull(self._native.ggn(self._push(V), hessian.shape, hessian.scale, hessian.state, hessian.weights))
+
+    def keep_cotangents(self, G: Tensor) -> None:
+        """Fix the cotangents ``g [N, *out]`` of the outputs for :meth:`hvp`, until ``relinearize``.
+
+        Raises:
+            ArgumentError: the tape was not made with ``second_order=True``.
+
+        Cost: one cotangent sweep; two if parameters are computed from others.
+        """
+        if self.curved_nodes is None:
+            raise ArgumentError("Tape: expected a tape for second-order products, got another; linearize with second_order=True.")
+        self._native.keep_cotangents(G.contiguous())
+        self._has_cotangents = True
+        self._gradient = None if self._derived is None else self._native.vjp(G[None].contiguous())[0]
+
+    def hvp(self, V: Tensor, hessian: OutputHessian | None) -> Tensor:
+        """``∇²_θ(Σ_n g_nᵀ f_n) v + Σ_n J_nᵀ (w_n H_n) J_n v``: ``[V, P] -> [V, P]`` at the cotangents that are kept; None: without the H_n.
+
+        Raises:
+            ArgumentError: :meth:`keep_cotangents` was not called since the last ``relinearize``.
+
+        Cost: one tangent and one cotangent sweep for all V, in which every curved node costs about one vjp more. A Hessian that is not
+        native takes a tangent and a cotangent sweep more.
+        """
+        if not self._has_cotangents:
+            raise ArgumentError("Tape.hvp: expected the outputs' cotangents, got none at this point; call keep_cotangents first.")
+        pushed = self._push(V)
+        native = hessian is not None and hessian.native
+        state = (hessian.shape, hessian.scale, hessian.state, hessian.weights) if native else (0, 0.0, None, None)  # type: ignore[union-attr]
+        product = self._native.hvp(pushed, *state)
+        if hessian is not None and not native:
+            tangents = self._native.jvp(pushed).view(V.shape[0], self.num_examples, *self.plan.output_shape)
+            product += self._native.vjp(hessian.matmat(tangents).contiguous())
+        if self._derived is None or self._gradient is None or V.shape[0] == 0:
+            return self._pull(product)
+        return self._pull(product).add_(self._derived.second_order(self._gradient, V))
+
+    def factors(self, G: Tensor) -> Any:
+        """Per-example gradients ``J_nᵀ g[v, n]`` for ``G [V, N, *out]``, as factors.
+
+        Methods: ``materialise``, ``dots``, ``square_norms``, ``square_norms_by_region``, ``square_sum``, ``gram``, ``outer_products``.
+        They read the tape when they are called. Cost: one cotangent sweep each; factors are held for a tile of examples, by ``gram`` and
+        ``outer_products`` for all: V·N times the widths of the trainable nodes.
+        """
+        factors = self._native.factors(G.contiguous())
+        return factors if self._derived is None else DerivedFactors(factors, self._derived)
+
+    def _push(self, V: Tensor) -> Tensor:
+        return V if self._derived is None else self._derived.push(V)
+
+    def _pull(self, G: Tensor) -> Tensor:
+        return G if self._derived is None else self._derived.pull(G)
+
+    def check_outputs(self, who: str) -> None:
+        """Raise if an output is not finite.
+
+        Raises:
+            DataError: names the first such example.
+        """
+        if not all_finite(self.outputs):
+            finite = torch.isfinite(self.outputs).reshape(self.num_examples, -1).all(dim=1)
+            first = int((~finite).nonzero()[0, 0])
+            raise DataError(
+                f"{who}: expected finite outputs of {self.plan.graph.model_name}, got NaN or infinity for example {first} "
+                f"({int((~finite).sum())} of {self.num_examples}); check the inputs' scale and the parameters."
+            )

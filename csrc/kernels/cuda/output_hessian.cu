@@ -119,11 +119,11 @@ struct Diagonal {
         factor.v[k] = weight * (part == HessianPart::product ? factor.v[k] : std::sqrt(factor.v[k]));
       }
     }
-    for (int64_t v = 0; v < V; ++v) {
+    write_sides<W>(V, u + i, n * h.C, [&](int64_t v) {
       auto x = load<W>(u + v * n * h.C + i);
       for (int k = 0; k < W; ++k) x.v[k] *= factor.v[k];
-      store<W>(u + v * n * h.C + i, x);
-    }
+      return x;
+    });
   }
 };
 

@@ -85,10 +85,13 @@ __device__ void multiply_rows(PlainTile<T>& sum, const Rows<T>& left, const Rows
   const T *from_a = left.data + row * left.step + k, *from_b = right.data + row * right.step + k;
   const auto fetch = [&](int64_t k0) {
     const bool exists = k0 + k < K;
+    int64_t at_a = k0, at_b = k0;
     INFL_UNROLL(4)
     for (int i = 0; i < kEach; ++i) {
-      next_a[i] = exists && i * kApart < left_rows ? from_a[k0 + i * kApart * left.step] : T(0);
-      next_b[i] = exists && i * kApart < right_rows ? from_b[k0 + i * kApart * right.step] : T(0);
+      next_a[i] = exists && i * kApart < left_rows ? from_a[at_a] : T(0);
+      next_b[i] = exists && i * kApart < right_rows ? from_b[at_b] : T(0);
+      at_a += kApart * left.step;
+      at_b += kApart * right.step;
     }
   };
   fetch(0);
@@ -151,18 +154,19 @@ __device__ void multiply_tile(PlainTile<T>& sum, const T* tile, const Rows<T>& r
   constexpr int kEach = kBlock * L::kStep / kThreads;
   T next[kEach];
   const int col = static_cast<int>(threadIdx.x) % kBlock, line = static_cast<int>(threadIdx.x) / kBlock;
-  constexpr int kApart = kThreads / kBlock;
-  const int count = right.count_in_block(), lines = col0 + col < cols ? count - line : 0;
-  const T* from = right.data + line * right.step + col0 + col;
   const auto fetch = [&](int k0) {
     INFL_UNROLL(4)
-    for (int i = 0; i < kEach; ++i) next[i] = k0 + i * kApart < lines ? from[(k0 + i * kApart) * right.step] : T(0);
+    for (int i = 0; i < kEach; ++i) {
+      const int64_t k = k0 + line + i * (kThreads / kBlock);
+      next[i] = k < right.count && col0 + col < cols ? right.data[k * right.step + col0 + col] : T(0);
+    }
   };
+  const int count = right.count_in_block();
   fetch(0);
   for (int k0 = 0; k0 < count; k0 += L::kStep) {
     __syncthreads();
     INFL_UNROLL(4)
-    for (int i = 0; i < kEach; ++i) shared[(line + i * kApart) * L::kPitch + col] = next[i];
+    for (int i = 0; i < kEach; ++i) shared[(line + i * (kThreads / kBlock)) * L::kPitch + col] = next[i];
     __syncthreads();
     if (k0 + L::kStep < count) fetch(k0 + L::kStep);
     sum.template add<L::kStep>(tile + k0 * L::kPitch, L::kPitch, shared, L::kPitch);

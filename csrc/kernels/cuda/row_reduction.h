@@ -276,20 +276,19 @@ __global__ void __launch_bounds__(kThreads, 2) kept_kernel(int64_t size, Chunks 
   const int count = static_cast<int>(end - begin < kept ? end - begin : kept);
   const auto line = line_of_row(op, row);
   State state;
-  for (int k0 = thread; k0 < count; k0 += kStep) {
+  for (int64_t k0 = thread; k0 < end - begin; k0 += kStep) {
     Item batch[kInFlight] = {};
     INFL_UNROLL(16)
     for (int k = 0; k < kInFlight; ++k) {
-      if (k0 + k * kThreads < count) batch[k] = line.load(begin + k0 + k * kThreads);
+      if (begin + k0 + k * kThreads < end) batch[k] = line.load(begin + k0 + k * kThreads);
     }
     INFL_UNROLL(16)
     for (int k = 0; k < kInFlight; ++k) {
-      if (k0 + k * kThreads >= count) continue;
-      items[k0 + k * kThreads] = batch[k];
+      if (begin + k0 + k * kThreads >= end) continue;
+      if (k0 + k * kThreads < count) items[k0 + k * kThreads] = batch[k];
       line.add(state, batch[k], begin + k0 + k * kThreads);
     }
   }
-  each_item<Line, Item>(line, begin + count, end, thread, kThreads, Add<Line, State>{line, state});
 
   merge_lanes<kWarp>(line, state);
   if (thread % kWarp == 0) of_warp[thread / kWarp] = state;
@@ -340,7 +339,7 @@ __device__ void merge_y(const Line& line, State& state) {
 
 // A block takes blockDim.x columns of a row and a chunk of their elements.
 template <class Op>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     column_kernel(int64_t size, int64_t inner, int64_t strips, Chunks chunks, Op op, typename Op::State* partial) {
   using Line = decltype(op.at(0, 0));
   using State = typename Op::State;
@@ -362,7 +361,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class Op>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     column_store_kernel(int64_t size, int64_t inner, int64_t strips, Chunks chunks, Op op, const typename Op::State* partial) {
   using Line = decltype(op.at(0, 0));
   using State = typename Op::State;

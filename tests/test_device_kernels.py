@@ -17,11 +17,13 @@ from influence_ext import reference
 from influence_ext.losses import resolve
 from influence_ext.plan import Plan
 from influence_ext.testing import assert_close
-from tests.emulation import emulated_device
+from tests.emulation import Traffic, emulated_device
 
 F64 = torch.float64
 LINES = [7, 33, 700, 9001]
 """Elements of a line: 8 lanes, a warp, a block, several blocks."""
+LONG = [(9001, 1), (9001, 300), (20_011, 70), (50_257, 1), (50_257, 140), (130_001, 2), (240_001, 1)]
+"""Elements of a line that is kept in shared memory, and lines: a block, clusters of 2, 4 and 8, and, in a single block or of float64, more than fit."""
 COLUMNS = [(7, 3), (300, 40), (9001, 2)]
 """Elements of a line and lines side by side."""
 
@@ -189,6 +191,33 @@ def test_softmax_hessian(K: int, positions: int, dtype: torch.dtype) -> None:
     ):
         for n in range(2):
             assert_close(got[:, n], expected[:, n], scope="layer")
+
+
+@pytest.mark.parametrize("architecture", ["80", "90"])
+@pytest.mark.parametrize(("K", "lines"), LONG)
+def test_long_lines(K: int, lines: int, architecture: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INFL_EMULATION_ARCHITECTURE", architecture)
+    V, N = (1, lines) if lines < 100 else (lines // 10, 10)
+    z, index = random(N, K), torch.arange(N) * (K // N)
+    z[0, K // 2] += 30  # sure of a class
+    make = nn.CrossEntropyLoss(reduction="sum")
+    loss = resolve(make)
+    before = Traffic.now()
+    got = loss.gradient(z.to(dtype), index)
+    clusters = architecture == "90"
+    if clusters:
+        assert Traffic.now().since(before).launches == 1
+    assert_close(got, reference.loss_gradient(make, z, index), scope="layer")
+    hessian = loss.hessian(z.to(dtype), index)
+    p, u = torch.softmax(z.to(dtype).double(), 1), random(V, N, K, seed=7)
+    shifted = u - u.gather(2, p.argmax(1, keepdim=True).expand(V, N, 1))  # the Hessian does not see it; digits survive next to p = 1
+    before = Traffic.now()
+    product = hessian.matmat(u.to(dtype))
+    if clusters or lines > 132:
+        assert Traffic.now().since(before).launches == 1
+    expected = p * (shifted - (p * shifted).sum(2, keepdim=True))
+    assert_close(product[:, 0], expected[:, 0], scope="layer")
+    assert_close(product, expected, scope="layer")
 
 
 @pytest.mark.parametrize("C", LINES)

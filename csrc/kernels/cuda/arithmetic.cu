@@ -91,18 +91,18 @@ struct ProductTangent {
   template <int W>
   __device__ void run(int64_t i) const {
     const auto first = load<W>(d1 + i), second = load<W>(d2 + i);
-    for (int64_t v = 0; v < V; ++v) {
+    write_sides<W>(V, out + i, size, [&](int64_t v) {
       const auto a = load<W>(t1 + v * size + i), b = load<W>(t2 + v * size + i);
       Vector<T, W> sum;
       for (int k = 0; k < W; ++k) sum.v[k] = first.v[k] * a.v[k] + second.v[k] * b.v[k];
-      store<W>(out + v * size + i, sum);
-    }
+      return sum;
+    });
   }
 };
 
 template <class T>
 void product_tangent(const Context& ctx, int64_t V, int64_t size, const T* d1, const T* t1, const T* d2, const T* t2, T* out) {
-  for_each<T>(ctx, "product_tangent", size, is_aligned({d1, t1, d2, t2, out}), ProductTangent<T>{V, size, d1, t1, d2, t2, out});
+  for_each_flat<T>(ctx, "product_tangent", V, size, {d1, t1, d2, t2, out}, ProductTangent<T>{V, size, d1, t1, d2, t2, out});
 }
 
 template <class T>
@@ -126,7 +126,7 @@ struct Extremum {
 
 template <class T>
 void extremum(const Context& ctx, int64_t size, T sign, const T* x1, const T* x2, T* y, T* weight) {
-  for_each<T>(ctx, "extremum", size, is_aligned({x1, x2, y, weight}), Extremum<T>{sign, x1, x2, y, weight});
+  for_each_flat<T>(ctx, "extremum", 1, size, {x1, x2, y, weight}, Extremum<T>{sign, x1, x2, y, weight});
 }
 
 // One jump for all threads: the kind is the same.
@@ -164,7 +164,7 @@ struct Comparison {
 
 template <class T>
 void comparison(const Context& ctx, Activation kind, int64_t size, const T* x1, const T* x2, T* y) {
-  for_each<T>(ctx, "comparison", size, is_aligned({x1, x2, y}), Comparison<T>{kind, x1, x2, y});
+  for_each_flat<T>(ctx, "comparison", 1, size, {x1, x2, y}, Comparison<T>{kind, x1, x2, y});
 }
 
 template <class T>
@@ -176,7 +176,7 @@ struct Blend {
   template <int W>
   __device__ void run(int64_t i) const {
     const auto share = load<W>(w + i);
-    for (int64_t v = 0; v < V; ++v) {
+    write_sides<W>(V, out + i, size, [&](int64_t v) {
       Vector<T, W> sum{};
       if (accumulate) sum = load<W>(out + v * size + i);
       if (t1) {
@@ -187,14 +187,14 @@ struct Blend {
         const auto b = load<W>(t2 + v * size + i);
         for (int k = 0; k < W; ++k) sum.v[k] += (T(1) - share.v[k]) * b.v[k];
       }
-      store<W>(out + v * size + i, sum);
-    }
+      return sum;
+    });
   }
 };
 
 template <class T>
 void blend(const Context& ctx, int64_t V, int64_t size, const T* w, const T* t1, const T* t2, T* out, bool accumulate) {
-  for_each<T>(ctx, "blend", size, is_aligned({w, t1, t2, out}), Blend<T>{V, size, w, t1, t2, out, accumulate});
+  for_each_flat<T>(ctx, "blend", V, size, {w, t1, t2, out}, Blend<T>{V, size, w, t1, t2, out, accumulate});
 }
 
 // Elements i of [rows, width]; the mask is read once for all right-hand sides.

@@ -96,8 +96,14 @@ __global__ void __launch_bounds__(kThreads, 1) tangents_kernel(const Attention<T
 
 // ---- Cotangents ------------------------------------------------------------------------------------------------------------------------------
 
+// Blocks of threads on a processor: two where the sums are in registers and 128 registers hold them, else one.
+template <class Tile, Wanted kWanted, int kSides>
+constexpr int kCotangentBlocks = 1;
+template <class T, Wanted kWanted, int kSides>
+constexpr int kCotangentBlocks<PlainTile<T>, kWanted, kSides> = kSides == 1 || kWanted == Wanted::value ? 2 : 1;
+
 template <class Tile, Wanted kWanted, int kSides, class T = typename Tile::Value>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kCotangentBlocks<Tile, kWanted, kSides>)
     cotangents_kernel(const Attention<T> a, const T* g_o, const RowSum<T>* sums, const T* dots, T* to, bool accumulate) {
   INFL_DYNAMIC_SHARED(T, shared);
   constexpr bool kKeysFirst = kWanted == Wanted::query;

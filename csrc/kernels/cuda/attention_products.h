@@ -29,6 +29,8 @@ struct Rows {
 
   __device__ bool aligned() const { return (reinterpret_cast<uintptr_t>(data) | static_cast<uintptr_t>(step) * sizeof(T)) % 16 == 0; }
 
+  __device__ int count_in_block() const { return static_cast<int>(count < kBlock ? count : kBlock); }
+
   // Features k, k + 1, ... of a row, zeros from `end` on.
   template <int W>
   __device__ Vector<T, W> load(bool is_aligned, int64_t row, int64_t k, int64_t end) const {
@@ -77,12 +79,19 @@ __device__ void multiply_rows(PlainTile<T>& sum, const Rows<T>& left, const Rows
   T *a = shared, *b = shared + L::kStep * L::kPitch;
   T next_a[kEach], next_b[kEach];
   const int k = static_cast<int>(threadIdx.x) % L::kStep, row = static_cast<int>(threadIdx.x) / L::kStep;
+  // How many of the thread's elements exist, and where the first one is: 32-bit numbers and one address each, for want of registers.
+  constexpr int kApart = kThreads / L::kStep;
+  const int left_rows = left.count_in_block() - row, right_rows = right.count_in_block() - row;
+  const T *from_a = left.data + row * left.step + k, *from_b = right.data + row * right.step + k;
   const auto fetch = [&](int64_t k0) {
+    const bool exists = k0 + k < K;
+    int64_t at_a = k0, at_b = k0;
     INFL_UNROLL(4)
     for (int i = 0; i < kEach; ++i) {
-      const int64_t r = row + i * (kThreads / L::kStep);
-      next_a[i] = r < left.count && k0 + k < K ? left.data[r * left.step + k0 + k] : T(0);
-      next_b[i] = r < right.count && k0 + k < K ? right.data[r * right.step + k0 + k] : T(0);
+      next_a[i] = exists && i * kApart < left_rows ? from_a[at_a] : T(0);
+      next_b[i] = exists && i * kApart < right_rows ? from_b[at_b] : T(0);
+      at_a += kApart * left.step;
+      at_b += kApart * right.step;
     }
   };
   fetch(0);
@@ -90,8 +99,8 @@ __device__ void multiply_rows(PlainTile<T>& sum, const Rows<T>& left, const Rows
     __syncthreads();
     INFL_UNROLL(4)
     for (int i = 0; i < kEach; ++i) {
-      a[k * L::kPitch + row + i * (kThreads / L::kStep)] = next_a[i];
-      b[k * L::kPitch + row + i * (kThreads / L::kStep)] = next_b[i];
+      a[k * L::kPitch + row + i * kApart] = next_a[i];
+      b[k * L::kPitch + row + i * kApart] = next_b[i];
     }
     __syncthreads();
     if (k0 + L::kStep < K) fetch(k0 + L::kStep);
@@ -152,7 +161,7 @@ __device__ void multiply_tile(PlainTile<T>& sum, const T* tile, const Rows<T>& r
       next[i] = k < right.count && col0 + col < cols ? right.data[k * right.step + col0 + col] : T(0);
     }
   };
-  const int count = right.count < kBlock ? static_cast<int>(right.count) : kBlock;
+  const int count = right.count_in_block();
   fetch(0);
   for (int k0 = 0; k0 < count; k0 += L::kStep) {
     __syncthreads();
@@ -184,7 +193,7 @@ __device__ void multiply_tile(TensorTile<Kind>& sum, const typename Kind::Elemen
       store<W>(panels + half * L::kColumnPanel + (line + i * kLines) * L::kPitch + col, Tile::elements(next[i]));
     }
   };
-  const int count = right.count < kBlock ? static_cast<int>(right.count) : kBlock;
+  const int count = right.count_in_block();
   fetch(0);
   __syncthreads();
   keep(0);

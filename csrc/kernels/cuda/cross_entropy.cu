@@ -1,7 +1,8 @@
-// One reduction over the classes of each place (row_reduction.h): maximum, sum of exponentials, target mass and value are found together, so logits
-// and targets are read once where the classes fit in registers (up to 8192) and twice where they do not, and nothing is stored beyond the results:
-// for z, gradient and p of K classes with labels 3 K numbers pass, or 4 K.
-// Bytes a class: z (and target) read, gradient and p written. The divergence takes two such reductions, for it needs a mean first.
+// One reduction over the classes of each place (row_reduction.h): maximum, sum of exponentials, target mass and value are found together, and nothing
+// is stored beyond the results. Logits and targets are read once where a line of classes stays on the chip (on sm_90 and later up to 464,000 classes
+// of float with labels, half of that with probabilities), so for z, gradient and p with labels 3 K numbers pass; where positions lie beside each
+// other, twice, the second time from the caches as far as they hold. The value alone reads everything once at any size. Bytes a class: z (and target)
+// read, gradient and p written. The divergence takes two such reductions, for it needs a mean first.
 #include "kernels/cross_entropy.h"
 
 #include <cmath>
@@ -52,19 +53,25 @@ struct LossState {
 };
 
 template <class T>
-struct LossLine {
+struct LossLine : Place<T> {
   using State = LossState<T>;
   struct Item {
     T z, q;
   };
-  Place<T> place;
   T s;
   const T* z;
   T *gradient, *p, *mass, *value;
 
-  __device__ Item load(int64_t k) const { return {z[place.first + k * place.step], place.target_of(k)}; }
+  __device__ Item load(int64_t k) const { return {z[this->first + k * this->step], this->target_of(k)}; }
 
+  // What merge does with the state of this element alone.
   __device__ void add(State& state, const Item& item, int64_t k) const {
+    if (state.m != INT_MAX && item.z < state.top) {
+      state.rest += exp_nonpositive(item.z - state.top);
+      state.q_rest += item.q;
+      if (item.q != T(0)) state.value += item.q * (state.top - item.z);
+      return;
+    }
     State one;
     one.top = item.z;
     one.q_top = item.q;
@@ -83,7 +90,7 @@ struct LossLine {
 
   // Q p − q, of the largest logit as minus the sum of the others: it would lose its digits where p is close to 1.
   __device__ void store(int64_t k, const Item& item, const State& state) const {
-    const int64_t at = place.first + k * place.step;
+    const int64_t at = this->first + k * this->step;
     const T sum = T(1) + state.rest, share = k == state.m ? T(1) / sum : exp_nonpositive(item.z - state.top) / sum;
     if (p) p[at] = share;
     if (gradient == nullptr) return;
@@ -119,29 +126,25 @@ struct Reference {
 };
 
 template <class T>
-struct ReferenceLine {
+struct ReferenceLine : Place<T> {
   using State = Reference<T>;
   struct Item {
     T z, z_s, q;
   };
-  Place<T> place;
   const T *z, *z_s;
   State* out;
 
   __device__ Item load(int64_t k) const {
-    const int64_t at = place.first + k * place.step;
-    return {z[at], z_s[at], place.target_of(k)};
+    const int64_t at = this->first + k * this->step;
+    return {z[at], z_s[at], this->target_of(k)};
   }
   __device__ void add(State& state, const Item& item, int64_t) const { merge(state, State{item.z_s, T(1), item.z - item.z_s, item.q}); }
   __device__ void merge(State& state, const State& other) const {
-    const bool other_is_higher = other.top > state.top;
-    State a = other_is_higher ? other : state;
-    const State b = other_is_higher ? state : other;
-    const T scale = a.top == b.top ? T(1) : exp_nonpositive(b.top - a.top);
-    a.sum += scale * b.sum;
-    a.change += scale * b.change;
-    a.mass += b.mass;
-    state = a;
+    const State lower = exchanged(other.top > state.top, state, other);
+    const T scale = state.top == lower.top ? T(1) : exp_nonpositive(lower.top - state.top);
+    state.sum += scale * lower.sum;
+    state.change += scale * lower.change;
+    state.mass += lower.mass;
   }
   __device__ void store(int64_t, const Item&, const State&) const {}
   __device__ void finish(const State& state) const { *out = state; }

@@ -1,4 +1,6 @@
-// One pass over memory each, 16 bytes a thread and step: the time is bytes over bandwidth. Column sums split the rows between the threads of a block.
+// One pass over memory each: the time is bytes over bandwidth. A thread moves 16 bytes a step, at odd sizes and offsets too, but for what lies before
+// and behind; where V > 1 right-hand sides of an odd size lie differently, an element of four of them. Column sums split the rows between the threads
+// of a block.
 #include "kernels/elementwise.h"
 
 #include "kernels/cuda/vector.h"
@@ -7,50 +9,92 @@ namespace infl {
 namespace cuda {
 namespace {
 
-template <class T>
-__global__ void activation_kernel(Activation kind, T a, T b, int64_t size, const T* x, T* y, T* derivative) {
-  const int64_t step = int64_t{gridDim.x} * blockDim.x;
-  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < size; i += step) {
-    ValueAndDerivative<T> r{};
-#define INFL_CASE(name)                                 \
-  case Activation::name:                                \
-    r = infl::activation<Activation::name>(x[i], a, b); \
-    break;
-    switch (kind) { INFL_FOR_EACH_ACTIVATION(INFL_CASE) }
-#undef INFL_CASE
-    y[i] = r.value;
-    if (derivative) derivative[i] = r.derivative;
+// One function of x for all elements: W at a time from `first` on if first >= 0, else, and where no W are left, one. A vector's elements go round
+// through its first register, so that the code of all kinds exists once; the kind is the same for all threads, so the branch costs one jump.
+template <class T, class Function>
+__global__ void function_kernel(int64_t first, int64_t size, Function f) {
+  constexpr int W = kVectorWidth<T>;
+  const int64_t step = int64_t{gridDim.x} * blockDim.x, before = first < 0 ? size : first, vectors = (size - before) / W;
+  const int64_t items = size - vectors * (W - 1);
+  for (int64_t item = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; item < items; item += step) {
+    const bool whole = item < vectors;
+    const int64_t rest = item - vectors, i = whole ? before + item * W : rest < before ? rest : rest + vectors * W;
+    Vector<T, W> x{}, y{}, derivative{};
+    if (whole) {
+      x = load<W>(f.x + i);
+    } else {
+      x.v[0] = f.x[i];
+    }
+    for (int k = 0; k < (whole ? W : 1); ++k) {
+      const ValueAndDerivative<T> r = f(x.v[0]);
+      INFL_UNROLL(4)
+      for (int w = 1; w < W; ++w) {
+        x.v[w - 1] = x.v[w];
+        y.v[w - 1] = y.v[w];
+        derivative.v[w - 1] = derivative.v[w];
+      }
+      y.v[W - 1] = r.value;
+      derivative.v[W - 1] = r.derivative;
+    }
+    if (whole) {
+      store<W>(f.y + i, y);
+      if (f.derivative) store<W>(f.derivative + i, derivative);
+    } else {
+      f.y[i] = y.v[W - 1];
+      if (f.derivative) f.derivative[i] = derivative.v[W - 1];
+    }
   }
 }
 
-// The kind is the same for all threads, so the branch costs one jump; a kernel for each of the kinds would cost minutes to compile.
+template <class T, class Function>
+void apply(const Context& ctx, const char* who, int64_t size, const Function& f) {
+  constexpr int kThreads = 256;
+  if (size == 0) return;
+  const int64_t first = std::min(first_aligned<T>({f.x, f.y, f.derivative}), size);
+  launch(ctx, who, &function_kernel<T, Function>, blocks_for(first < 0 ? size : ceil_div(size, kVectorWidth<T>), kThreads), dim3(kThreads), 0, first,
+         size, f);
+}
+
+template <class T>
+struct ValuesAndDerivatives {
+  Activation kind;
+  T a, b;
+  const T* x;
+  T *y, *derivative;
+  __device__ ValueAndDerivative<T> operator()(T value) const {
+#define INFL_CASE(name)  \
+  case Activation::name: \
+    return infl::activation<Activation::name>(value, a, b);
+    switch (kind) { INFL_FOR_EACH_ACTIVATION(INFL_CASE) }
+#undef INFL_CASE
+    return {};
+  }
+};
+
 template <class T>
 void activation(const Context& ctx, Activation kind, T a, T b, int64_t size, const T* x, T* y, T* derivative) {
-  if (size == 0) return;
-  constexpr int kThreads = 256;
-  launch(ctx, "activation", &activation_kernel<T>, blocks_for(size, kThreads), dim3(kThreads), 0, kind, a, b, size, x, y, derivative);
+  apply<T>(ctx, "activation", size, ValuesAndDerivatives<T>{kind, a, b, x, y, derivative});
 }
 
 template <class T>
-__global__ void second_derivative_kernel(Activation kind, T a, T b, int64_t size, const T* x, T* out) {
-  const int64_t step = int64_t{gridDim.x} * blockDim.x;
-  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < size; i += step) {
-    T value = 0;
-#define INFL_CASE(name)                                            \
-  case Activation::name:                                           \
-    value = infl::second_derivative<Activation::name>(x[i], a, b); \
-    break;
+struct SecondDerivatives {
+  Activation kind;
+  T a, b;
+  const T* x;
+  T *y, *derivative;
+  __device__ ValueAndDerivative<T> operator()(T value) const {
+#define INFL_CASE(name)  \
+  case Activation::name: \
+    return {infl::second_derivative<Activation::name>(value, a, b), T(0)};
     switch (kind) { INFL_FOR_EACH_ACTIVATION(INFL_CASE) }
 #undef INFL_CASE
-    out[i] = value;
+    return {};
   }
-}
+};
 
 template <class T>
 void second_derivative(const Context& ctx, Activation kind, T a, T b, int64_t size, const T* x, T* out) {
-  if (size == 0) return;
-  constexpr int kThreads = 256;
-  launch(ctx, "second_derivative", &second_derivative_kernel<T>, blocks_for(size, kThreads), dim3(kThreads), 0, kind, a, b, size, x, out);
+  apply<T>(ctx, "second_derivative", size, SecondDerivatives<T>{kind, a, b, x, out, nullptr});
 }
 
 // d and g are read once for all right-hand sides.
@@ -64,18 +108,18 @@ struct AddScaled {
     auto factor = load<W>(d + i);
     const auto cotangent = load<W>(g + i);
     for (int k = 0; k < W; ++k) factor.v[k] *= cotangent.v[k];
-    for (int64_t v = 0; v < V; ++v) {
+    write_sides<W>(V, out + i, size, [&](int64_t v) {
       const auto x = load<W>(in + v * size + i);
       auto sum = load<W>(out + v * size + i);
       for (int k = 0; k < W; ++k) sum.v[k] += factor.v[k] * x.v[k];
-      store<W>(out + v * size + i, sum);
-    }
+      return sum;
+    });
   }
 };
 
 template <class T>
 void add_scaled(const Context& ctx, int64_t V, int64_t size, const T* d, const T* g, const T* in, T* out) {
-  for_each<T>(ctx, "add_scaled", size, is_aligned({d, g, in, out}), AddScaled<T>{V, size, d, g, in, out});
+  for_each_flat<T>(ctx, "add_scaled", V, size, {d, g, in, out}, AddScaled<T>{V, size, d, g, in, out});
 }
 
 // d is read once for all right-hand sides.
@@ -88,7 +132,7 @@ struct Scale {
   template <int W>
   __device__ void run(int64_t i) const {
     const auto factor = load<W>(d + i);
-    for (int64_t v = 0; v < V; ++v) {
+    write_sides<W>(V, out + i, size, [&](int64_t v) {
       auto x = load<W>(in + v * size + i);
       if (accumulate) {
         const auto before = load<W>(out + v * size + i);
@@ -96,14 +140,14 @@ struct Scale {
       } else {
         for (int k = 0; k < W; ++k) x.v[k] *= factor.v[k];
       }
-      store<W>(out + v * size + i, x);
-    }
+      return x;
+    });
   }
 };
 
 template <class T>
 void scale(const Context& ctx, int64_t V, int64_t size, const T* d, const T* in, T* out, bool accumulate) {
-  for_each<T>(ctx, "scale", size, is_aligned({d, in, out}), Scale<T>{V, size, d, in, out, accumulate});
+  for_each_flat<T>(ctx, "scale", V, size, {d, in, out}, Scale<T>{V, size, d, in, out, accumulate});
 }
 
 template <class T>
@@ -130,7 +174,7 @@ struct Combine {
 
 template <class T>
 void combine(const Context& ctx, int64_t size, T a, const T* x1, T b, const T* x2, T* out, bool accumulate) {
-  for_each<T>(ctx, "combine", size, is_aligned({x1, x2, out}), Combine<T>{a, b, x1, x2, out, accumulate});
+  for_each_flat<T>(ctx, "combine", 1, size, {x1, x2, out}, Combine<T>{a, b, x1, x2, out, accumulate});
 }
 
 template <class T>

@@ -37,11 +37,11 @@ struct RowGather {
   template <int W>
   __device__ void run(int64_t i) const {
     const int64_t p = i / cols, j = i - p * cols, row = static_cast<int64_t>(index[p]);
-    for (int64_t v = 0; v < V; ++v) {
+    write_sides<W>(V, y + i, positions * cols, [&](int64_t v) {
       Vector<T, W> value{};
       if (row != skip) value = load<W>(table + v * table_ld + row * cols + j);
-      store<W>(y + v * positions * cols + i, value);
-    }
+      return value;
+    });
   }
 };
 

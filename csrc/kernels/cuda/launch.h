@@ -12,6 +12,16 @@
 #include "common/buffer.h"
 #include "common/dispatch.h"
 
+namespace infl::cuda {
+
+// Of a device: shared memory that a block may ask for and that a processor has, and clusters of blocks that read each other's (sm_90 and later).
+struct DeviceLimits {
+  size_t shared_bytes, processor_shared_bytes;
+  bool has_clusters;
+};
+
+}  // namespace infl::cuda
+
 #ifdef INFL_EMULATED_CUDA
 #include "emulation/cuda.h"
 #else
@@ -44,6 +54,62 @@ void launch(const Context& ctx, const char* who, void (*kernel)(Parameters...), 
   if (shared > (48 << 10)) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), who);
   kernel<<<blocks, threads, shared, static_cast<cudaStream_t>(ctx.stream)>>>(static_cast<Parameters>(arguments)...);
   check(cudaGetLastError(), who);
+}
+
+// Of the current device.
+inline DeviceLimits device_limits(const char* who) {
+  int device = 0;
+  check(cudaGetDevice(&device), who);
+  const auto attribute = [&](cudaDeviceAttr name) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, name, device), who);
+    return value;
+  };
+  return {static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)),
+          static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor)), attribute(cudaDevAttrClusterLaunch) != 0};
+}
+
+// As `launch`, with every `cluster` neighbouring blocks as a cluster; for more than one the device must run clusters.
+template <class... Parameters, class... Arguments>
+void launch_clusters(const Context& ctx, const char* who, void (*kernel)(Parameters...), int cluster, dim3 blocks, dim3 threads, size_t shared,
+                     Arguments... arguments) {
+  if (cluster == 1) return launch(ctx, who, kernel, blocks, threads, shared, arguments...);
+  if (shared > (48 << 10)) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), who);
+  cudaLaunchAttribute shape{};
+  shape.id = cudaLaunchAttributeClusterDimension;
+  shape.val.clusterDim.x = static_cast<unsigned>(cluster);
+  shape.val.clusterDim.y = shape.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = blocks;
+  config.blockDim = threads;
+  config.dynamicSmemBytes = shared;
+  config.stream = static_cast<cudaStream_t>(ctx.stream);
+  config.attrs = &shape;
+  config.numAttrs = 1;
+  check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), who);
+}
+
+// All threads of the cluster: what each wrote to shared memory before it arrived is seen by all that have waited. Between the two a thread may go on.
+// Only kernels that were launched in clusters of several blocks call them, which never happens before sm_90.
+__device__ inline void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  __cluster_barrier_arrive();
+#endif
+}
+__device__ inline void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  __cluster_barrier_wait();
+#endif
+}
+
+// Where another block of the cluster has what this one has at `own`, in shared memory that is sized at launch.
+template <class T>
+__device__ const T* of_block_in_cluster(const T* own, [[maybe_unused]] int rank) {
+#if __CUDA_ARCH__ >= 900
+  return static_cast<const T*>(__cluster_map_shared_rank(own, static_cast<unsigned>(rank)));
+#else
+  return own;
+#endif
 }
 
 }  // namespace infl::cuda

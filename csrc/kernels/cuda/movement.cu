@@ -173,8 +173,9 @@ template <class T>
 void copy_rows(const Context& ctx, int64_t rows, int64_t width, const T* x, int64_t x_ld, T* y, int64_t y_ld, bool accumulate) {
   if (accumulate && x == nullptr) return;
   const int64_t W = kVectorWidth<T>;
-  const bool vectorised = is_aligned({x, y}) && (rows == 1 || (width % W == 0 && x_ld % W == 0 && y_ld % W == 0));
-  for_each<T>(ctx, "copy_rows", rows * width, vectorised, CopyRows<T>{width, x_ld, y_ld, x, y, accumulate});
+  const CopyRows<T> copy{width, x_ld, y_ld, x, y, accumulate};
+  if (rows == 1) return for_each_flat<T>(ctx, "copy_rows", 1, width, {x, y}, copy);
+  for_each<T>(ctx, "copy_rows", rows * width, width % W == 0 && x_ld % W == 0 && y_ld % W == 0 && is_aligned({x, y}), copy);
 }
 
 template <class T>

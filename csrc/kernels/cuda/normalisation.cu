@@ -356,7 +356,7 @@ struct BatchNorm {
 template <class T>
 void batch_norm(const Context& ctx, const ChannelMap& map, int64_t rows, const T* x, const T* mean, const T* rstd, const T* a, const T* b, T* y,
                 T* x_hat) {
-  for_each<T>(ctx, "batch_norm", rows * map.size(), is_aligned({x, y, x_hat}), BatchNorm<T>{map, x, mean, rstd, a, b, y, x_hat});
+  for_each_flat<T>(ctx, "batch_norm", 1, rows * map.size(), {x, y, x_hat}, BatchNorm<T>{map, x, mean, rstd, a, b, y, x_hat});
 }
 
 template <class T>
@@ -378,7 +378,7 @@ struct ChannelAffine {
     }
     if (t_theta.w) hat = load<W>(x_hat + i);
     if (scale) factor = load<W>(scale + i);
-    for (int64_t v = 0; v < V; ++v) {
+    write_sides<W>(V, out + i, size, [&](int64_t v) {
       Vector<T, W> value{};
       if (t) {
         value = load<W>(t + v * size + i);
@@ -393,8 +393,8 @@ struct ChannelAffine {
         const auto before = load<W>(out + v * size + i);
         for (int k = 0; k < W; ++k) value.v[k] += before.v[k];
       }
-      store<W>(out + v * size + i, value);
-    }
+      return value;
+    });
   }
 };
 
@@ -402,8 +402,8 @@ template <class T>
 void channel_affine(const Context& ctx, const ChannelMap& map, int64_t V, int64_t rows, const T* a, const T* t, const T* x_hat,
                     const ChannelTangents<T>& t_theta, const T* scale, T* out, bool accumulate) {
   const int64_t size = rows * map.size();
-  for_each<T>(ctx, "channel_affine", size, is_aligned({t, x_hat, scale, out}),
-              ChannelAffine<T>{map, V, size, a, t, x_hat, t_theta, scale, out, accumulate});
+  for_each_flat<T>(ctx, "channel_affine", V, size, {t, x_hat, scale, out},
+                   ChannelAffine<T>{map, V, size, a, t, x_hat, t_theta, scale, out, accumulate});
 }
 
 // ---- Sums by channel -----------------------------------------------------------------------------------------------------------------------------

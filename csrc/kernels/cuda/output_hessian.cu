@@ -1,10 +1,13 @@
-// Product and roots of the softmax shape by one reduction a line (row_reduction.h): u and p are read once and u written once where a line fits in
-// registers (8192 classes of float), so 12 bytes and about 20 operations an element. p is shared by all right-hand sides: lines that differ in v
-// alone are neighbours, so it comes from L2 after the first. Passes over memory of a line of K classes, in units of K numbers (least: 2 V + 1):
+// Product and roots of the softmax shape by one reduction a line (row_reduction.h): u and p are read once and u written once where a line stays in
+// registers or in the shared memory of a cluster, so 12 bytes and about 20 operations an element. p is shared by all right-hand sides: lines that
+// differ in v alone are neighbours, so it comes from L2 after the first. Passes over memory of a line of K classes, in units of K numbers:
 //
-//               up to 8192   longer: sums first, products after
-//     V = 1     3            5 (p and u twice, u written)
-//     V = 8     17           26 (u twice and written, p from memory once in each of the two)
+//               sm_90, up to 232,000 classes of float    sm_80, up to 50,257 (the rest from L2)    classes before each of several positions
+//     V = 1     3                                        3 (and 1.2 from L2)                       5 (p and u twice, u written)
+//     V = 8     17                                       17 (and 9.4 from L2)                      26
+//
+// Of float64 half as many classes. What is longer is read again beyond these numbers; positions beside each other, a column each, are read twice,
+// from the caches where the columns of a block fit.
 #include "kernels/output_hessian.h"
 
 #include "kernels/cuda/row_reduction.h"
@@ -39,7 +42,13 @@ struct SoftmaxLine {
 
   __device__ Item load(int64_t c) const { return {p[c * step], x[c * step]}; }
 
+  // What merge does with the state of this element alone.
   __device__ void add(State& state, const Item& item, int64_t c) const {
+    if (state.m != INT_MAX && item.p < state.top) {
+      state.dot += part == HessianPart::root ? std::sqrt(item.p) * item.x : item.p * (item.x - state.at_top);
+      state.rest += item.p;
+      return;
+    }
     State one;
     one.top = item.p;
     one.at_top = item.x;
@@ -110,11 +119,11 @@ struct Diagonal {
         factor.v[k] = weight * (part == HessianPart::product ? factor.v[k] : std::sqrt(factor.v[k]));
       }
     }
-    for (int64_t v = 0; v < V; ++v) {
+    write_sides<W>(V, u + i, n * h.C, [&](int64_t v) {
       auto x = load<W>(u + v * n * h.C + i);
       for (int k = 0; k < W; ++k) x.v[k] *= factor.v[k];
-      store<W>(u + v * n * h.C + i, x);
-    }
+      return x;
+    });
   }
 };
 

@@ -92,14 +92,14 @@ struct Broadcast {
     Vector<T, W> weight;
     for (int k = 0; k < W; ++k) weight.v[k] = T(1);
     if (d) weight = load<W>(d + i);
-    for (int64_t v = 0; v < V; ++v) {
+    const int64_t apart = rows * size * inner;
+    write_sides<W>(V, out + i, apart, [&](int64_t v) {
       const T* from = g + (v * rows + row) * inner;
-      T* to = out + v * rows * size * inner + i;
       Vector<T, W> value{};
-      if (accumulate) value = load<W>(to);
+      if (accumulate) value = load<W>(out + v * apart + i);
       for (int k = 0; k < W; ++k) value.v[k] += weight.v[k] * (factor * from[inner == 1 ? 0 : column + k]);
-      store<W>(to, value);
-    }
+      return value;
+    });
   }
 };
 

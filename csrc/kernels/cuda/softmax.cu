@@ -36,11 +36,8 @@ struct SoftmaxLine {
   }
 
   __device__ void merge(State& state, const State& other) const {
-    const bool other_is_higher = other.top > state.top;
-    State a = other_is_higher ? other : state;
-    const State b = other_is_higher ? state : other;
-    a.sum += a.top == b.top ? b.sum : b.sum * std::exp(b.top - a.top);
-    state = a;
+    const State lower = exchanged(other.top > state.top, state, other);
+    state.sum += state.top == lower.top ? lower.sum : lower.sum * std::exp(lower.top - state.top);
   }
 
   __device__ void store(int64_t s, T value, const State& state) const {

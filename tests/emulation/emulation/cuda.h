@@ -58,6 +58,18 @@ void* dynamic_shared();
 
 void block_barrier();
 void warp_barrier();
+void cluster_arrival();
+void cluster_barrier();
+
+// What the emulated device is: architecture 90 unless INFL_EMULATION_ARCHITECTURE says otherwise, with its shared memory and, from 90 on, clusters.
+struct Limits {
+  size_t shared_bytes, processor_shared_bytes;
+  bool has_clusters;
+};
+Limits limits();
+
+// The same place of dynamic shared memory in another block of the running cluster.
+const void* of_block(const void* own, int rank);
 
 // 8 bytes of each lane of the running warp; meaningful between two warp barriers.
 uint64_t& exchange(int lane);
@@ -74,7 +86,8 @@ const Given* gather(const void* own, size_t size);
 // Ends the launch with an error.
 void fail(const char* what);
 
-void launch(const char* who, dim3 blocks, dim3 threads, size_t shared, const std::function<void()>& kernel);
+// Blocks run one after the other, those of a cluster together. Static __shared__ is one for all of them: kernels in clusters use the dynamic one.
+void launch(const char* who, int cluster, dim3 blocks, dim3 threads, size_t shared, const std::function<void()>& kernel);
 
 template <class T>
 T shuffle(T value, int from) {
@@ -160,7 +173,25 @@ namespace infl::cuda {
 
 template <class... Parameters, class... Arguments>
 void launch(const Context&, const char* who, void (*kernel)(Parameters...), dim3 blocks, dim3 threads, size_t shared, Arguments... arguments) {
-  emulation::launch(who, blocks, threads, shared, [=] { kernel(static_cast<Parameters>(arguments)...); });  // copies, as a launch does
+  emulation::launch(who, 1, blocks, threads, shared, [=] { kernel(static_cast<Parameters>(arguments)...); });  // copies, as a launch does
+}
+
+template <class... Parameters, class... Arguments>
+void launch_clusters(const Context&, const char* who, void (*kernel)(Parameters...), int cluster, dim3 blocks, dim3 threads, size_t shared,
+                     Arguments... arguments) {
+  emulation::launch(who, cluster, blocks, threads, shared, [=] { kernel(static_cast<Parameters>(arguments)...); });
+}
+
+inline DeviceLimits device_limits(const char*) {
+  const emulation::Limits limits = emulation::limits();
+  return {limits.shared_bytes, limits.processor_shared_bytes, limits.has_clusters};
+}
+
+inline void cluster_arrive() { emulation::cluster_arrival(); }
+inline void cluster_wait() { emulation::cluster_barrier(); }
+template <class T>
+const T* of_block_in_cluster(const T* own, int rank) {
+  return static_cast<const T*>(emulation::of_block(own, rank));
 }
 
 }  // namespace infl::cuda

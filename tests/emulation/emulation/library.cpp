@@ -8,7 +8,7 @@
 
 #include "common/device_library.h"
 #include "common/out_of_memory.h"
-#include "emulation/cuda.h"
+#include "kernels/cuda/launch.h"
 
 namespace infl::emulation {
 
@@ -77,27 +77,28 @@ infl_swap_stacks:
 
 constexpr size_t kStackBytes = 64 << 10;
 
-enum class State { ready, at_block_barrier, at_warp_barrier, at_gather, done };
+enum class State { ready, at_cluster_barrier, at_block_barrier, at_warp_barrier, at_gather, done };
 
 struct Fiber {
   std::unique_ptr<unsigned char[]> stack{new unsigned char[kStackBytes]};
   void* top = nullptr;
   Place place;
   State state = State::ready;
-  unsigned gathers = 0;
+  unsigned gathers = 0, arrivals = 0;
 };
 
+// The block in hand, or the cluster of them: block r has the fibers from r * stride on.
 struct Block {
   dim3 shape, grid;
   std::vector<Fiber> fibers;
-  int count = 0;  // threads of the block in hand
+  int blocks = 1, count = 0, stride = 0;  // threads of a block, and whole warps of them
   int running = 0;
   void* scheduler = nullptr;
   const std::function<void()>* kernel = nullptr;
   std::vector<uint64_t> exchanged;
   std::vector<Given> given[2];  // of gathers in turn
   const char* failure = nullptr;
-  std::vector<unsigned char> shared;
+  std::vector<std::vector<unsigned char>> shared;  // of each block
 };
 
 // Found through a pointer, which needs no check of initialisation at each of the many uses.
@@ -159,15 +160,15 @@ void run_warp(Block& block, const char* who, int begin, int end) {
       if (block.fibers[i].state == State::ready) resume(block, i);
     }
     if (block.failure != nullptr) stuck(who, block.failure);
-    int at_warp = 0, at_block = 0, at_gather = 0;
+    int at_warp = 0, at_wider = 0, at_gather = 0;
     for (int i = begin; i < end; ++i) {
       at_warp += block.fibers[i].state == State::at_warp_barrier;
-      at_block += block.fibers[i].state == State::at_block_barrier;
+      at_wider += block.fibers[i].state == State::at_block_barrier || block.fibers[i].state == State::at_cluster_barrier;
       at_gather += block.fibers[i].state == State::at_gather;
     }
     if (at_gather != 0 && at_gather != 32) stuck(who, "expected all 32 lanes at a warp's instruction, got " + std::to_string(at_gather));
     if (at_warp + at_gather == 0) return;
-    if (at_block > 0) stuck(who, "lanes of one warp wait at a warp's and at the block's barrier");
+    if (at_wider > 0) stuck(who, "lanes of one warp wait at a warp's and at the block's or cluster's barrier");
     for (int i = begin; i < end; ++i) {
       const State state = block.fibers[i].state;
       if (state == State::at_warp_barrier || state == State::at_gather) block.fibers[i].state = State::ready;
@@ -175,23 +176,59 @@ void run_warp(Block& block, const char* who, int begin, int end) {
   }
 }
 
-void run_block(Block& block, const char* who) {
-  for (int i = 0; i < block.count; ++i) {
-    block.fibers[i].state = State::ready;
-    block.fibers[i].gathers = 0;
-  }
-  const int warps = (block.count + 31) / 32;
+// Runs the threads from `first` on, those of a block, until all have ended or wait for the cluster.
+void run_block(Block& block, const char* who, int first) {
+  const int warps = block.stride / 32, end = first + block.count;
   for (;;) {
     for (int k = 0; k < warps; ++k) {
       const int w = reversed() ? warps - 1 - k : k;
-      run_warp(block, who, w * 32, std::min(block.count, w * 32 + 32));
+      run_warp(block, who, first + w * 32, std::min(end, first + w * 32 + 32));
     }
-    bool waiting = false;
-    for (int i = 0; i < block.count; ++i) waiting = waiting || block.fibers[i].state == State::at_block_barrier;
-    if (!waiting) return;
-    for (int i = 0; i < block.count; ++i) {
+    bool waits = false, waits_for_cluster = false;
+    for (int i = first; i < end; ++i) {
+      waits = waits || block.fibers[i].state == State::at_block_barrier;
+      waits_for_cluster = waits_for_cluster || block.fibers[i].state == State::at_cluster_barrier;
+    }
+    if (!waits) return;
+    if (waits_for_cluster) stuck(who, "threads of one block wait at the block's and at the cluster's barrier");
+    for (int i = first; i < end; ++i) {
       if (block.fibers[i].state == State::at_block_barrier) block.fibers[i].state = State::ready;
     }
+  }
+}
+
+void run_cluster(Block& block, const char* who) {
+  const auto each_fiber = [&](const auto& body) {
+    for (int r = 0; r < block.blocks; ++r) {
+      for (int i = 0; i < block.count; ++i) body(block.fibers[r * block.stride + i]);
+    }
+  };
+  each_fiber([](Fiber& fiber) {
+    fiber.state = State::ready;
+    fiber.gathers = fiber.arrivals = 0;
+  });
+  for (;;) {
+    bool waits = false;
+    unsigned fewest = ~0u, most = 0;  // arrivals
+    for (int k = 0; k < block.blocks; ++k) {
+      const int r = reversed() ? block.blocks - 1 - k : k;
+      run_block(block, who, r * block.stride);
+      bool ended = true;
+      for (int i = r * block.stride; i < r * block.stride + block.count; ++i) {
+        const Fiber& fiber = block.fibers[i];
+        if (fiber.state == State::done) continue;
+        ended = false;
+        fewest = std::min(fewest, fiber.arrivals);
+        most = std::max(most, fiber.arrivals);
+      }
+      waits = waits || !ended;
+      if (ended) std::fill(block.shared[r].begin(), block.shared[r].end(), 0xff);  // gone with its block
+    }
+    if (!waits) return;
+    if (fewest != most || fewest == 0) stuck(who, "a cluster's barrier at which not all threads arrive");
+    each_fiber([](Fiber& fiber) {
+      if (fiber.state == State::at_cluster_barrier) fiber.state = State::ready;
+    });
   }
 }
 
@@ -388,7 +425,21 @@ class HostRuntime final : public DeviceRuntime {
 const Place& here() { return current(*running_block).place; }
 const dim3& block_shape() { return running_block->shape; }
 const dim3& grid_shape() { return running_block->grid; }
-void* dynamic_shared() { return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(running_block->shared.data()) + 15) & ~uintptr_t{15}); }
+void* dynamic_shared_of(int rank) {
+  return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(running_block->shared[rank].data()) + 15) & ~uintptr_t{15});
+}
+void* dynamic_shared() { return dynamic_shared_of(running_block->running / running_block->stride); }
+const void* of_block(const void* own, int rank) {
+  if (rank < 0 || rank >= running_block->blocks) fail("a block that the cluster does not have");
+  return static_cast<const char*>(dynamic_shared_of(rank)) + (static_cast<const char*>(own) - static_cast<const char*>(dynamic_shared()));
+}
+Limits limits() {
+  const char* architecture = std::getenv("INFL_EMULATION_ARCHITECTURE");
+  const bool is_ampere = architecture != nullptr && std::string(architecture) == "80";
+  return {static_cast<size_t>(is_ampere ? 163 : 227) << 10, static_cast<size_t>(is_ampere ? 164 : 228) << 10, !is_ampere};
+}
+void cluster_arrival() { ++current(*running_block).arrivals; }
+void cluster_barrier() { leave(*running_block, State::at_cluster_barrier); }
 void block_barrier() { leave(*running_block, State::at_block_barrier); }
 void warp_barrier() { leave(*running_block, State::at_warp_barrier); }
 const Given* gather(const void* own, size_t size) {
@@ -408,42 +459,53 @@ int lane() { return running_block->running % 32; }
 bool is_alive(int lane) {
   const Block& block = *running_block;
   const int i = block.running / 32 * 32 + lane;
-  return i < block.count && block.fibers[i].state != State::done;
+  return i % block.stride < block.count && block.fibers[i].state != State::done;
 }
 
-void launch(const char* who, dim3 blocks, dim3 threads, size_t shared, const std::function<void()>& kernel) {
+void launch(const char* who, int cluster, dim3 blocks, dim3 threads, size_t shared, const std::function<void()>& kernel) {
   if (recording != nullptr) {
-    recording->launches.push_back([=] { launch(who, blocks, threads, shared, kernel); });
+    recording->launches.push_back([=] { launch(who, cluster, blocks, threads, shared, kernel); });
     return;
   }
   ++traffic.launches;
   Block& block = own_block;
   running_block = &block;
   block.count = static_cast<int>(threads.x * threads.y * threads.z);
+  block.stride = (block.count + 31) / 32 * 32;
+  block.blocks = cluster;
   if (block.count < 1 || block.count > 1024) stuck(who, "expected 1 to 1024 threads a block, got " + std::to_string(block.count));
-  if (shared > (227 << 10)) stuck(who, "expected at most 227 KB of shared memory, got " + std::to_string(shared) + " bytes");
+  if (shared > limits().shared_bytes) {
+    stuck(who, "expected at most " + std::to_string(limits().shared_bytes) + " bytes of shared memory, got " + std::to_string(shared));
+  }
   if (blocks.x < 1 || blocks.y < 1 || blocks.z < 1 || blocks.y > 65535 || blocks.z > 65535) stuck(who, "grid out of range");
+  if (cluster > 1 && !limits().has_clusters) stuck(who, "expected a device that runs clusters of blocks");
+  if (cluster < 1 || cluster > 8 || blocks.x % static_cast<unsigned>(cluster) != 0) {
+    stuck(who, "expected clusters of 1 to 8 blocks that divide the grid, got " + std::to_string(cluster));
+  }
   block.shape = threads;
   block.grid = blocks;
   block.kernel = &kernel;
-  block.exchanged.resize((block.count + 31) / 32 * 32);
+  block.exchanged.resize(static_cast<size_t>(cluster) * block.stride);
   for (auto& given : block.given) given.resize(block.exchanged.size());
   block.failure = nullptr;
-  while (static_cast<int>(block.fibers.size()) < block.count) {
+  while (block.fibers.size() < block.exchanged.size()) {
     block.fibers.emplace_back();
     prepare(block.fibers.back());
   }
-  const uint64_t total = uint64_t{blocks.x} * blocks.y * blocks.z;
-  for (uint64_t k = 0; k < total; ++k) {
-    const uint64_t b = reversed() ? total - 1 - k : k;
-    block.shared.assign(shared + 16, 0xff);
-    for (int i = 0; i < block.count; ++i) {
-      Place& place = block.fibers[i].place;
-      place.block = {static_cast<unsigned>(b % blocks.x), static_cast<unsigned>(b / blocks.x % blocks.y),
-                     static_cast<unsigned>(b / blocks.x / blocks.y)};
-      place.thread = {i % threads.x, i / threads.x % threads.y, i / threads.x / threads.y};
+  block.shared.resize(std::max<size_t>(block.shared.size(), cluster));
+  const uint64_t total = uint64_t{blocks.x} * blocks.y * blocks.z, clusters = total / static_cast<uint64_t>(cluster);
+  for (uint64_t k = 0; k < clusters; ++k) {
+    for (int r = 0; r < cluster; ++r) {
+      const uint64_t b = (reversed() ? clusters - 1 - k : k) * static_cast<uint64_t>(cluster) + static_cast<uint64_t>(r);
+      block.shared[r].assign(shared + 16, 0xff);
+      for (int i = 0; i < block.count; ++i) {
+        Place& place = block.fibers[r * block.stride + i].place;
+        place.block = {static_cast<unsigned>(b % blocks.x), static_cast<unsigned>(b / blocks.x % blocks.y),
+                       static_cast<unsigned>(b / blocks.x / blocks.y)};
+        place.thread = {i % threads.x, i / threads.x % threads.y, i / threads.x / threads.y};
+      }
     }
-    run_block(block, who);
+    run_cluster(block, who);
   }
 }
 

@@ -76,7 +76,8 @@ struct Product {
   bool accumulate = false, vectorised = false;
   int64_t row_tiles = 1, position_tiles = 1;
 
-  Product(const ConvolutionShape& s, int64_t num_sides, int64_t n) : shape(s), V(num_sides), images(n), scale_images(n) {}
+  Product(const ConvolutionShape& s, const ConvolutionProduct<T>& of)
+      : shape(s), V(of.V), images(of.n), scale_images(of.scales_each ? of.V * of.n : of.n) {}
 
   int64_t blocks() const { return row_tiles * position_tiles * V * shape.groups * shape.phases(); }
 };
@@ -109,7 +110,8 @@ struct Target {
 
 template <class T>
 __device__ Target target_of(const Product<T>& p, int64_t v, int64_t image) {
-  return {(v * p.images + image) * p.shape.out_image, p.scale ? image % p.scale_images * p.shape.out_image : 0};
+  const int64_t at = v * p.images + image;
+  return {at * p.shape.out_image, p.scale ? at % p.scale_images * p.shape.out_image : 0};
 }
 
 template <class T>
@@ -459,7 +461,7 @@ void multiply(const Context& ctx, Product<T>& p) {
 template <class T>
 void convolution_product(const Context& ctx, const Convolution& conv, const ConvolutionProduct<T>& given) {
   if (given.V == 0 || given.n == 0) return;
-  Product<T> p(ConvolutionShape(conv, given.up), given.V, given.n);
+  Product<T> p(ConvolutionShape(conv, given.up), given);
   bool as_images = given.bias == nullptr || given.bias_batch == 0;  // right-hand sides that share the weights are images
   for (const ConvolutionTerm<T>& term : given.terms) {
     if (term.in == nullptr) continue;

@@ -41,7 +41,7 @@ class ConvolutionRule final : public Rule<T> {
 
   bool fuses_scale() const override { return true; }
 
-  bool takes_sets() const override { return true; }
+  bool takes_sets(const Node&) const override { return true; }
 
   void pack(const Tile<T>& tile) const override {
     const Shape s(tile.node);

@@ -15,6 +15,12 @@ source tools/cuda_environment.sh
 }
 mkdir -p build
 steps=${*:-build tests sanitizer bench}
+for s in $steps; do
+  case $s in
+    build | tests | sanitizer | bench) ;;
+    *) echo "gpu: expected steps among build, tests, sanitizer and bench, got '$s'." >&2; exit 2 ;;
+  esac
+done
 table=()
 status=0
 readonly LEFT_OUT=77
@@ -84,7 +90,6 @@ for s in $steps; do
     tests) step "device tests" device_tests ;;
     sanitizer) step "compute-sanitizer" sanitizer ;;
     bench) step "benchmark" benchmark ;;
-    *) echo "gpu: expected steps among build, tests, sanitizer and bench, got '$s'." >&2; exit 2 ;;
   esac
 done
 printf '\n%-20s %-8s %s\n' step result time

@@ -309,7 +309,7 @@ constexpr int kDirectThreads = 256;
 
 // A thread a position of a group of one channel, for kSides right-hand sides.
 template <class T, int kSides>
-__global__ void __launch_bounds__(kDirectThreads) direct_kernel(const Product<T> p) {
+__global__ void __launch_bounds__(kDirectThreads, 2) direct_kernel(const Product<T> p) {
   __shared__ PhaseAxis axes[3];
   const ConvolutionShape& shape = p.shape;
   const Work work = work_of(p, (p.V + kSides - 1) / kSides);
@@ -375,7 +375,7 @@ int64_t few_rows_channels(const ConvolutionShape& s) {
 
 // A thread a position with all channels of the group, up to kRows, whose weights lie in shared memory, for `channels` of the input at a time.
 template <class T, int kRows>
-__global__ void __launch_bounds__(kDirectThreads) few_rows_kernel(const Product<T> p, int channels) {
+__global__ void __launch_bounds__(kDirectThreads, 2) few_rows_kernel(const Product<T> p, int channels) {
   INFL_DYNAMIC_SHARED(T, own);  // [channels][taps][kRows], zeros where the group has fewer rows
   __shared__ PhaseAxis axes[3];
   constexpr int W = kVectorWidth<T>;

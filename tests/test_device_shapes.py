@@ -129,6 +129,22 @@ def test_a_depthwise_convolution_of_many_positions_is_summed_in_parts(V: int, dt
     )
 
 
+@pytest.mark.slow
+def test_pointwise_convolutions_that_are_worth_a_call_for_each_side() -> None:
+    check(convolutions(2, (64, 64, {"kernel_size": 1})), "convolution", 4, 64, 32, 31, V=2, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["down", "up"])
+@pytest.mark.parametrize("outputs", [3, 6, 12])
+def test_few_channels(outputs: int, transposed: bool, dtype: torch.dtype) -> None:
+    """More channels and taps than the weights in shared memory are for, strides with phases, two groups, several right-hand sides."""
+    layers = [(2, outputs, {"kernel_size": 3, "padding": 1}), (outputs, outputs, {"kernel_size": 5, "stride": 2, "padding": 3})]
+    many = [(40, 2 * outputs, {"kernel_size": 5, "padding": 2, "groups": 2})]
+    check(convolutions(2, *layers, transposed=transposed), "convolution", 3, 2, 13, 14, V=5, dtype=dtype)
+    check(convolutions(2, *many, transposed=transposed), "convolution", 2, 40, 6, 5, V=2, dtype=dtype)
+
+
 def test_wide_tiles_of_a_convolution() -> None:
     """Enough blocks for the tile of 128 channels by 128 positions, and for that of 64; the last ones have edges."""
     check(convolutions(1, (1, 66, {"kernel_size": 3})), "convolution", 3, 1, 1500, V=4, dtype=torch.float32)

@@ -20,6 +20,7 @@ from influence_ext.bregman.training import Trainer
 from influence_ext.errors import ArgumentError, DivergenceError
 from influence_ext.testing import assert_close
 from tests.cases import generator
+from tests.cases.models import ResidualImages
 
 F64 = torch.float64
 N = 23  # not a multiple of the batch size
@@ -163,6 +164,7 @@ ROWS: dict[str, tuple[ie.Recipe, Callable[[], tuple[Tensor, Tensor]]]] = {
     "frozen-first": (replace(SGD, build_model=frozen_first), data),
     "shared-gradient": (replace(SGD, build_model=Sum, weight_decay=0.02), data),
     "convolution": (replace(SGD, build_model=convolutional, loss=nn.CrossEntropyLoss()), images),
+    "residual-images": (replace(SGD, build_model=ResidualImages, loss=nn.CrossEntropyLoss(), weight_decay=0.02), images),
     "layer-norm": (replace(SGD, build_model=normalised), data),
     "residual": (replace(SGD, build_model=Residual), data),
     "embedding": (replace(SGD, build_model=lambda: nn.Sequential(nn.Embedding(5, 3), nn.Flatten(), nn.Linear(6, 1)).double()), indices),

@@ -7,12 +7,20 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
+# shellcheck source=tools/cuda_environment.sh
+source tools/cuda_environment.sh
 "$python" -c 'import torch, sys; sys.exit(0 if torch.cuda.is_available() else 1)' 2>/dev/null || {
   echo "gpu: expected '$python' to have a torch that sees a GPU, got none; say PYTHON=/path/to/python make gpu." >&2
   exit 1
 }
 mkdir -p build
 steps=${*:-build tests sanitizer bench}
+for s in $steps; do
+  case $s in
+    build | tests | sanitizer | bench) ;;
+    *) echo "gpu: expected steps among build, tests, sanitizer and bench, got '$s'." >&2; exit 2 ;;
+  esac
+done
 table=()
 status=0
 readonly LEFT_OUT=77
@@ -22,21 +30,22 @@ step() { # name, command...
   shift
   "$@" || code=$?
   if [ "$code" -eq "$LEFT_OUT" ]; then result="left out"; elif [ "$code" -ne 0 ]; then result=FAILED status=1; fi
+  if [ "$name $result" = "build FAILED" ]; then unbuilt=yes; fi
   table+=("$name|$result|$((SECONDS - start)) s")
 }
 
-has() { "$python" -c "import $1" 2>/dev/null; } # module
-
 build() {
-  if [ -z "${CUDA_HOME:-}" ] && [ -d /usr/local/cuda ]; then export CUDA_HOME=/usr/local/cuda; fi
-  "$python" -c 'import setuptools, sys; sys.exit(int(setuptools.__version__.split(".")[0]) < 77)' 2>/dev/null || {
-    echo "gpu: expected setuptools 77 or later for '$python', which reads pyproject.toml, got an older one or none; install it." >&2
-    return 1
-  }
-  has ninja || command -v ninja >/dev/null || echo "gpu: found no ninja, so one file is compiled after the other; expect an hour." >&2
+  cuda_environment gpu || return 1
   local here
   here=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')
   INFLUENCE_EXT_CUDA=1 TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$here} "$python" setup.py -q build_ext --inplace
+}
+
+# The extension as it is now, with CUDA kernels: what every other step needs.
+is_built() {
+  [ -z "${unbuilt:-}" ] && "$python" -c 'import influence_ext as ie, sys; sys.exit(ie.build_info()["cuda"] != "yes")' 2>/dev/null && return
+  echo "gpu: expected the extension built with CUDA kernels, got none, so $1 is left out; make gpu ARGS=build says why." >&2
+  return 1
 }
 
 has_pytest() {
@@ -45,7 +54,7 @@ has_pytest() {
 
 # Only files with tests for a GPU are read: others need packages that the machine may not have.
 device_tests() {
-  has_pytest || return "$LEFT_OUT"
+  is_built "the step of device tests" && has_pytest || return "$LEFT_OUT"
   # shellcheck disable=SC2046
   "$python" -m pytest -q -m "gpu and not slow" $(grep -lE "^pytestmark = pytest.mark.gpu|^@pytest.mark.gpu" tests/test_*.py)
 }
@@ -54,7 +63,7 @@ device_tests() {
 readonly SANITIZED="(single or chain or layer-norm-33 or embedding-twice or embedding-large or attention-causal-long or attention-mask-heads) and not f64"
 
 sanitizer() {
-  has_pytest || return "$LEFT_OUT"
+  is_built "the step of compute-sanitizer" && has_pytest || return "$LEFT_OUT"
   command -v compute-sanitizer >/dev/null || {
     echo "gpu: expected compute-sanitizer on PATH, found none, so its step is left out; it is in the CUDA toolkit's bin folder." >&2
     return "$LEFT_OUT"
@@ -69,13 +78,18 @@ sanitizer() {
   return "$failed"
 }
 
+benchmark() {
+  is_built "the benchmark" || return "$LEFT_OUT"
+  # shellcheck disable=SC2086
+  "$python" -m bench.run --device cuda ${BENCH_ARGS:-}
+}
+
 for s in $steps; do
   case $s in
     build) step "build" build ;;
     tests) step "device tests" device_tests ;;
     sanitizer) step "compute-sanitizer" sanitizer ;;
-    bench) step "benchmark" "$python" -m bench.run --device cuda ${BENCH_ARGS:-} ;;
-    *) echo "gpu: expected steps among build, tests, sanitizer and bench, got '$s'." >&2; exit 2 ;;
+    bench) step "benchmark" benchmark ;;
   esac
 done
 printf '\n%-20s %-8s %s\n' step result time

@@ -65,6 +65,7 @@ struct ConvolutionProduct {
   const T* bias = nullptr;  // [V, channels of out], bias_batch apart, or absent
   int64_t bias_batch = 0;
   const T* scale = nullptr;  // [n, channels, plane] of out, or absent
+  bool scales_each = false;  // it is [V, n, channels, plane]
   T* out = nullptr;          // [V, n, channels, plane]
   bool accumulate = false;   // beta = 1
 };

@@ -5,14 +5,21 @@
 #include <cstdint>
 
 #include "common/dispatch.h"
+#include "common/macros.h"
 
 namespace infl {
 
-// Which channel an element belongs to: element e of row r is of channel (r % groups) * channels + e / run.
+// Which channel an element belongs to: element e of row r is of channel (r % groups) * channels + e / run. Weights may be those of several sets, of
+// `rows_of_set` rows each.
 struct ChannelMap {
   int64_t groups = 1;
   int64_t channels = 1;  // per group
   int64_t run = 1;
+  int64_t rows_of_set = 0;                    // 0: one set of weights
+  int64_t set_stride = 0;                     // elements between the weights of neighbouring sets
+  INFL_HD int64_t first(int64_t row) const {  // where the weights of a row start
+    return (rows_of_set ? row / rows_of_set * set_stride : 0) + row % groups * channels;
+  }
   int64_t size() const { return channels * run; }      // elements of a row
   int64_t total() const { return groups * channels; }  // channels altogether
 };
@@ -51,13 +58,14 @@ inline KernelStub<void(const Context&, const ChannelMap&, int64_t V, int64_t row
                        const T* g_y, const T* t_x, const T* t_x_hat, const ChannelTangents<T>& t_theta, T* g_x)>
     layer_norm_second_order_stub{"layer_norm_second_order"};
 
-// packed [2, channels]: rstd = 1 / sqrt(variance + eps), then w rstd (w may be absent).
+// packed [1 + num, channels]: rstd = 1 / sqrt(variance + eps), then w rstd for each of the weights w [num, channels], w_batch apart (absent: 1).
 template <class T>
-inline KernelStub<void(const Context&, int64_t channels, T eps, const T* variance, const T* w, T* packed)> batch_norm_pack_stub{"batch_norm_pack"};
+inline KernelStub<void(const Context&, int64_t channels, T eps, const T* variance, int64_t num, const T* w, int64_t w_batch, T* packed)>
+    batch_norm_pack_stub{"batch_norm_pack"};
 
-// y = (x − mean) a + b by channel (b may be absent); x̂ = (x − mean) rstd if wanted.
+// x̂ = (x − mean) rstd by channel, written if wanted; y = w x̂ + b (each may be absent). Statistics are the same for all sets of weights.
 template <class T>
-inline KernelStub<void(const Context&, const ChannelMap&, int64_t rows, const T* x, const T* mean, const T* rstd, const T* a, const T* b, T* y,
+inline KernelStub<void(const Context&, const ChannelMap&, int64_t rows, const T* x, const T* mean, const T* rstd, const T* w, const T* b, T* y,
                        T* x_hat)>
     batch_norm_stub{"batch_norm"};
 

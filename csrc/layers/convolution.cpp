@@ -11,7 +11,10 @@
 //   per_example  W: outer products of g_y and the columns of x if there are few positions, else dense;  b: dense
 //   tape         x if W is differentiated, prepared as the kernels read it unless `transposed`; W packed both ways, shared by all tiles, and once
 //   more for values where products take Winograd's algorithm
+//   sets         right-hand sides of a call with kernels of their own, packed by one launch before it; x is kept as it is, a shared one once
 #include "kernels/convolution.h"
+
+#include "common/scratch.h"
 #include "kernels/convolution_weights.h"
 #include "kernels/movement.h"
 #include "layers/rule.h"
@@ -38,6 +41,8 @@ class ConvolutionRule final : public Rule<T> {
 
   bool fuses_scale() const override { return true; }
 
+  bool takes_sets(const Node&) const override { return true; }
+
   void pack(const Tile<T>& tile) const override {
     const Shape s(tile.node);
     convolution_pack_stub<T>(tile.ctx, s.conv, false, 1, tile.theta[0], 0, tile.packed);
@@ -55,6 +60,7 @@ class ConvolutionRule final : public Rule<T> {
 
   void forward(const Tile<T>& tile, T* y) const override {
     const Shape s(tile.node);
+    if (tile.sets > 1) return forward_sets(s, tile, y);
     ConvolutionProduct<T> p = product(s, tile, s.transposed, 1, y);
     if (prepares(tile.node, s)) convolution_prepare_stub<T>(tile.ctx, s.conv, p.n, tile.x[0], prepared_size(tile.node, s), tile.state[0]);
     p.bias = tile.theta[1];
@@ -84,10 +90,13 @@ class ConvolutionRule final : public Rule<T> {
 
   void vjp_input(const Tile<T>& tile, int /*i*/, const T* g_y, const T* scale, T* g_x, bool accumulate) const override {
     const Shape s(tile.node);
-    ConvolutionProduct<T> p = product(s, tile, !s.transposed, tile.V, g_x);
-    p.terms[0] = {g_y, tile.n * tile.node.width, 0, packed(s, tile, !s.transposed), 0};
+    ConvolutionProduct<T> p = product(s, tile, !s.transposed, tile.V * tile.sets, g_x);
+    p.terms[0] = {.in = g_y, .in_batch = tile.n * tile.node.width};
     p.scale = scale;
+    p.scales_each = tile.sets > 1;
     p.accumulate = accumulate;
+    if (tile.sets > 1) return multiply_sets(s.conv, tile, p);
+    p.terms[0].packed = packed(s, tile, !s.transposed);
     convolution_product_stub<T>(tile.ctx, s.conv, p);
   }
 
@@ -95,7 +104,7 @@ class ConvolutionRule final : public Rule<T> {
     const Shape s(tile.node);
     const int64_t n = tile.n * s.images;
     if (g_theta[0]) weights(s, tile, g_y, tile.n * tile.node.width, nullptr, n, g_theta[0], stride, 0);
-    if (g_theta[1]) channel_sum_stub<T>(tile.ctx, tile.V, n, s.out_channels, s.out_plane, g_y, n, g_theta[1], stride, 0);
+    if (g_theta[1]) channel_sum_stub<T>(tile.ctx, tile.V * tile.sets, n, s.out_channels, s.out_plane, g_y, n, g_theta[1], stride, 0);
   }
 
   void second_order(const Tile<T>& tile, const SecondOrder<T>& order) const override {
@@ -238,16 +247,40 @@ class ConvolutionRule final : public Rule<T> {
 
   static const T* packed(const Shape& s, const Tile<T>& tile, bool up) { return tile.packed + (up ? convolution_packed_size(s.conv, false) : 0); }
 
+  // y of several sets, each with a kernel of its own.
+  static void forward_sets(const Shape& s, const Tile<T>& tile, T* y) {
+    const int64_t apart = tile.x_stride[0];
+    if (prepares(tile.node, s)) copy<T>(tile.ctx, (apart == 0 ? 1 : tile.sets) * tile.n * tile.node.input_widths[0], tile.x[0], tile.state[0]);
+    ConvolutionProduct<T> p = product(s, tile, s.transposed, tile.sets, y);
+    p.terms[0] = {.in = tile.x[0], .in_batch = apart};
+    p.bias = tile.theta[1];
+    p.bias_batch = tile.node.is_trainable(1) ? tile.theta_stride : 0;
+    multiply_sets(s.direct(), tile, p);
+  }
+
+  // A product of one term, with the kernels of all sets packed for it.
+  static void multiply_sets(const Convolution& c, const Tile<T>& tile, ConvolutionProduct<T>& p) {
+    const bool own = tile.node.is_trainable(0);
+    const int64_t num = own ? tile.sets : 1, size = convolution_packed_size(c, p.up);
+    Scratch<T> packed(tile.ctx, num * size);
+    convolution_pack_stub<T>(tile.ctx, c, p.up, num, tile.theta[0], own ? tile.theta_stride : 0, packed.data());
+    p.terms[0].packed = packed.data();
+    p.terms[0].packed_batch = own ? size : 0;
+    convolution_product_stub<T>(tile.ctx, c, p);
+  }
+
   // The kernel's gradient from g (a batch stride of 0: shared by the right-hand sides) and t_x, or the node's input without it, one for each `images`
   // images.
   static void weights(const Shape& s, const Tile<T>& tile, const T* g, int64_t g_batch, const T* t_x, int64_t images, T* out, int64_t batch,
                       int64_t example) {
-    const int64_t n = tile.n * s.images, x_batch = t_x ? tile.n * tile.node.input_widths[0] : 0;
+    const int64_t n = tile.n * s.images, V = tile.V * tile.sets;
+    const bool own = t_x || (tile.sets > 1 && tile.x_stride[0] != 0);
+    const int64_t x_batch = own ? tile.n * tile.node.input_widths[0] : 0;
     if (s.transposed) {
-      convolution_weights_stub<T>(tile.ctx, s.conv, tile.V, n, g, g_batch, 0, t_x ? t_x : tile.x[0], x_batch, images, out, batch, example);
+      convolution_weights_stub<T>(tile.ctx, s.conv, V, n, g, g_batch, 0, t_x ? t_x : tile.x[0], x_batch, images, out, batch, example);
     } else {
-      convolution_weights_stub<T>(tile.ctx, s.conv, tile.V, n, t_x ? t_x : tile.state[0], x_batch, t_x ? 0 : prepared_size(tile.node, s), g, g_batch,
-                                  images, out, batch, example);
+      const int64_t prepared = t_x || tile.sets > 1 ? 0 : prepared_size(tile.node, s);
+      convolution_weights_stub<T>(tile.ctx, s.conv, V, n, t_x ? t_x : tile.state[0], x_batch, prepared, g, g_batch, images, out, batch, example);
     }
   }
 };

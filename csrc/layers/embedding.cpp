@@ -36,7 +36,7 @@ class Embedding final : public Rule<T> {
 
   bool is_curved(const Node&) const override { return false; }
 
-  bool takes_sets() const override { return true; }
+  bool takes_sets(const Node&) const override { return true; }
 
   void forward(const Tile<T>& tile, T* y) const override {
     const int64_t positions = tile.n * tile.node.input_widths[0];

@@ -45,7 +45,7 @@ class Linear final : public Rule<T> {
 
   bool fuses_scale() const override { return true; }
 
-  bool takes_sets() const override { return true; }
+  bool takes_sets(const Node&) const override { return true; }
 
   int64_t prepared_size(const Node& node, int64_t n) const override {
     const int64_t I = node.attribute("in_features"), M = n * (node.input_widths[0] / I);

@@ -24,6 +24,8 @@
 //   vjp_params, per_example   as layer_norm
 //   tape         x̂ [N, width] if the weight is trained, else nothing; rstd and rstd w, packed
 //
+// sets: rows of all in one call each, which find their weights by their number; where both are trained and x is not shared
+//
 // Both take an activation that follows or precedes as a factor of the pass that writes (fuses_scale).
 #include "kernels/normalisation.h"
 
@@ -41,8 +43,14 @@ namespace {
 // Both norms: an affine map by channel of x̂ = `x_hat` over rows of an example.
 template <class T>
 void channel_vjp_params(const Tile<T>& tile, const ChannelMap& map, int64_t rows, const T* x_hat, const T* g_y, T* const* g_theta, int64_t stride) {
-  ChannelGradients<T> out{g_theta[0], g_theta[1], stride, 0, true};
-  channel_gradient_stub<T>(tile.ctx, map, tile.V, 1, tile.n * rows, g_y, x_hat, out);
+  // Right-hand sides share x̂, sets do not.
+  const ChannelGradients<T> out{g_theta[0], g_theta[1], stride, stride, true};
+  channel_gradient_stub<T>(tile.ctx, map, tile.V, tile.sets, tile.n * rows, g_y, x_hat, out);
+}
+
+// Whether rows of several sets find all of their operands by their number.
+bool has_own_operands(const Node& node) {
+  return node.needs_tangent[0] && (node.is_trainable(0) || !node.has_slot(0)) && (node.is_trainable(1) || !node.has_slot(1));
 }
 
 template <class T>
@@ -79,6 +87,8 @@ class LayerNorm final : public Rule<T> {
   bool is_curved(const Node& node) const override { return node.needs_tangent[0]; }
 
   bool fuses_scale() const override { return true; }
+
+  bool takes_sets(const Node& node) const override { return has_own_operands(node); }
 
   void forward(const Tile<T>& tile, T* y) const override {
     layer_norm_stub<T>(tile.ctx, map(tile), rows(tile), centre(tile), static_cast<T>(tile.node.number("eps")), tile.x[0], tile.theta[0],
@@ -122,9 +132,12 @@ class LayerNorm final : public Rule<T> {
  private:
   static ChannelMap map(const Tile<T>& tile) {
     const int64_t channels = tile.node.attribute("channels");
-    return {tile.node.attribute("channel_groups"), channels, tile.node.attribute("size") / channels};
+    ChannelMap m{tile.node.attribute("channel_groups"), channels, tile.node.attribute("size") / channels};
+    if (tile.sets > 1) m.rows_of_set = tile.n * tile.node.attribute("groups");
+    m.set_stride = tile.theta_stride;
+    return m;
   }
-  static int64_t rows(const Tile<T>& tile) { return tile.n * tile.node.attribute("groups"); }
+  static int64_t rows(const Tile<T>& tile) { return tile.sets * tile.n * tile.node.attribute("groups"); }
   static bool centre(const Tile<T>& tile) { return tile.node.attribute("centre") != 0; }
 };
 
@@ -150,14 +163,15 @@ class BatchNorm final : public Rule<T> {
 
   bool fuses_scale() const override { return true; }
 
-  void pack(const Tile<T>& tile) const override {
-    batch_norm_pack_stub<T>(tile.ctx, map(tile).channels, static_cast<T>(tile.node.number("eps")), tile.theta[3], tile.theta[0], tile.packed);
-  }
+  bool takes_sets(const Node& node) const override { return has_own_operands(node); }
+
+  void pack(const Tile<T>& tile) const override { pack_weights(tile, 1, tile.packed); }
 
   void forward(const Tile<T>& tile, T* y) const override {
-    const ChannelMap m = map(tile);
-    batch_norm_stub<T>(tile.ctx, m, tile.n * rows(tile), tile.x[0], tile.theta[2], tile.packed, tile.packed + m.channels, tile.theta[1], y,
-                       x_hat(tile));
+    if (tile.sets == 1) return normalise(tile, map(tile), tile.packed, y);
+    Scratch<T> rstd(tile.ctx, map(tile).channels);
+    pack_weights(tile, 0, rstd.data());
+    normalise(tile, map_of_sets(tile, tile.theta_stride), rstd.data(), y);
   }
 
   void jvp(const Tile<T>& tile, const T* const* t_x, const ParameterTangents<T>& t_theta, const T* scale, T* t_y) const override {
@@ -168,7 +182,14 @@ class BatchNorm final : public Rule<T> {
 
   void vjp_input(const Tile<T>& tile, int /*i*/, const T* g_y, const T* scale, T* g_x, bool accumulate) const override {
     const ChannelMap m = map(tile);
-    channel_affine_stub<T>(tile.ctx, m, tile.V, tile.n * rows(tile), tile.packed + m.channels, g_y, nullptr, {}, scale, g_x, accumulate);
+    if (tile.sets == 1) {
+      channel_affine_stub<T>(tile.ctx, m, tile.V, tile.n * rows(tile), tile.packed + m.channels, g_y, nullptr, {}, scale, g_x, accumulate);
+      return;
+    }
+    Scratch<T> packed(tile.ctx, (1 + tile.sets) * m.channels);
+    pack_weights(tile, tile.sets, packed.data());
+    channel_affine_stub<T>(tile.ctx, map_of_sets(tile, m.channels), 1, tile.sets * tile.n * rows(tile), packed.data() + m.channels, g_y, nullptr, {},
+                           scale, g_x, accumulate);
   }
 
   void vjp_params(const Tile<T>& tile, const T* g_y, T* const* g_theta, int64_t stride) const override {
@@ -192,7 +213,20 @@ class BatchNorm final : public Rule<T> {
   }
 
  private:
+  static void pack_weights(const Tile<T>& tile, int64_t num, T* packed) {
+    batch_norm_pack_stub<T>(tile.ctx, map(tile).channels, static_cast<T>(tile.node.number("eps")), tile.theta[3], num, tile.theta[0],
+                            tile.theta_stride, packed);
+  }
+  static void normalise(const Tile<T>& tile, const ChannelMap& m, const T* rstd, T* y) {
+    batch_norm_stub<T>(tile.ctx, m, tile.sets * tile.n * rows(tile), tile.x[0], tile.theta[2], rstd, tile.theta[0], tile.theta[1], y, x_hat(tile));
+  }
   static ChannelMap map(const Tile<T>& tile) { return {1, tile.node.attribute("channels"), tile.node.attribute("run")}; }
+  static ChannelMap map_of_sets(const Tile<T>& tile, int64_t stride) {
+    ChannelMap m = map(tile);
+    m.rows_of_set = tile.n * rows(tile);
+    m.set_stride = stride;
+    return m;
+  }
   static int64_t rows(const Tile<T>& tile) { return tile.node.width / map(tile).size(); }
   static T* x_hat(const Tile<T>& tile) { return tile.node.is_trainable(0) ? tile.state[0] : nullptr; }
 };

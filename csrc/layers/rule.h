@@ -1,6 +1,6 @@
 // The contract of a rule: what one kind of node does forward, in tangent and cotangent direction, to second order, and per example.
 //
-// A tape at several parameter sets (plan/tape.h) hands all of them to a rule that takes_sets(), in forward, vjp_input and vjp_params alone: V is 1,
+// A tape at several parameter sets (plan/tape.h) hands all of them to a rule that takes_sets, in forward, vjp_input and vjp_params alone: V is 1,
 // every array but shared inputs is [sets, n, width], and parameters are read where they lie, nothing being packed. Other rules see a set at a time.
 //
 // Axes: V right-hand sides first, n examples of a tile, then the node's width. All pointers stand at the tile's first example, all arrays
@@ -125,7 +125,7 @@ class Rule {
 
   virtual bool fuses_scale() const { return false; }
 
-  virtual bool takes_sets() const { return false; }
+  virtual bool takes_sets(const Node&) const { return false; }
 };
 
 // Registry: name -> rule. A rule registers itself with INFL_REGISTER_RULE in its own file.

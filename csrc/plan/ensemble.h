@@ -5,13 +5,18 @@
 // every set it takes. Where threads outnumber sets, sets go one after another with all threads inside each kernel.
 //
 // A device takes all sets through each kernel: one tape stands at all of them (plan/tape.h). The number of launches does not depend on theirs but at
-// nodes that are called set by set: convolutions, norms, affine maps, and where a value of each set meets one that all share. Nothing waits for the
-// device but what checks indices in the data. An MLP of L layers, with an activation between two, takes
+// nodes that are called set by set: affine maps, products with a matrix, norms of which a part is frozen, and where a value of each set meets one
+// that all share. Nothing waits for the device but what checks indices in the data. An MLP of L layers, with an activation between two, takes
 //   forward    of each layer a batched product and its bias, and the activations                             3 L − 1 launches
 //   loss       values and gradients; zeros for what is dropped and the sums                                  2
 //   cotangents zeros for the gradient, a copy of the cotangent; of each layer a batched product and a sum of   4 L
 //              columns (two launches if long), above the first a batched product and the derivative
 //   update     of all parameters                                                                             1
+//
+// A convolution takes three launches forward (a copy of its input for the gradient, kernels packed, product) and at most six back (kernel's gradient
+// and a sum by channel, two each if long; kernels packed, product), whose grids have sets as a dimension; batch norm with given statistics takes
+// five, layer and group norm three.
+//
 // A set moves 10 P numbers (Adam: 12 P) at most: weights are read by two products, gradients zeroed, read, written, and five (seven) accesses are the
 // update's. A hidden unit of an example of a set moves 15: its product's output, 2 for the bias, 3 for the activation and its derivative, the next
 // product's input; its cotangent, 3 for the derivative, 2 for the weights' gradient, 1 for the bias's and the next product's input. The examples

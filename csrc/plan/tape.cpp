@@ -53,7 +53,7 @@ std::vector<typename Tape<T>::Part> Tape<T>::parts(int index, int64_t n) const {
   if (sets_ == 1 || !plan_->needs_tangent(node.output)) return {{0, 1, n}};
   const auto any = [](const std::vector<bool>& flags, bool wanted) { return std::find(flags.begin(), flags.end(), wanted) != flags.end(); };
   if (!any(node.trainable, true) && !any(node.needs_tangent, false)) return {{0, 1, sets_ * n}};
-  if (plan_->rule(index).takes_sets()) return {{0, sets_, n}};
+  if (plan_->rule(index).takes_sets(node)) return {{0, sets_, n}};
   std::vector<Part> each;
   for (int64_t set = 0; set < sets_; ++set) each.push_back({set, 1, n});
   return each;

@@ -36,6 +36,36 @@ class TiedTwice(nn.Module):
         return self.head(torch.tanh(self.alias(torch.tanh(self.hidden(torch.tanh(self.hidden(x)))))))
 
 
+class FrozenNorm(nn.BatchNorm2d):
+    """Normalises by statistics that are given, in training too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The running statistics' affine map."""
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps)
+
+
+class ResidualImages(nn.Module):
+    """What small convolutional networks are made of: strides, groups, norms, a shortcut, pooling, a frozen kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(1, 4, 3, padding=1, bias=False), FrozenNorm(4)
+        self.inner, self.shortcut = nn.Conv2d(4, 8, 3, stride=2, padding=1, groups=2), nn.Conv2d(4, 8, 1, stride=2)
+        self.groups, self.each = nn.GroupNorm(2, 8), nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.up, self.frozen, self.head = nn.ConvTranspose2d(8, 5, 2, stride=2), nn.Conv2d(5, 6, 2), nn.Linear(6, 3)
+        self.norm.running_mean, self.norm.running_var = torch.linspace(-1, 1, 4), torch.linspace(0.5, 2, 4)
+        self.frozen.weight.requires_grad_(False)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of images ``[N, 1, 6, 6]``."""
+        x = torch.relu(self.norm(self.stem(x)))
+        x = torch.relu(self.groups(self.inner(x)) + self.shortcut(x))
+        x = F.max_pool2d(torch.relu(self.up(torch.tanh(self.each(x)))), 2)
+        z: Tensor = self.head(torch.tanh(self.frozen(x)).mean(dim=(2, 3)))
+        return z
+
+
 class Autoencoder(nn.Module):
     """Encoder ``W`` and decoder ``Wᵀ``."""
 

@@ -334,8 +334,8 @@ void run_product(const Context& ctx, const Convolution& conv, const Geometry<T>&
         if (!terms[t].prepared && terms[t].in_batch != 0) geometry.fill(terms[t].in + v * terms[t].in_batch + i * in_width, buffers[t]);
         operands[t] = {terms[t].prepared ? shared[t] : buffers[t], terms[t].packed + v * terms[t].packed_batch};
       }
-      product.run(operands, p.bias ? p.bias + v * p.bias_batch : nullptr, p.scale ? p.scale + i * out_width : nullptr,
-                  p.out + (v * p.n + i) * out_width, p.accumulate);
+      product.run(operands, p.bias ? p.bias + v * p.bias_batch : nullptr,
+                  p.scale ? p.scale + ((p.scales_each ? v * p.n : 0) + i) * out_width : nullptr, p.out + (v * p.n + i) * out_width, p.accumulate);
     }
   });
 }

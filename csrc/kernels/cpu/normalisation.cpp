@@ -81,7 +81,7 @@ void layer_norm(const Context& ctx, const ChannelMap& map, int64_t rows, bool ce
     rstd[r] = inverse;
 #pragma omp simd
     for (int64_t j = 0; j < size; ++j) hat[j] = ((from[j] - mean) - rest) * inverse;
-    const int64_t first = r % map.groups * map.channels;
+    const int64_t first = map.first(r);
     if (map.run == 1) {
       const T* weight = w ? w + first : ones;
       const T* bias = b ? b + first : zeros;
@@ -350,7 +350,7 @@ void layer_norm_second_order(const Context& ctx, const ChannelMap& map, int64_t 
     moved.resize(size);
     const T* hat = x_hat + r * size;
     const T* g = g_y + r * size;
-    const int64_t first = r % map.groups * map.channels;
+    const int64_t first = map.first(r);
     weigh(map, w ? w + first : constant<1, T>(map.channels), g, weighted.data());
     const Sums<T> g_mean = means(row_sums<false, T>(size, nullptr, weighted.data(), hat));
     for (int64_t v = 0; v < V; ++v) {
@@ -372,27 +372,28 @@ void layer_norm_second_order(const Context& ctx, const ChannelMap& map, int64_t 
 }
 
 template <class T>
-void batch_norm_pack(const Context&, int64_t channels, T eps, const T* variance, const T* w, T* packed) {
+void batch_norm_pack(const Context&, int64_t channels, T eps, const T* variance, int64_t num, const T* w, int64_t w_batch, T* packed) {
   for (int64_t c = 0; c < channels; ++c) {
     packed[c] = inverse_deviation(variance[c], eps);
-    packed[channels + c] = w ? w[c] * packed[c] : packed[c];
+    for (int64_t k = 0; k < num; ++k) packed[(k + 1) * channels + c] = w ? w[k * w_batch + c] * packed[c] : packed[c];
   }
 }
 
 template <class T>
-void batch_norm(const Context& ctx, const ChannelMap& map, int64_t rows, const T* x, const T* mean, const T* rstd, const T* a, const T* b, T* y,
+void batch_norm(const Context& ctx, const ChannelMap& map, int64_t rows, const T* x, const T* mean, const T* rstd, const T* w, const T* b, T* y,
                 T* x_hat) {
   const int64_t size = map.size(), run = map.run;
   const int threads = threads_for(ctx, rows * size);
-  const T* bias = b ? b : constant<0, T>(map.channels);
+  const T *ones = constant<1, T>(map.channels), *zeros = constant<0, T>(map.channels);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t r = 0; r < rows; ++r) {
     const T* from = x + r * size;
     T* to = y + r * size;
     T* hat = x_hat ? x_hat + r * size : nullptr;
+    const T *weights = w ? w + map.first(r) : ones, *bias = b ? b + map.first(r) : zeros;
     if (run == 1) {
 #pragma omp simd
-      for (int64_t j = 0; j < size; ++j) to[j] = (from[j] - mean[j]) * a[j] + bias[j];
+      for (int64_t j = 0; j < size; ++j) to[j] = (from[j] - mean[j]) * (rstd[j] * weights[j]) + bias[j];
       if (hat) {
 #pragma omp simd
         for (int64_t j = 0; j < size; ++j) hat[j] = (from[j] - mean[j]) * rstd[j];
@@ -400,7 +401,7 @@ void batch_norm(const Context& ctx, const ChannelMap& map, int64_t rows, const T
       continue;
     }
     for (int64_t c = 0; c < map.channels; ++c) {
-      const T m = mean[c], factor = a[c], shift = bias[c], inverse = rstd[c];
+      const T m = mean[c], inverse = rstd[c], factor = inverse * weights[c], shift = bias[c];
 #pragma omp simd
       for (int64_t j = c * run; j < (c + 1) * run; ++j) to[j] = (from[j] - m) * factor + shift;
       if (hat) {
@@ -420,7 +421,7 @@ void channel_affine_rows(const Context& ctx, const ChannelMap& map, int64_t V, i
   const T *ones = constant<1, T>(map.channels), *zeros = constant<0, T>(map.channels);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t r = 0; r < rows; ++r) {
-    const int64_t first = r % map.groups * map.channels;
+    const int64_t first = map.first(r);
     const T* hat = kParameters == 2 ? x_hat + r * size : nullptr;
     const T* factor = kWrite == Write::scaled ? scale + r * size : nullptr;
     for (int64_t v = 0; v < V; ++v) {

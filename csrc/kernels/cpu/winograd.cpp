@@ -280,7 +280,7 @@ void product(const Context& ctx, const Convolution& conv, const ConvolutionProdu
       for (int64_t i = 0; i < unit.images; ++i) {
         transform_output<T>(out, unit.rows, products + i * unit.rows * out.tiles[1] * out.blocks, out_stride, result);
         Turn<T>{out, unit.lines(out)}.out(result, p.bias ? p.bias + v * p.bias_batch : nullptr,
-                                          p.scale ? p.scale + (unit.image + i) * out_width : nullptr, p.accumulate,
+                                          p.scale ? p.scale + ((p.scales_each ? v * p.n : 0) + unit.image + i) * out_width : nullptr, p.accumulate,
                                           p.out + (v * p.n + unit.image + i) * out_width);
       }
     }

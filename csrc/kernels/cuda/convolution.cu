@@ -10,8 +10,16 @@
 // of Tf32 or 16 of Bfloat16 and reads 48 or 24 words: at the rates of sm_80 Tf32 is bound by the tensor cores (512 cycles), Bfloat16 by
 // them (256) and the instructions of the gathering about equally. Every tile leaves room for two blocks on a processor.
 //
-// Groups of at most four channels (depthwise: one) have nothing to gather for: a thread takes a position with all channels of the group and reads
-// what it multiplies from the caches; up to four right-hand sides share what they share. 1 x 1 kernels of many channels are the vendor's products.
+// Groups of at most four channels have nothing to gather for: a thread takes a position with all channels of the group, weights in shared memory, or
+// (depthwise) in the caches, where up to four right-hand sides share what they share. 1 x 1 kernels of many channels are the vendor's products.
+//
+// Few channels in full precision. A row of K costs a warp about 12 instructions for every 32 elements that it gathers, whatever is made of them, and
+// a tile of 32 by 128 about 50 for 32 positions, of which a layer of six channels (the first of LeNet, and the cotangent of its second) uses a fifth.
+// Up to eight channels are therefore a thread's, with weights in shared memory: 8 multiplications, one load of x, two words of weights and the test
+// of the edge, about 14 (counted, not measured); above, up to 16 rows are a tile of 16 by 128, about 30. So LeNet's first layer at 512 examples (28 x
+// 28 positions, 25 taps) is 0.16 of 10^9 multiplications, a third of them by zeros, beside 9.6 MB written: bound by memory at the rates of sm_90, no
+// longer by instructions. 64 channels of 3 x 3 on 32 x 32 (a ResNet's first stage) multiply 288 times for a byte that they read or write: bound by
+// arithmetic.
 //
 // Packed weights are [group][inner channel][tap][row]: a step in K reads neighbouring rows.
 #include "kernels/convolution.h"
@@ -76,7 +84,8 @@ struct Product {
   bool accumulate = false, vectorised = false;
   int64_t row_tiles = 1, position_tiles = 1;
 
-  Product(const ConvolutionShape& s, int64_t num_sides, int64_t n) : shape(s), V(num_sides), images(n), scale_images(n) {}
+  Product(const ConvolutionShape& s, const ConvolutionProduct<T>& of)
+      : shape(s), V(of.V), images(of.n), scale_images(of.scales_each ? of.V * of.n : of.n) {}
 
   int64_t blocks() const { return row_tiles * position_tiles * V * shape.groups * shape.phases(); }
 };
@@ -109,7 +118,8 @@ struct Target {
 
 template <class T>
 __device__ Target target_of(const Product<T>& p, int64_t v, int64_t image) {
-  return {(v * p.images + image) * p.shape.out_image, p.scale ? image % p.scale_images * p.shape.out_image : 0};
+  const int64_t at = v * p.images + image;
+  return {at * p.shape.out_image, p.scale ? at % p.scale_images * p.shape.out_image : 0};
 }
 
 template <class T>
@@ -295,11 +305,11 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) product_kernel(const Produc
   }
 }
 
-constexpr int kDirectThreads = 256, kDirectRows = 4;
+constexpr int kDirectThreads = 256;
 
-// A thread a position: kRows channels of the group, kSides right-hand sides.
-template <class T, int kRows, int kSides>
-__global__ void __launch_bounds__(kDirectThreads) direct_kernel(const Product<T> p) {
+// A thread a position of a group of one channel, for kSides right-hand sides.
+template <class T, int kSides>
+__global__ void __launch_bounds__(kDirectThreads, 2) direct_kernel(const Product<T> p) {
   __shared__ PhaseAxis axes[3];
   const ConvolutionShape& shape = p.shape;
   const Work work = work_of(p, (p.V + kSides - 1) / kSides);
@@ -313,11 +323,11 @@ __global__ void __launch_bounds__(kDirectThreads) direct_kernel(const Product<T>
   const Place3 q = place_of(static_cast<int>(position - image * count), axes[1].outputs, axes[2].outputs);
   const int d0 = q.d * axes[0].spacing + axes[0].base, h0 = q.h * axes[1].spacing + axes[1].base, w0 = q.w * axes[2].spacing + axes[2].base;
   const int depth = shape.axes[0].in_size, height = shape.axes[1].in_size, width = shape.axes[2].in_size;
-  T sum[kSides][kRows] = {};
+  T sum[kSides] = {};
   for (int t = 0; t < p.num_terms; ++t) {
     const ConvolutionTerm<T>& term = p.terms[t];
     const T* in = term.in + v0 * term.in_batch + image * term.prepared + work.group * shape.inner * shape.in_plane;
-    const T* weights = term.packed + v0 * term.packed_batch + work.group * shape.inner * shape.taps * shape.rows;
+    const T* weights = term.packed + v0 * term.packed_batch + work.group * shape.inner * shape.taps;
     for (int c = 0; c < shape.inner; ++c) {
       for (int i = 0; i < axes[0].taps; ++i) {
         const int d = d0 + i * axes[0].shift;
@@ -332,15 +342,11 @@ __global__ void __launch_bounds__(kDirectThreads) direct_kernel(const Product<T>
           for (int l = 0; l < axes[2].taps; ++l) {
             const int w = w0 + l * axes[2].shift;
             if (static_cast<unsigned>(w) >= static_cast<unsigned>(width)) continue;
-            const T* own = weights + (c * shape.taps + k + l * axes[2].k_step) * shape.rows;
+            const T* own = weights + c * shape.taps + k + l * axes[2].k_step;
             INFL_UNROLL(4)
             for (int b = 0; b < kSides; ++b) {
               if (b >= sides) continue;
-              const T x = in[b * term.in_batch + line + w];
-              INFL_UNROLL(4)
-              for (int r = 0; r < kRows; ++r) {
-                if (r < shape.rows) sum[b][r] += own[b * term.packed_batch + r] * x;
-              }
+              sum[b] += own[b * term.packed_batch] * in[b * term.in_batch + line + w];
             }
           }
         }
@@ -353,12 +359,88 @@ __global__ void __launch_bounds__(kDirectThreads) direct_kernel(const Product<T>
   for (int b = 0; b < kSides; ++b) {
     if (b >= sides) continue;
     const Target target = target_of(p, v0 + b, image);
-    INFL_UNROLL(4)
-    for (int r = 0; r < kRows; ++r) {
-      if (r >= shape.rows) continue;
-      const int64_t channel = work.group * shape.rows + r, at = channel * shape.out_plane + pixel;
-      p.out[target.out + at] = finish(p, target, at, bias_of(p, v0 + b, channel), sum[b][r]);
+    const int64_t at = work.group * shape.out_plane + pixel;
+    p.out[target.out + at] = finish(p, target, at, bias_of(p, v0 + b, work.group), sum[b]);
+  }
+}
+
+constexpr int kFewRows = 8, kFewestRows = 4;
+constexpr int64_t kSharedWeights = 16 << 10;  // bytes
+
+// Of a run of as many input channels as fit.
+template <class T>
+int64_t few_rows_channels(const ConvolutionShape& s) {
+  return std::min<int64_t>(s.inner, kSharedWeights / (int64_t{s.taps} * kFewRows * static_cast<int64_t>(sizeof(T))));
+}
+
+// A thread a position with all channels of the group, up to kRows, whose weights lie in shared memory, for `channels` of the input at a time.
+template <class T, int kRows>
+__global__ void __launch_bounds__(kDirectThreads, 2) few_rows_kernel(const Product<T> p, int channels) {
+  INFL_DYNAMIC_SHARED(T, own);  // [channels][taps][kRows], zeros where the group has fewer rows
+  __shared__ PhaseAxis axes[3];
+  constexpr int W = kVectorWidth<T>;
+  const ConvolutionShape& shape = p.shape;
+  const Work work = work_of(p, p.V);
+  const int thread = static_cast<int>(threadIdx.x);
+  if (thread < 3) axes[thread] = shape.axis(thread, work.phase);
+  __syncthreads();
+  const int count = axes[0].outputs * axes[1].outputs * axes[2].outputs;
+  const int64_t position = work.position_tile * kDirectThreads + thread;
+  const bool inside = position < p.images * count;
+  const int64_t image = inside ? position / count : 0;
+  const Place3 q = place_of(inside ? static_cast<int>(position - image * count) : 0, axes[1].outputs, axes[2].outputs);
+  const int d0 = q.d * axes[0].spacing + axes[0].base, h0 = q.h * axes[1].spacing + axes[1].base, w0 = q.w * axes[2].spacing + axes[2].base;
+  const int depth = shape.axes[0].in_size, height = shape.axes[1].in_size, width = shape.axes[2].in_size;
+  T sum[kRows] = {};
+  for (int t = 0; t < p.num_terms; ++t) {
+    const ConvolutionTerm<T>& term = p.terms[t];
+    const T* in = term.in + work.v * term.in_batch + image * term.prepared + work.group * shape.inner * shape.in_plane;
+    const T* weights = term.packed + work.v * term.packed_batch + work.group * shape.inner * shape.taps * shape.rows;
+    for (int first = 0; first < shape.inner; first += channels) {
+      const int last = first + channels < shape.inner ? first + channels : shape.inner;
+      __syncthreads();
+      for (int i = thread; i < (last - first) * shape.taps * kRows; i += kDirectThreads) {
+        const int k = first * shape.taps + i / kRows, row = i % kRows;
+        own[i] = row < shape.rows ? weights[k * shape.rows + row] : T(0);
+      }
+      __syncthreads();
+      if (!inside) continue;
+      for (int c = first; c < last; ++c) {
+        for (int i = 0; i < axes[0].taps; ++i) {
+          const int d = d0 + i * axes[0].shift;
+          if (static_cast<unsigned>(d) >= static_cast<unsigned>(depth)) continue;
+          for (int j = 0; j < axes[1].taps; ++j) {
+            const int h = h0 + j * axes[1].shift;
+            if (static_cast<unsigned>(h) >= static_cast<unsigned>(height)) continue;
+            const T* line = in + int64_t{c} * shape.in_plane + (d * height + h) * width;
+            const int k =
+                ((axes[0].k_first + i * axes[0].k_step) * shape.axes[1].kernel + axes[1].k_first + j * axes[1].k_step) * shape.axes[2].kernel +
+                axes[2].k_first;
+            const T* tap = own + ((c - first) * shape.taps + k) * kRows;
+            for (int l = 0; l < axes[2].taps; ++l, tap += axes[2].k_step * kRows) {
+              const int w = w0 + l * axes[2].shift;
+              const T x = static_cast<unsigned>(w) < static_cast<unsigned>(width) ? line[w] : T(0);
+              INFL_UNROLL(8)
+              for (int r = 0; r < kRows; r += W) {
+                const auto weight = load<W>(tap + r);
+                INFL_UNROLL(4)
+                for (int e = 0; e < W; ++e) sum[r + e] += weight.v[e] * x;
+              }
+            }
+          }
+        }
+      }
     }
+  }
+  if (!inside) return;
+  const int pixel = ((q.d * axes[0].step + axes[0].first) * shape.axes[1].out_size + q.h * axes[1].step + axes[1].first) * shape.axes[2].out_size +
+                    q.w * axes[2].step + axes[2].first;
+  const Target target = target_of(p, work.v, image);
+  INFL_UNROLL(8)
+  for (int r = 0; r < kRows; ++r) {
+    if (r >= shape.rows) continue;
+    const int64_t channel = work.group * shape.rows + r, at = channel * shape.out_plane + pixel;
+    p.out[target.out + at] = finish(p, target, at, bias_of(p, work.v, channel), sum[r]);
   }
 }
 
@@ -375,12 +457,21 @@ void run(const Context& ctx, Product<T>& p) {
   launch(ctx, "convolution_product", &product_kernel<Tile>, dim3(static_cast<unsigned>(p.blocks())), dim3(Tile::kThreads), 0, p);
 }
 
-template <class T, int kRows, int kSides>
+template <class T, int kSides>
 void run_direct(const Context& ctx, Product<T>& p) {
   p.row_tiles = 1;
   p.position_tiles = ceil_div(p.images * p.shape.outputs(), kDirectThreads);
   const int64_t blocks = p.blocks() / p.V * ceil_div(p.V, kSides);
-  launch(ctx, "convolution_product", &direct_kernel<T, kRows, kSides>, dim3(static_cast<unsigned>(blocks)), dim3(kDirectThreads), 0, p);
+  launch(ctx, "convolution_product", &direct_kernel<T, kSides>, dim3(static_cast<unsigned>(blocks)), dim3(kDirectThreads), 0, p);
+}
+
+template <class T, int kRows>
+void run_few_rows(const Context& ctx, Product<T>& p) {
+  const int64_t channels = few_rows_channels<T>(p.shape), bytes = channels * p.shape.taps * kRows * static_cast<int64_t>(sizeof(T));
+  p.row_tiles = 1;
+  p.position_tiles = ceil_div(p.images * p.shape.outputs(), kDirectThreads);
+  launch(ctx, "convolution_product", &few_rows_kernel<T, kRows>, dim3(static_cast<unsigned>(p.blocks())), dim3(kDirectThreads), bytes, p,
+         static_cast<int>(channels));
 }
 
 // The largest of three tiles that leaves no processor without a block; `Low` for few rows.
@@ -401,6 +492,8 @@ void run_on_tensor_cores(const Context& ctx, Product<float>& p) {
 void run_tiled(const Context& ctx, Product<float>& p) {
   if (ctx.precision == Precision::tf32) return run_on_tensor_cores<Tf32>(ctx, p);
   if (ctx.precision == Precision::bfloat16) return run_on_tensor_cores<Bfloat16>(ctx, p);
+  using Lowest = RegisterTile<float, 16, 128, 4, 4>;
+  if (p.shape.rows <= Lowest::kRows) return run<Lowest>(ctx, p);
   run_largest<RegisterTile<float, 32, 128, 4, 4>, RegisterTile<float, 128, 128, 8, 8>, RegisterTile<float, 64, 128, 4, 8>,
               RegisterTile<float, 64, 64, 4, 4>>(ctx, p);
 }
@@ -425,10 +518,13 @@ struct Finish {
 };
 
 // A kernel of one tap that moves nothing is a product of matrices [rows, inner] and [inner, plane] for each image. All right-hand sides are one batch
-// where they share the weights.
+// where they share the weights, else a call each, which is to be worth its launch (3 µs at 10^13 operations a second).
 template <class T>
-bool multiplies(const ConvolutionShape& s) {
+bool multiplies(const Product<T>& p) {
   constexpr int kChannels = 64;  // fewer do not pay for a second pass over the output
+  constexpr int64_t kOperations = 30'000'000;
+  const ConvolutionShape& s = p.shape;
+  if (p.V > 1 && 2 * s.rows * s.inner * (p.images * s.out_plane) < kOperations) return false;
   bool in_place = s.taps == 1 && s.groups == 1 && s.rows >= kChannels && s.inner >= kChannels;
   for (const ConvolutionAxis& axis : s.axes) in_place = in_place && axis.stride == 1 && axis.padding == 0 && axis.in_size == axis.out_size;
   return in_place;
@@ -459,7 +555,7 @@ void multiply(const Context& ctx, Product<T>& p) {
 template <class T>
 void convolution_product(const Context& ctx, const Convolution& conv, const ConvolutionProduct<T>& given) {
   if (given.V == 0 || given.n == 0) return;
-  Product<T> p(ConvolutionShape(conv, given.up), given.V, given.n);
+  Product<T> p(ConvolutionShape(conv, given.up), given);
   bool as_images = given.bias == nullptr || given.bias_batch == 0;  // right-hand sides that share the weights are images
   for (const ConvolutionTerm<T>& term : given.terms) {
     if (term.in == nullptr) continue;
@@ -480,9 +576,12 @@ void convolution_product(const Context& ctx, const Convolution& conv, const Conv
   const ConvolutionShape& s = p.shape;
   p.vectorised = s.phases() == 1 && s.out_plane % kVectorWidth<T> == 0 && is_aligned({p.out});
   for (const ConvolutionAxis& axis : s.axes) p.vectorised = p.vectorised && (!s.up || axis.stride == 1);
-  if (p.num_terms > 0 && multiplies<T>(s)) return multiply(ctx, p);
-  if (s.rows == 1) return p.V == 1 ? run_direct<T, 1, 1>(ctx, p) : run_direct<T, 1, 4>(ctx, p);
-  if (s.rows <= kDirectRows) return run_direct<T, kDirectRows, 1>(ctx, p);
+  if (p.num_terms > 0 && multiplies(p)) return multiply(ctx, p);
+  if (s.rows == 1) return p.V == 1 ? run_direct<T, 1>(ctx, p) : run_direct<T, 4>(ctx, p);
+  if (few_rows_channels<T>(s) > 0) {
+    if (s.rows <= kFewestRows) return run_few_rows<T, kFewestRows>(ctx, p);
+    if (s.rows <= kFewRows && (std::is_same_v<T, double> || ctx.precision == Precision::full)) return run_few_rows<T, kFewRows>(ctx, p);
+  }
   run_tiled(ctx, p);
 }
 

@@ -47,9 +47,6 @@ __device__ inline int64_t quotient(int64_t a, int64_t b) {
   return (a | b) >> 32 == 0 ? static_cast<int64_t>(static_cast<uint32_t>(a) / static_cast<uint32_t>(b)) : a / b;
 }
 
-// Number of a row's weights, of which element j has the (j / run)-th.
-__device__ inline int64_t first_channel(const ChannelMap& map, int64_t row) { return row % map.groups * map.channels; }
-
 template <class T, int kTeam>
 __global__ void __launch_bounds__(kThreads)
     layer_norm_kernel(ChannelMap map, int64_t rows, bool centre, T eps, const T* x, const T* w, const T* b, T* y, T* x_hat, T* rstd) {
@@ -77,7 +74,7 @@ __global__ void __launch_bounds__(kThreads)
   // A single element is its own mean: x̂ and its derivative vanish, and no rounding error is to be divided by sqrt(eps).
   const T inverse = centre && size == 1 ? T(0) : inverse_deviation(square / T(size) - rest * rest, eps);
   if (thread == 0) rstd[row] = inverse;
-  const int64_t first = first_channel(map, row);
+  const int64_t first = map.first(row);
   for (int64_t j = thread; j < size; j += kTeam) {
     const int64_t c = first + quotient(j, map.run);
     const T hat = ((x[j] - mean) - rest) * inverse;
@@ -113,7 +110,7 @@ template <class T, bool kTangent, int kTeam, int B, int W>
 __global__ void __launch_bounds__(kThreads) derivative_kernel(const Derivative<T> p) {
   const int64_t item = team_index<kTeam>(), size = p.map.channels * p.map.run;
   if (item >= (p.V + B - 1) / B * p.rows) return;
-  const int64_t row = item % p.rows, v0 = item / p.rows * B, first = first_channel(p.map, row), apart = p.rows * size;
+  const int64_t row = item % p.rows, v0 = item / p.rows * B, first = p.map.first(row), apart = p.rows * size;
   const int thread = static_cast<int>(threadIdx.x) % kTeam, sides = p.V - v0 < B ? static_cast<int>(p.V - v0) : B;
   const T* x_hat = p.x_hat + row * size;
   const T* in = p.in + v0 * apart + row * size;
@@ -218,7 +215,7 @@ template <class T, int kTeam, int B, int W>
 __global__ void __launch_bounds__(kThreads) second_order_kernel(const SecondOrder<T> p) {
   const int64_t item = team_index<kTeam>(), size = p.map.channels * p.map.run;
   if (item >= (p.V + B - 1) / B * p.rows) return;
-  const int64_t row = item % p.rows, v0 = item / p.rows * B, first = first_channel(p.map, row), apart = p.rows * size;
+  const int64_t row = item % p.rows, v0 = item / p.rows * B, first = p.map.first(row), apart = p.rows * size;
   const int thread = static_cast<int>(threadIdx.x) % kTeam, sides = p.V - v0 < B ? static_cast<int>(p.V - v0) : B;
   const T *x_hat = p.x_hat + row * size, *g = p.g + row * size, *t = p.t + v0 * apart + row * size, *t_hat = p.t_hat + v0 * apart + row * size;
   const T* t_w = p.t_w ? p.t_w + v0 * p.t_w_stride : nullptr;
@@ -313,40 +310,44 @@ struct BatchNormPack {
   int64_t channels;
   T eps;
   const T *variance, *w;
+  int64_t w_batch;
   T* packed;
   template <int W>
-  __device__ void run(int64_t c) const {
+  __device__ void run(int64_t i) const {
+    const int64_t row = i / channels, c = i % channels;
     const T rstd = inverse_deviation(variance[c], eps);
-    packed[c] = rstd;
-    packed[channels + c] = w ? w[c] * rstd : rstd;
+    packed[i] = row > 0 && w ? w[(row - 1) * w_batch + c] * rstd : rstd;
   }
 };
 
 template <class T>
-void batch_norm_pack(const Context& ctx, int64_t channels, T eps, const T* variance, const T* w, T* packed) {
-  for_each_element(ctx, "batch_norm_pack", channels, BatchNormPack<T>{channels, eps, variance, w, packed});
+void batch_norm_pack(const Context& ctx, int64_t channels, T eps, const T* variance, int64_t num, const T* w, int64_t w_batch, T* packed) {
+  for_each_element(ctx, "batch_norm_pack", (1 + num) * channels, BatchNormPack<T>{channels, eps, variance, w, w_batch, packed});
 }
 
-// Channel of an element of an array of rows: they lie channel after channel.
-__device__ inline int64_t channel_of(const ChannelMap& map, int64_t element) {
-  const int64_t run = quotient(element, map.run), total = map.groups * map.channels;
-  return run - quotient(run, total) * total;
+// Channel of an element of an array of rows, which lie channel after channel, and its place in the weights.
+struct Channel {
+  int64_t number, weight;
+};
+
+__device__ inline Channel channel_of(const ChannelMap& map, int64_t element) {
+  const int64_t run = quotient(element, map.run), total = map.groups * map.channels, c = run - quotient(run, total) * total;
+  return {c, map.rows_of_set ? quotient(run, map.rows_of_set * map.channels) * map.set_stride + c : c};
 }
 
 template <class T>
 struct BatchNorm {
   ChannelMap map;
-  const T *x, *mean, *rstd, *a, *b;
+  const T *x, *mean, *rstd, *w, *b;
   T *y, *x_hat;
   template <int W>
   __device__ void run(int64_t i) const {
     const auto from = load<W>(x + i);
     Vector<T, W> to, hat;
     for (int k = 0; k < W; ++k) {
-      const int64_t c = channel_of(map, i + k);
-      const T d = from.v[k] - mean[c];
-      to.v[k] = d * a[c] + (b ? b[c] : T(0));
-      hat.v[k] = d * rstd[c];
+      const Channel c = channel_of(map, i + k);
+      hat.v[k] = (from.v[k] - mean[c.number]) * rstd[c.number];
+      to.v[k] = (w ? w[c.weight] * hat.v[k] : hat.v[k]) + (b ? b[c.weight] : T(0));
     }
     store<W>(y + i, to);
     if (x_hat) store<W>(x_hat + i, hat);
@@ -354,9 +355,9 @@ struct BatchNorm {
 };
 
 template <class T>
-void batch_norm(const Context& ctx, const ChannelMap& map, int64_t rows, const T* x, const T* mean, const T* rstd, const T* a, const T* b, T* y,
+void batch_norm(const Context& ctx, const ChannelMap& map, int64_t rows, const T* x, const T* mean, const T* rstd, const T* w, const T* b, T* y,
                 T* x_hat) {
-  for_each_flat<T>(ctx, "batch_norm", 1, rows * map.size(), {x, y, x_hat}, BatchNorm<T>{map, x, mean, rstd, a, b, y, x_hat});
+  for_each_flat<T>(ctx, "batch_norm", 1, rows * map.size(), {x, y, x_hat}, BatchNorm<T>{map, x, mean, rstd, w, b, y, x_hat});
 }
 
 template <class T>
@@ -373,7 +374,7 @@ struct ChannelAffine {
     int64_t channel[W];
     Vector<T, W> weight, hat, factor;
     for (int k = 0; k < W; ++k) {
-      channel[k] = channel_of(map, i + k);
+      channel[k] = channel_of(map, i + k).weight;
       weight.v[k] = a ? a[channel[k]] : T(1);
     }
     if (t_theta.w) hat = load<W>(x_hat + i);

@@ -1,0 +1,30 @@
+# Sourced by cuda_build.sh and gpu.sh: what a build with CUDA kernels needs of the machine, for the interpreter $python. `cuda_environment WHO` exports
+# CUDA_HOME and CPATH, or says in a sentence what is missing and fails.
+
+has() { "$python" -c "import $1" 2>/dev/null; } # module
+
+cuda_environment() {
+  local who=$1 version includes
+  if [ -z "${CUDA_HOME:-}" ] && [ -d /usr/local/cuda ]; then export CUDA_HOME=/usr/local/cuda; fi
+  if [ -n "${CUDA_HOME:-}" ]; then PATH=$PATH:$CUDA_HOME/bin; fi
+  command -v nvcc >/dev/null || { echo "$who: expected the CUDA toolkit, found no nvcc; install it, or put it on PATH or in CUDA_HOME." >&2; return 1; }
+  command -v "${CXX:-c++}" >/dev/null || { echo "$who: expected a C++ compiler, found no '${CXX:-c++}'; install g++ or set CXX." >&2; return 1; }
+  version=$("$python" -c 'import torch; print(torch.version.cuda or "")')
+  [ -n "$version" ] || { echo "$who: expected '$python' to have a CUDA build of torch, got one for the CPU; install one with CUDA." >&2; return 1; }
+  if [ "$(nvcc --version | sed -n 's/.*release \([0-9]*\)\..*/\1/p')" != "${version%%.*}" ]; then
+    echo "$who: expected nvcc of CUDA ${version%%.*}, with which this torch was built, got another; set PATH and CUDA_HOME to that toolkit." >&2
+    return 1
+  fi
+  "$python" -c 'import setuptools, sys; sys.exit(int(setuptools.__version__.split(".")[0]) < 77)' 2>/dev/null || {
+    echo "$who: expected setuptools 77 or later for '$python', which reads pyproject.toml, got an older one or none; install it." >&2
+    return 1
+  }
+  "$python" -c 'import pathlib, sys, sysconfig; sys.exit(not pathlib.Path(sysconfig.get_path("include"), "Python.h").exists())' || {
+    echo "$who: expected Python.h of '$python', found none; install its development package (python3-dev)." >&2
+    return 1
+  }
+  has ninja || command -v ninja >/dev/null || echo "$who: found no ninja, so one file is compiled after the other; expect an hour." >&2
+  # torch's wheels bring headers of their own CUDA; the toolkit may lack some.
+  includes=$("$python" -c 'import pathlib, torch; print(*sorted(pathlib.Path(torch.__file__).parents[1].glob("nvidia/*/include")), sep=":")')
+  if [ -n "$includes" ]; then export CPATH="$includes${CPATH:+:$CPATH}"; fi
+}

@@ -3,6 +3,7 @@ examples."""
 
 from __future__ import annotations
 
+import copy
 import functools
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from influence_ext.capture import CapturedGraph, capture, clear_cache, format_table
+from influence_ext.capture.lowering import recurrent
 from influence_ext.plan import Plan
 from influence_ext.testing import assert_close
 from tests.cases import NetworkCase, build
@@ -190,3 +192,24 @@ def test_rows_follow_the_buffer_that_picks_them() -> None:
     model.i[0] = 9  # type: ignore[operator, index]
     with pytest.raises(IndexError, match="9"):
         plan.linearize(X)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_are_unrolled_up_to_a_number_of_steps(kind: type[nn.RNNBase], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of all layers and directions count; beyond the limit, and as computed by it, torch runs the layer as a whole."""
+    torch.manual_seed(0)
+    model = Net(
+        lambda n, x: n.out(n.rnn(x)[0][:, -1]), rnn=kind(4, 3, num_layers=2, bidirectional=True, batch_first=True), out=dense(6, 2)
+    ).double()
+    X, V = normal(5, 6, 4), torch.randn(2, sum(p.numel() for p in model.parameters()), dtype=torch.float64)
+    monkeypatch.setattr(recurrent, "MAX_STEPS", 24)
+    clear_cache()
+    unrolled = Plan.of(model, X)
+    monkeypatch.setattr(recurrent, "MAX_STEPS", 23)
+    clear_cache()
+    whole = Plan.of(copy.deepcopy(model), X)
+    assert "generic" not in unrolled.report()
+    assert [node.rule for node in whole.graph.nodes if node.target.endswith(".input")] == ["generic"]
+    assert_close(unrolled.linearize(X).jvp(V), whole.linearize(X).jvp(V))
+    share = sum(node.operations for node in unrolled.graph.nodes) / sum(node.operations for node in whole.graph.nodes)
+    assert 0.8 < share < 2.0, "the arithmetic of a layer is counted once, unrolled or not"

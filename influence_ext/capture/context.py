@@ -61,6 +61,7 @@ class Context:
         self.nodes: list[Node] = []
         self.sources: list[fx.Node] = []
         self.values: dict[fx.Node, Value] = {}
+        self.parts: dict[fx.Node, list[Value]] = {}  # the outputs of an operator that has several and emits them together
         self.outputs = output_nodes(program)
         self.live = contributing(self.outputs)
         self.depends = parameter_dependence(program, exported.names)

@@ -1,4 +1,5 @@
-// A loop of gemm calls. Threads take examples; where C is summed over examples they take right-hand sides, or share each product.
+// A loop of gemm calls, a call for all examples where they fold into one product. Threads take examples; where C is summed over examples, or the
+// examples are one product, they take right-hand sides, or share each product.
 #include "kernels/batched_matmul.h"
 
 #include "kernels/cpu/parallel.h"
@@ -53,10 +54,38 @@ void example(const Context& ctx, const BatchedMatmul<T>& p, int64_t v0, int64_t 
   }
 }
 
+// Examples that share B are rows of one product, and examples that C sums over are terms of one: matrices of one row (a vector times a weight an
+// expert) would leave the register tiles empty.
+template <class T>
+void fold_examples(BatchedMatmul<T>& p) {
+  if (p.n == 1) return;
+  bool rows = p.c.n_stride != 0 && (p.M == 1 || p.c.n_stride == p.M * p.c.row_stride), terms = p.c.n_stride == 0;
+  for (int t = 0; t < 2; ++t) {
+    const auto &a = p.a[t], &b = p.b[t];
+    if (a.data == nullptr) continue;
+    rows = rows && a.n_stride != 0 && b.n_stride == 0 && (p.M == 1 || a.n_stride == p.M * a.row_stride) && (a.col_stride == 1 || p.K == 1);
+    terms = terms && a.n_stride != 0 && b.n_stride != 0 && (p.K == 1 || (a.n_stride == p.K * a.col_stride && b.n_stride == p.K * b.row_stride)) &&
+            (a.row_stride == 1 || p.M == 1) && (b.col_stride == 1 || p.N == 1);
+  }
+  if (!rows && !terms) return;
+  for (int t = 0; t < 2; ++t) {
+    if (rows && p.M == 1) p.a[t].row_stride = p.a[t].n_stride;
+    if (terms && p.K == 1) {
+      p.a[t].col_stride = p.a[t].n_stride;
+      p.b[t].row_stride = p.b[t].n_stride;
+    }
+  }
+  if (rows && p.M == 1) p.c.row_stride = p.c.n_stride;
+  (rows ? p.M : p.K) *= p.n;
+  p.n = 1;
+}
+
 template <class T>
 void batched_matmul(const Context& ctx, const BatchedMatmul<T>& given) {
   BatchedMatmul<T> p = given;
-  if (p.c.col_stride != 1 && p.N > 1) {  // Cᵀ = Bᵀ Aᵀ
+  // A column of C for each example, from a matrix that all share: the same as a row.
+  const bool column = p.N == 1 && p.M > 1 && p.c.row_stride == 1 && p.a[0].n_stride == 0 && p.a[1].n_stride == 0;
+  if ((p.c.col_stride != 1 && p.N > 1) || column) {  // Cᵀ = Bᵀ Aᵀ
     std::swap(p.M, p.N);
     for (int t = 0; t < 2; ++t) {
       p.a[t] = given.b[t].transposed();
@@ -65,6 +94,7 @@ void batched_matmul(const Context& ctx, const BatchedMatmul<T>& given) {
     }
     p.c = given.c.transposed();
   }
+  fold_examples(p);
   const int threads = p.V * p.n * p.M * p.N * p.K < 65536 ? 1 : ctx.num_threads;
   const Context alone{.num_threads = 1, .precision = ctx.precision};
   if (threads > 1 && p.c.n_stride != 0 && p.n >= threads) {

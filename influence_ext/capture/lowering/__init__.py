@@ -20,7 +20,18 @@ from influence_ext.capture.export import Exported
 from influence_ext.capture.generic import NodeOperator, Reference, Step
 from influence_ext.capture.graph import CapturedGraph, Problem, without_unread
 from influence_ext.capture.layout import NO_AXIS, Layout, is_free
-from influence_ext.capture.lowering import convolution, embedding, linear, movement, normalisation, pointwise, products, reduction, resize
+from influence_ext.capture.lowering import (
+    convolution,
+    embedding,
+    linear,
+    movement,
+    normalisation,
+    pointwise,
+    products,
+    recurrent,
+    reduction,
+    resize,
+)
 from influence_ext.capture.lowering.pointwise import ACTIVATION_KINDS
 from influence_ext.capture.lowering.table import Lowering
 from influence_ext.capture.prologue import Prologue
@@ -37,6 +48,7 @@ LOWERINGS: dict[str, Lowering] = {
     **reduction.LOWERINGS,
     **products.LOWERINGS,
     **resize.LOWERINGS,
+    **recurrent.LOWERINGS,
 }
 
 # Operators that give truth values, kept as 1 and 0: comparisons, and what moves their results.
@@ -46,7 +58,7 @@ PREDICATES: dict[str, Lowering] = {
 }
 
 # Called with the getitem node of an operator that returns a list of tensors.
-PART_LOWERINGS: dict[str, Lowering] = {**movement.PART_LOWERINGS}
+PART_LOWERINGS: dict[str, Lowering] = {**movement.PART_LOWERINGS, **recurrent.PART_LOWERINGS}
 
 
 class Unlowered(Exception):

@@ -126,14 +126,28 @@ class Encoder(nn.Module):
 class Recurrent(nn.Module):
     """A recurrent classifier that reads the last state."""
 
-    def __init__(self, kind: type[nn.LSTM] | type[nn.GRU], **options: Any):
+    def __init__(self, kind: type[nn.RNNBase], **options: Any):
         super().__init__()
         self.tokens = nn.Embedding(11, 6)
         self.rnn = kind(6, 5, batch_first=True, **options)
-        self.head = nn.Linear(5 * (2 if options.get("bidirectional") else 1), 3)
+        self.head = nn.Linear(options.get("proj_size", 5) * (2 if options.get("bidirectional") else 1), 3)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.rnn(self.tokens(x))[0][:, -1])
+
+
+class FinalStates(nn.Module):
+    """A recurrent classifier that reads the final states of all layers and directions, and no outputs."""
+
+    def __init__(self, kind: type[nn.RNNBase], **options: Any):
+        super().__init__()
+        self.tokens, self.rnn = nn.Embedding(11, 6), kind(6, 5, batch_first=True, **options)
+        self.head = nn.Linear(5 * options.get("num_layers", 1) * (2 if options.get("bidirectional") else 1), 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        states = self.rnn(self.tokens(x))[1]
+        h = states[0] * states[1].tanh() if isinstance(states, tuple) else states
+        return self.head(h.transpose(0, 1).flatten(1))
 
 
 class TimeFirst(nn.Module):
@@ -163,6 +177,20 @@ class Cells(nn.Module):
         h = c = x.new_zeros(x.shape[0], 4)
         for t in range(x.shape[1]):
             h, c = self.cell(x[:, t], (h, c))
+        return self.head(h)
+
+
+class PlainCells(nn.Module):
+    """A loop over cells of one state, the first state left to the cell."""
+
+    def __init__(self, kind: type[nn.GRUCell] | type[nn.RNNCell]):
+        super().__init__()
+        self.cell, self.head = kind(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = None
+        for t in range(x.shape[1]):
+            h = self.cell(x[:, t], h)
         return self.head(h)
 
 

@@ -2,8 +2,8 @@
 // convolution's elements reach anything later, and which these are is known from the forward pass. Kernels of the CPU; elsewhere the convolution is
 // multiplied as a whole and its elements are moved (pooling.h).
 //
-//   product  out[o, q] = (Σ_{c, k} w[o, c, k] x[c, i(o, q) + k − padding] + b[o]) · scale[o, q]      i(o, q): the place that window q chose in plane o
-//   weights  w[o, c, k] = Σ_q g[o, q] x[c, i(o, q) + k − padding]
+//   product  out[o, q] = (Σ_{c, k} w[o, c, k] x[c, i(o, q) + k − padding] + b[o]) · scale[o, q]      i(o, q): the place that window q chose in plane
+//   o weights  w[o, c, k] = Σ_q g[o, q] x[c, i(o, q) + k − padding]
 #pragma once
 
 #include <algorithm>
@@ -79,7 +79,8 @@ bool takes_picks(const Convolution& c, const Windows& w) {
   }
   const int64_t terms = c.x_channels * c.taps();
   const int64_t picked = lanes.blocks * w.out[1] * lanes.line_vectors(w) * (9 * terms / 5 + kTurn);
-  const int64_t whole = std::min(lanes.blocks * c.y_plane() * (terms + kTurn), c.y_channels * c.y_size[1] * ((c.y_size[2] + lanes.lanes - 1) / lanes.lanes) * terms);
+  const int64_t whole =
+      std::min(lanes.blocks * c.y_plane() * (terms + kTurn), c.y_channels * c.y_size[1] * ((c.y_size[2] + lanes.lanes - 1) / lanes.lanes) * terms);
   return 10 * picked < 9 * whole;
 }
 

@@ -57,7 +57,8 @@ class ConvolutionRule final : public Rule<T> {
   void forward(const Tile<T>& tile, T* y) const override {
     const ConvolutionShape s(tile.node);
     ConvolutionProduct<T> p = product(s, tile, s.transposed, 1, y);
-    if (prepares(tile.node, s)) convolution_prepare_stub<T>(tile.ctx, s.conv, p.n, tile.x[0], convolution_prepared_size<T>(tile.node, s), tile.state[0]);
+    if (prepares(tile.node, s))
+      convolution_prepare_stub<T>(tile.ctx, s.conv, p.n, tile.x[0], convolution_prepared_size<T>(tile.node, s), tile.state[0]);
     p.bias = tile.theta[1];
     if (takes_winograd(s.conv)) {
       p.terms[0] = {.in = tile.x[0], .packed = tile.packed + packed_both(s)};
@@ -190,18 +191,20 @@ class ConvolutionRule final : public Rule<T> {
   // Elements of W packed both ways for products; W for values comes after them where it is packed otherwise.
   static int64_t packed_both(const ConvolutionShape& s) { return convolution_packed_size(s.conv, false) + convolution_packed_size(s.conv, true); }
 
-  static const T* packed(const ConvolutionShape& s, const Tile<T>& tile, bool up) { return tile.packed + (up ? convolution_packed_size(s.conv, false) : 0); }
+  static const T* packed(const ConvolutionShape& s, const Tile<T>& tile, bool up) {
+    return tile.packed + (up ? convolution_packed_size(s.conv, false) : 0);
+  }
 
   // The kernel's gradient from g (a batch stride of 0: shared by the right-hand sides) and t_x, or the node's input without it, one for each `images`
   // images.
-  static void weights(const ConvolutionShape& s, const Tile<T>& tile, const T* g, int64_t g_batch, const T* t_x, int64_t images, T* out, int64_t batch,
-                      int64_t example) {
+  static void weights(const ConvolutionShape& s, const Tile<T>& tile, const T* g, int64_t g_batch, const T* t_x, int64_t images, T* out,
+                      int64_t batch, int64_t example) {
     const int64_t n = tile.n * s.images, x_batch = t_x ? tile.n * tile.node.input_widths[0] : 0;
     if (s.transposed) {
       convolution_weights_stub<T>(tile.ctx, s.conv, tile.V, n, g, g_batch, 0, t_x ? t_x : tile.x[0], x_batch, images, out, batch, example);
     } else {
-      convolution_weights_stub<T>(tile.ctx, s.conv, tile.V, n, t_x ? t_x : tile.state[0], x_batch, t_x ? 0 : convolution_prepared_size<T>(tile.node, s), g, g_batch,
-                                  images, out, batch, example);
+      convolution_weights_stub<T>(tile.ctx, s.conv, tile.V, n, t_x ? t_x : tile.state[0], x_batch,
+                                  t_x ? 0 : convolution_prepared_size<T>(tile.node, s), g, g_batch, images, out, batch, example);
     }
   }
 };

@@ -106,7 +106,7 @@ struct PickJob {
   const T* places;
   int64_t channel, line, columns, rows;  // of x, and the kernel's
   T* sums;
-  int64_t slot;                      // between windows in `sums`
+  int64_t slot;                     // between windows in `sums`
   const int64_t *windows, *counts;  // of each vector
 };
 
@@ -269,7 +269,10 @@ using PickSumsFn = void (*)(const PickSums<T>&);
 
 // Columns of a tile: as many as leave room for the lines that they read.
 template <int R>
-inline constexpr int kPickColumns = R <= 2 ? 4 : R == 3 ? 3 : R <= 5 ? 2 : 1;
+inline constexpr int kPickColumns = R <= 2   ? 4
+                                    : R == 3 ? 3
+                                    : R <= 5 ? 2
+                                             : 1;
 
 template <class T, int R, int... C>
 PickSumsFn<T> pick_sums_for(int64_t columns, int64_t& taken, std::integer_sequence<int, C...>) {
@@ -300,7 +303,8 @@ void pick_weights(const Context& ctx, const Convolution& conv, const Windows& w,
   const int64_t sums_block = ceil_div(cols, L) * L * L;
   const int64_t example_bytes = (geometry.padded + 2 * places_size) * static_cast<int64_t>(sizeof(T));
   const int threads = 2.0 * V * n * conv.weight_size() * plane < 5e5 ? 1 : ctx.num_threads;
-  const int64_t chunk = std::clamp<int64_t>(kTurnedBytes / example_bytes, 1, std::min(images, std::max<int64_t>(1, kRunPositions / (w.out[1] * vectors))));
+  const int64_t chunk =
+      std::clamp<int64_t>(kTurnedBytes / example_bytes, 1, std::min(images, std::max<int64_t>(1, kRunPositions / (w.out[1] * vectors))));
   // A thread takes blocks of images of their own sums, or shares of the images of one block.
   const int64_t shares = std::min<int64_t>(threads, images), parts = n / images * V * shares;
   T* all_sums = shares > 1 ? scratch<T>(parts * lanes.blocks * sums_block, 3) : nullptr;

@@ -163,6 +163,9 @@ void bind(py::module_& m, const std::string& suffix) {
                              })
       .def_property_readonly("fused_nodes", [](const Plan<T>& plan) {
         std::vector<std::string> names;
+        for (const Node& node : plan.nodes()) {
+          for (size_t k = 1; k < node.parts.size(); ++k) names.push_back(node.parts[k].name);
+        }
         for (const TangentStep& step : plan.schedules().tangent) {
           if (step.scale_by >= 0) names.push_back(plan.nodes()[step.scale_by].name);
         }

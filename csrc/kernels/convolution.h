@@ -68,6 +68,10 @@ struct ConvolutionProduct {
   bool scales_each = false;  // it is [V, n, channels, plane]
   T* out = nullptr;          // [V, n, channels, plane]
   bool accumulate = false;   // beta = 1
+  // On the CPU, of an input of which a max pool took some elements (convolution_picks.h): in is [.., n, channels, picked], and times `factor` (or 1)
+  // what is at the `places` [n, channels, picked] of planes that are zero elsewhere. Strides are 1.
+  int64_t picked = 0;
+  const T *places = nullptr, *factor = nullptr;
 };
 
 // Pack num kernels, w_batch apart, for the direction `up` or down; convolution_packed_size apart.

@@ -17,6 +17,7 @@
 #include "common/scratch.h"
 #include "kernels/convolution_weights.h"
 #include "kernels/movement.h"
+#include "layers/convolution_shape.h"
 #include "layers/rule.h"
 
 namespace infl {
@@ -27,9 +28,9 @@ class ConvolutionRule final : public Rule<T> {
  public:
   Storage storage(const Node& node) const override {
     check(node);
-    const Shape s(node);
+    const ConvolutionShape s(node);
     Storage storage{.keeps_input = {node.is_trainable(0) && s.transposed}, .state_widths = {}};
-    if (prepares(node, s)) storage.state_widths = {s.images * prepared_size(node, s)};
+    if (prepares(node, s)) storage.state_widths = {s.images * convolution_prepared_size<T>(node, s)};
     storage.packed_size = packed_both(s);
     if (takes_winograd(s.conv)) storage.packed_size += convolution_packed_size(s.direct(), s.transposed);
     if (node.is_trainable(0)) storage.tangent_packed_size = convolution_packed_size(s.conv, s.transposed);
@@ -44,14 +45,14 @@ class ConvolutionRule final : public Rule<T> {
   bool takes_sets(const Node&) const override { return true; }
 
   void pack(const Tile<T>& tile) const override {
-    const Shape s(tile.node);
+    const ConvolutionShape s(tile.node);
     convolution_pack_stub<T>(tile.ctx, s.conv, false, 1, tile.theta[0], 0, tile.packed);
     convolution_pack_stub<T>(tile.ctx, s.conv, true, 1, tile.theta[0], 0, tile.packed + convolution_packed_size(s.conv, false));
     if (takes_winograd(s.conv)) convolution_pack_stub<T>(tile.ctx, s.direct(), s.transposed, 1, tile.theta[0], 0, tile.packed + packed_both(s));
   }
 
   void pack_tangents(const Tile<T>& tile, const ParameterTangents<T>& t_theta, T* packed) const override {
-    const Shape s(tile.node);
+    const ConvolutionShape s(tile.node);
     convolution_pack_stub<T>(tile.ctx, s.conv, s.transposed, tile.V, t_theta.theta[0], t_theta.stride, packed);
     if (!tile.node.curved) return;
     packed += tile.V * convolution_packed_size(s.conv, s.transposed);
@@ -59,10 +60,11 @@ class ConvolutionRule final : public Rule<T> {
   }
 
   void forward(const Tile<T>& tile, T* y) const override {
-    const Shape s(tile.node);
+    const ConvolutionShape s(tile.node);
     if (tile.sets > 1) return forward_sets(s, tile, y);
     ConvolutionProduct<T> p = product(s, tile, s.transposed, 1, y);
-    if (prepares(tile.node, s)) convolution_prepare_stub<T>(tile.ctx, s.conv, p.n, tile.x[0], prepared_size(tile.node, s), tile.state[0]);
+    if (prepares(tile.node, s))
+      convolution_prepare_stub<T>(tile.ctx, s.conv, p.n, tile.x[0], convolution_prepared_size<T>(tile.node, s), tile.state[0]);
     p.bias = tile.theta[1];
     if (takes_winograd(s.conv)) {
       p.terms[0] = {.in = tile.x[0], .packed = tile.packed + packed_both(s)};
@@ -74,7 +76,7 @@ class ConvolutionRule final : public Rule<T> {
   }
 
   void jvp(const Tile<T>& tile, const T* const* t_x, const ParameterTangents<T>& t_theta, const T* scale, T* t_y) const override {
-    const Shape s(tile.node);
+    const ConvolutionShape s(tile.node);
     ConvolutionProduct<T> p = product(s, tile, s.transposed, tile.V, t_y);
     if (t_x[0]) p.terms[0] = {t_x[0], tile.n * tile.node.input_widths[0], 0, packed(s, tile, s.transposed), 0};
     if (t_theta.theta[0]) {
@@ -89,7 +91,7 @@ class ConvolutionRule final : public Rule<T> {
   }
 
   void vjp_input(const Tile<T>& tile, int /*i*/, const T* g_y, const T* scale, T* g_x, bool accumulate) const override {
-    const Shape s(tile.node);
+    const ConvolutionShape s(tile.node);
     ConvolutionProduct<T> p = product(s, tile, !s.transposed, tile.V * tile.sets, g_x);
     p.terms[0] = {.in = g_y, .in_batch = tile.n * tile.node.width};
     p.scale = scale;
@@ -101,14 +103,14 @@ class ConvolutionRule final : public Rule<T> {
   }
 
   void vjp_params(const Tile<T>& tile, const T* g_y, T* const* g_theta, int64_t stride) const override {
-    const Shape s(tile.node);
+    const ConvolutionShape s(tile.node);
     const int64_t n = tile.n * s.images;
     if (g_theta[0]) weights(s, tile, g_y, tile.n * tile.node.width, nullptr, n, g_theta[0], stride, 0);
     if (g_theta[1]) channel_sum_stub<T>(tile.ctx, tile.V * tile.sets, n, s.out_channels, s.out_plane, g_y, n, g_theta[1], stride, 0);
   }
 
   void second_order(const Tile<T>& tile, const SecondOrder<T>& order) const override {
-    const Shape s(tile.node);
+    const ConvolutionShape s(tile.node);
     ConvolutionProduct<T> p = product(s, tile, !s.transposed, tile.V, order.g_x[0]);
     p.terms[0] = {order.g_y, 0, false, order.t_theta.packed + tile.V * convolution_packed_size(s.conv, s.transposed),
                   convolution_packed_size(s.conv, !s.transposed)};
@@ -118,7 +120,7 @@ class ConvolutionRule final : public Rule<T> {
   }
 
   void per_example(const Tile<T>& tile, const T* g_y, FactorSink<T>& factors) const override {
-    const Shape s(tile.node);
+    const ConvolutionShape s(tile.node);
     const int64_t n = tile.n, V = tile.V;
     if (tile.node.is_trainable(0)) {
       // A position's outer product takes the columns of x and the cotangent; all positions of an example must cost less than their sum does.
@@ -126,7 +128,7 @@ class ConvolutionRule final : public Rule<T> {
       const bool few = positions <= kFewPositions && 2 * positions * (cols + V * s.out_channels) <= V * size;
       if (s.conv.groups == 1 && !s.transposed && (few || factors.outer())) {
         T* col = factors.allocate(n * positions * cols);
-        convolution_columns_stub<T>(tile.ctx, s.conv, n * s.images, tile.state[0], prepared_size(tile.node, s), col);
+        convolution_columns_stub<T>(tile.ctx, s.conv, n * s.images, tile.state[0], convolution_prepared_size<T>(tile.node, s), col);
         const T* row = g_y;
         if (s.out_plane > 1) {
           T* turned = factors.allocate(V * n * positions * s.out_channels);
@@ -156,43 +158,6 @@ class ConvolutionRule final : public Rule<T> {
  private:
   static constexpr int64_t kFewPositions = 4;
 
-  struct Shape {
-    explicit Shape(const Node& node) : transposed(node.attribute("transposed") != 0), out_channels(node.attribute("out_channels")) {
-      const int64_t in_channels = node.attribute("in_channels");
-      conv.groups = node.attribute("groups");
-      conv.x_channels = transposed ? out_channels : in_channels;
-      conv.y_channels = transposed ? in_channels : out_channels;
-      const auto &in = node.list("input"), &out = node.list("output");
-      for (int a = 0; a < 3; ++a) {
-        conv.x_size[a] = transposed ? out[a] : in[a];
-        conv.y_size[a] = transposed ? in[a] : out[a];
-        conv.kernel[a] = node.list("kernel")[a];
-        conv.stride[a] = node.list("stride")[a];
-        conv.dilation[a] = node.list("dilation")[a];
-        conv.padding[a] = node.list("padding")[a];
-      }
-      out_plane = transposed ? conv.x_plane() : conv.y_plane();
-      images = node.width / (out_channels * out_plane);
-    }
-    // The convolution of the output with a single tap, whose columns are the channels of each position.
-    Convolution pixels() const {
-      Convolution c;
-      c.x_channels = c.y_channels = out_channels;
-      for (int a = 0; a < 3; ++a) c.x_size[a] = c.y_size[a] = transposed ? conv.x_size[a] : conv.y_size[a];
-      return c;
-    }
-    // For values: their rounding errors move kinks of later activations, those of products only themselves.
-    Convolution direct() const {
-      Convolution c = conv;
-      c.direct = true;
-      return c;
-    }
-    Convolution conv;
-    bool transposed;
-    int64_t out_channels, out_plane;
-    int64_t images;  // of one example
-  };
-
   static void check(const Node& node) {
     const auto fail = [&node](const std::string& expected, const std::string& got) {
       throw std::invalid_argument("convolution (" + node.name + "): expected " + expected + ", got " + got + ".");
@@ -207,7 +172,7 @@ class ConvolutionRule final : public Rule<T> {
     if (in <= 0 || out <= 0 || groups <= 0 || in % groups != 0 || out % groups != 0) {
       fail("channels that are multiples of groups = " + std::to_string(groups), std::to_string(in) + " and " + std::to_string(out));
     }
-    const Shape s(node);
+    const ConvolutionShape s(node);
     const int64_t in_width = in * (s.transposed ? s.conv.y_plane() : s.conv.x_plane()), out_width = out * s.out_plane;
     if (s.images <= 0 || node.width != s.images * out_width || node.input_widths[0] != s.images * in_width) {
       fail("widths that are equal multiples of " + std::to_string(in_width) + " and " + std::to_string(out_width),
@@ -215,7 +180,7 @@ class ConvolutionRule final : public Rule<T> {
     }
   }
 
-  static ConvolutionProduct<T> product(const Shape& s, const Tile<T>& tile, bool up, int64_t V, T* out) {
+  static ConvolutionProduct<T> product(const ConvolutionShape& s, const Tile<T>& tile, bool up, int64_t V, T* out) {
     ConvolutionProduct<T> p;
     p.up = up;
     p.V = V;
@@ -225,30 +190,22 @@ class ConvolutionRule final : public Rule<T> {
   }
 
   // x is multiplied in every product, by the kernel's tangent and by the cotangent.
-  static bool prepares(const Node& node, const Shape& s) { return node.is_trainable(0) && !s.transposed; }
+  static bool prepares(const Node& node, const ConvolutionShape& s) { return node.is_trainable(0) && !s.transposed; }
 
-  // Of the node's one convolution, worked out once.
-  static int64_t prepared_size(const Node& node, const Shape& s) {
-    const Context host{};
-    return *node.derived_on(host, "prepared size", [&] {
-      int64_t size = 0;
-      convolution_prepared_size_stub<T>(host, s.conv, &size);
-      return std::vector<int64_t>{size};
-    });
-  }
-
-  static ConvolutionTerm<T> input(const Shape& s, const Tile<T>& tile) {
-    if (prepares(tile.node, s)) return {.in = tile.state[0], .prepared = prepared_size(tile.node, s)};
+  static ConvolutionTerm<T> input(const ConvolutionShape& s, const Tile<T>& tile) {
+    if (prepares(tile.node, s)) return {.in = tile.state[0], .prepared = convolution_prepared_size<T>(tile.node, s)};
     return {.in = tile.x[0]};
   }
 
   // Elements of W packed both ways for products; W for values comes after them where it is packed otherwise.
-  static int64_t packed_both(const Shape& s) { return convolution_packed_size(s.conv, false) + convolution_packed_size(s.conv, true); }
+  static int64_t packed_both(const ConvolutionShape& s) { return convolution_packed_size(s.conv, false) + convolution_packed_size(s.conv, true); }
 
-  static const T* packed(const Shape& s, const Tile<T>& tile, bool up) { return tile.packed + (up ? convolution_packed_size(s.conv, false) : 0); }
+  static const T* packed(const ConvolutionShape& s, const Tile<T>& tile, bool up) {
+    return tile.packed + (up ? convolution_packed_size(s.conv, false) : 0);
+  }
 
   // y of several sets, each with a kernel of its own.
-  static void forward_sets(const Shape& s, const Tile<T>& tile, T* y) {
+  static void forward_sets(const ConvolutionShape& s, const Tile<T>& tile, T* y) {
     const int64_t apart = tile.x_stride[0];
     if (prepares(tile.node, s)) copy<T>(tile.ctx, (apart == 0 ? 1 : tile.sets) * tile.n * tile.node.input_widths[0], tile.x[0], tile.state[0]);
     ConvolutionProduct<T> p = product(s, tile, s.transposed, tile.sets, y);
@@ -271,15 +228,15 @@ class ConvolutionRule final : public Rule<T> {
 
   // The kernel's gradient from g (a batch stride of 0: shared by the right-hand sides) and t_x, or the node's input without it, one for each `images`
   // images.
-  static void weights(const Shape& s, const Tile<T>& tile, const T* g, int64_t g_batch, const T* t_x, int64_t images, T* out, int64_t batch,
-                      int64_t example) {
+  static void weights(const ConvolutionShape& s, const Tile<T>& tile, const T* g, int64_t g_batch, const T* t_x, int64_t images, T* out,
+                      int64_t batch, int64_t example) {
     const int64_t n = tile.n * s.images, V = tile.V * tile.sets;
     const bool own = t_x || (tile.sets > 1 && tile.x_stride[0] != 0);
     const int64_t x_batch = own ? tile.n * tile.node.input_widths[0] : 0;
     if (s.transposed) {
       convolution_weights_stub<T>(tile.ctx, s.conv, V, n, g, g_batch, 0, t_x ? t_x : tile.x[0], x_batch, images, out, batch, example);
     } else {
-      const int64_t prepared = t_x || tile.sets > 1 ? 0 : prepared_size(tile.node, s);
+      const int64_t prepared = t_x || tile.sets > 1 ? 0 : convolution_prepared_size<T>(tile.node, s);
       convolution_weights_stub<T>(tile.ctx, s.conv, V, n, t_x ? t_x : tile.state[0], x_batch, prepared, g, g_batch, images, out, batch, example);
     }
   }

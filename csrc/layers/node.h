@@ -40,6 +40,7 @@ struct Node {
   std::map<std::string, int64_t> ints;
   std::map<std::string, double> floats;
   std::map<std::string, std::vector<int64_t>> lists;  // shapes, strides, index maps: of one example
+  std::vector<Node> parts;                            // nodes that the plan made one, in order
   int64_t width = 0;                                  // elements per example of the output
   std::vector<int64_t> input_widths;
   std::vector<bool> needs_tangent;  // per input: does a differentiated parameter influence it?

@@ -10,25 +10,11 @@
 //
 // A window is a product of one interval an axis; lists input [3], dilation [3] and, for each axis a and output coordinate, begin_a, end_a (within the
 // input) and, of averages, count_a. So one rule serves strides, padding, ceil mode and adaptive pooling. The width is any number of planes.
-#include "kernels/pooling.h"
+#include "layers/pooling_windows.h"
 #include "layers/rule.h"
 
 namespace infl {
 namespace {
-
-Windows windows_of(const Context& ctx, const Node& node, bool counted) {
-  Windows w{};
-  for (int a = 0; a < 3; ++a) {
-    const std::string axis = std::to_string(a);
-    w.in[a] = node.list("input")[a];
-    w.dilation[a] = node.list("dilation")[a];
-    w.out[a] = static_cast<int64_t>(node.list("begin_" + axis).size());
-    w.begin[a] = node.list_on(ctx, "begin_" + axis);
-    w.end[a] = node.list_on(ctx, "end_" + axis);
-    w.count[a] = counted ? node.list_on(ctx, "count_" + axis) : nullptr;
-  }
-  return w;
-}
 
 void check_windows(const Node& node, bool counted) {
   const auto fail = [&node](const std::string& expected, const std::string& got) {
@@ -54,7 +40,7 @@ void check_windows(const Node& node, bool counted) {
       if (counted && node.list("count_" + axis)[o] <= 0) fail("positive counts", std::to_string(node.list("count_" + axis)[o]));
     }
   }
-  const Windows w = windows_of(Context{}, node, counted);
+  const Windows w = pooling_windows(Context{}, node, counted);
   const int64_t planes = node.width / w.out_plane();
   if (node.width != planes * w.out_plane() || node.input_widths[0] != planes * w.in_plane()) {
     fail("widths that are equal multiples of " + std::to_string(w.in_plane()) + " and " + std::to_string(w.out_plane()),
@@ -74,17 +60,17 @@ class MaxPool final : public Rule<T> {
   bool is_curved(const Node&) const override { return false; }
 
   void forward(const Tile<T>& tile, T* y) const override {
-    const Windows w = windows_of(tile.ctx, tile.node, false);
+    const Windows w = pooling_windows(tile.ctx, tile.node, false);
     max_pool_stub<T>(tile.ctx, w, planes(tile, w), tile.x[0], y, tile.state[0]);
   }
 
   void jvp(const Tile<T>& tile, const T* const* t_x, const ParameterTangents<T>&, const T* /*scale*/, T* t_y) const override {
-    const Windows w = windows_of(tile.ctx, tile.node, false);
+    const Windows w = pooling_windows(tile.ctx, tile.node, false);
     plane_gather_stub<T>(tile.ctx, tile.V, planes(tile, w), w.in_plane(), w.out_plane(), tile.state[0], t_x[0], t_y);
   }
 
   void vjp_input(const Tile<T>& tile, int /*i*/, const T* g_y, const T* /*scale*/, T* g_x, bool accumulate) const override {
-    const Windows w = windows_of(tile.ctx, tile.node, false);
+    const Windows w = pooling_windows(tile.ctx, tile.node, false);
     plane_scatter_stub<T>(tile.ctx, tile.V, planes(tile, w), w.out_plane(), w.in_plane(), tile.state[0], g_y, g_x, accumulate);
   }
 
@@ -112,7 +98,7 @@ class AvgPool final : public Rule<T> {
   }
 
   void vjp_input(const Tile<T>& tile, int /*i*/, const T* g_y, const T* /*scale*/, T* g_x, bool accumulate) const override {
-    const Windows w = windows_of(tile.ctx, tile.node, true);
+    const Windows w = pooling_windows(tile.ctx, tile.node, true);
     window_spread_stub<T>(tile.ctx, w, tile.V * tile.n * (tile.node.width / w.out_plane()), factor(tile), g_y, g_x, accumulate);
   }
 
@@ -120,7 +106,7 @@ class AvgPool final : public Rule<T> {
   static T factor(const Tile<T>& tile) { return static_cast<T>(tile.node.number("factor")); }
 
   static void mean(const Tile<T>& tile, int64_t V, const T* x, T* y) {
-    const Windows w = windows_of(tile.ctx, tile.node, true);
+    const Windows w = pooling_windows(tile.ctx, tile.node, true);
     window_mean_stub<T>(tile.ctx, w, V * tile.n * (tile.node.width / w.out_plane()), factor(tile), x, y);
   }
 };

@@ -4,6 +4,8 @@
 #include <map>
 #include <stdexcept>
 
+#include "layers/pooled_convolution.h"
+
 namespace infl {
 
 namespace {
@@ -60,6 +62,7 @@ Plan<T>::Plan(std::vector<Node> nodes, std::vector<Slot> slots, std::vector<int6
     while (canonical_[root] >= 0 && canonical_[root] != root) root = canonical_[root];
     canonical_[value] = root;
   }
+  merge_pools(second_order);
   widths_.assign(num_values, 0);
   needs_tangent_.assign(num_values, false);
   producer_.assign(num_values, -1);
@@ -81,12 +84,21 @@ Plan<T>::Plan(std::vector<Node> nodes, std::vector<Slot> slots, std::vector<int6
       node.trainable.push_back(slot >= 0 && slots_[slot].offset >= 0);
       node.slot_sizes.push_back(slot >= 0 ? slots_[slot].size : 0);
     }
+    for (Node& part : node.parts) {
+      if (!part.slots.empty()) {  // the one that has the merged node's operands
+        part.input_widths = node.input_widths;
+        part.needs_tangent = node.needs_tangent;
+        part.trainable = node.trainable;
+        part.slot_sizes = node.slot_sizes;
+      }
+    }
     const auto any = [](const std::vector<bool>& flags) { return std::find(flags.begin(), flags.end(), true) != flags.end(); };
     needs_tangent_[node.output] = any(node.trainable) || any(node.needs_tangent);
     widths_[node.output] = node.width;
     producer_[node.output] = static_cast<int>(i);
     rules_.push_back(rule);
     node.curved = second_order && needs_tangent_[node.output] && rule->is_curved(node);
+    if (!node.parts.empty()) node.parts[0].curved = node.curved;
     storages_.push_back(rule->storage(node));
   }
   if (!unknown.empty()) throw std::invalid_argument("Plan: expected rules that exist, got " + unknown + ".");
@@ -106,6 +118,56 @@ Plan<T>::Plan(std::vector<Node> nodes, std::vector<Slot> slots, std::vector<int6
   if (shortcuts_.empty()) return;
   compile_tangent(carried(), shortened_);
   compile_cotangent(carried(), shortened_);
+}
+
+template <class T>
+void Plan<T>::merge_pools(bool second_order) {
+  std::vector<int> reads(canonical_.size(), 0), reader(canonical_.size(), -1);
+  for (size_t i = 0; i < nodes_.size(); ++i) {
+    for (int input : nodes_[i].inputs) {
+      ++reads[canonical_[input]];
+      reader[canonical_[input]] = static_cast<int>(i);
+    }
+  }
+  ++reads[output()];
+  // The node that alone reads the result of node i.
+  const auto next = [&](int i) { return reads[nodes_[i].output] == 1 ? reader[nodes_[i].output] : -1; };
+  const auto is = [&](int i, const char* rule) { return i >= 0 && own_rules_[i] == nullptr && nodes_[i].rule == rule; };
+  std::vector<bool> merged(nodes_.size(), false);
+  for (size_t i = 0; i < nodes_.size(); ++i) {
+    if (!is(static_cast<int>(i), "convolution")) continue;
+    const int behind = next(static_cast<int>(i));
+    const bool activated = is(behind, "activation");
+    const int pool = activated ? next(behind) : behind;
+    if (!is(pool, "max_pool") || !pools_convolution<T>(nodes_[i], nodes_[pool])) continue;
+    if (activated && second_order && find_rule<T>("activation")->is_curved(nodes_[behind])) continue;
+    Node node = nodes_[i];
+    node.rule = "pooled_convolution";
+    node.parts = {nodes_[i]};
+    if (activated) {
+      nodes_[behind].input_widths = {nodes_[i].width};
+      node.parts.push_back(nodes_[behind]);
+      merged[behind] = true;
+    }
+    nodes_[pool].input_widths = {nodes_[i].width};
+    node.parts.push_back(nodes_[pool]);
+    merged[pool] = true;
+    node.output = nodes_[pool].output;
+    node.width = nodes_[pool].width;
+    node.on_devices = std::make_shared<ListsOnDevices>();
+    nodes_[i] = std::move(node);
+  }
+  size_t kept = 0;
+  for (size_t i = 0; i < nodes_.size(); ++i) {
+    if (merged[i]) continue;
+    if (kept != i) {
+      nodes_[kept] = std::move(nodes_[i]);
+      own_rules_[kept] = std::move(own_rules_[i]);
+    }
+    ++kept;
+  }
+  nodes_.resize(kept);
+  own_rules_.resize(kept);
 }
 
 template <class T>

@@ -6,6 +6,9 @@
 //   cotangent the same nodes reversed; below the lowest trainable node nothing is done
 // An elementwise node next to a linear one is fused into it: its derivative becomes the epilogue of the product, in either direction.
 //
+// A convolution that only a max pool reads, with an activation between them or without, is one node with it where that saves multiplications
+// (layers/pooled_convolution.cpp).
+//
 // Where all nodes that a differentiated parameter influences form one chain of dense and elementwise ones (an MLP), it is listed besides: a device
 // can take tiles of examples through it in one kernel (kernels/mlp.h).
 //
@@ -120,6 +123,7 @@ class Plan {
   int64_t widest_activation() const;
 
  private:
+  void merge_pools(bool second_order);
   void analyse();
   void find_regions();
   void compile_forward();

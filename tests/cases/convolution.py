@@ -36,6 +36,11 @@ def averaged(*layers: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     return lambda: nn.Sequential(*(layer() for layer in layers), nn.Tanh(), nn.AdaptiveAvgPool2d((2, 1)), nn.Flatten())
 
 
+def halves() -> nn.Module:
+    """Windows of two by two."""
+    return nn.MaxPool2d(2)
+
+
 def stack(*layers: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     """The layers one after the other."""
     return lambda: nn.Sequential(*(layer() for layer in layers))
@@ -244,6 +249,35 @@ CHANNEL_LANES = (
     conv_row("channels-many", averaged(lambda: nn.Conv2d(6, 16, 5)), "several tiles of examples", normal(6, 9, 9), num_examples=19),
 )  # fmt: skip
 
+# Convolutions of which a max pool takes some elements (takes_picks in csrc/kernels/convolution_picks.h).
+PICKS = (
+    conv_row("picks", averaged(lambda: nn.Conv2d(1, 6, 5, padding=2), nn.ReLU, halves, lambda: nn.Conv2d(6, 16, 5), nn.ReLU, halves),
+             "LeNet's: windows side by side in a vector, and cotangents of the chosen elements", normal(1, 18, 18), num_examples=3),
+    conv_row("picks-many", averaged(lambda: nn.Conv2d(2, 12, 5), nn.ReLU, halves), "several tiles of examples", normal(2, 10, 10),
+             num_examples=19),
+    conv_row("picks-plain", averaged(lambda: nn.Conv2d(2, 5, 3), halves), "an activation behind the pool alone", normal(2, 8, 9)),
+    conv_row("picks-curved", averaged(lambda: nn.Conv2d(2, 5, 3), nn.Tanh, halves), "an activation with second derivatives",
+             normal(2, 8, 9)),
+    conv_row("picks-blocks", averaged(lambda: nn.Conv2d(2, 21, 5), nn.ReLU, halves), "more channels than lanes", normal(2, 9, 12),
+             num_examples=2),
+    conv_row("picks-deep", averaged(lambda: nn.Conv2d(24, 6, 5), halves), "more terms than are summed in registers", normal(24, 10, 11),
+             num_examples=2),
+    conv_row("picks-long", averaged(lambda: nn.Conv2d(1, 3, (2, 3)), nn.ReLU, halves), "lines of several groups, with windows left over",
+             normal(1, 5, 47), num_examples=2),
+    conv_row("picks-tall", averaged(lambda: nn.Conv2d(2, 4, (7, 1)), lambda: nn.MaxPool2d((2, 3))), "tall kernels, wide windows",
+             normal(2, 10, 13)),
+    conv_row("picks-flat", averaged(lambda: nn.Conv2d(2, 4, (1, 4)), lambda: nn.MaxPool2d(2, (2, 3))), "rows of taps, gaps between windows",
+             normal(2, 4, 13)),
+    conv_row("picks-overlap", averaged(lambda: nn.Conv2d(1, 6, 3, padding=1), nn.ReLU, lambda: nn.MaxPool2d((2, 3), 2, (0, 1))),
+             "an element may win several windows", normal(1, 8, 9)),
+    conv_row("picks-padded", averaged(lambda: nn.Conv2d(1, 2, 3, padding=1), nn.Tanh, lambda: nn.Conv2d(2, 8, 5, padding=(1, 4)), halves),
+             "cotangents with zeros around them and without", normal(1, 8, 7), num_examples=2),
+    conv_row("picks-frozen", averaged(lambda: nn.Conv2d(1, 2, 3), lambda: frozen(nn.Conv2d(2, 8, 3), "weight"), nn.ReLU, halves),
+             "only the bias is trainable", normal(1, 10, 9), num_examples=2),
+    conv_row("picks-shared", lambda: TwoReaders(nn.Conv2d(1, 6, 5), nn.MaxPool2d(2)), "another reader: every element is wanted",
+             normal(1, 8, 8)),
+)  # fmt: skip
+
 POOLING = (
     row("max-pool2d", "max_pool", pooled(nn.MaxPool2d(2)), "the plain layer", normal(1, 5, 7)),
     row("max-pool2d-overlap", "max_pool", pooled(nn.MaxPool2d(3, 1)), "an input may win several windows", normal(1, 5, 6)),
@@ -275,4 +309,4 @@ POOLING = (
         "cotangents of several pools add up in one input", normal(1, 5, 5)),
 )  # fmt: skip
 
-CONVOLUTION = CONVOLUTIONS + WINOGRAD + CHANNEL_LANES + POOLING
+CONVOLUTION = CONVOLUTIONS + WINOGRAD + CHANNEL_LANES + PICKS + POOLING

@@ -5,6 +5,7 @@
 
 #include "kernels/cpu/convolution_channels.h"
 #include "kernels/cpu/convolution_geometry.h"
+#include "kernels/cpu/convolution_picks.h"
 #include "kernels/cpu/winograd.h"
 
 namespace infl {
@@ -98,25 +99,11 @@ __attribute__((noinline)) void tile_fn(const TileJob<T>& job) {
   }
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
-    T* out = job.out + r * job.out_row;
 #pragma GCC unroll 8
     for (int j = 0; j < NV; ++j) {
-      const int64_t lanes = j == NV - 1 ? job.last_lanes : job.lanes, at = j * job.out_step;
-      Vec<T> value = acc[r][j];
-      const bool whole = lanes == kLanes<T>;
-      if (job.add) value += whole ? load(out + at) : load_lanes(out + at, lanes);
-      if (job.last) {
-        if (job.bias) value += job.bias[r];
-        if (job.scale) {
-          const T* scale = job.scale + r * job.out_row + at;
-          value *= whole ? load(scale) : load_lanes(scale, lanes);
-        }
-      }
-      if (whole) {
-        store(out + at, value);
-      } else {
-        store_lanes(out + at, value, lanes);
-      }
+      const int64_t lanes = j == NV - 1 ? job.last_lanes : job.lanes, at = r * job.out_row + j * job.out_step;
+      finish<T>(acc[r][j], lanes, job.add, job.last && job.bias ? job.bias + r : nullptr, job.last && job.scale ? job.scale + at : nullptr,
+                job.out + at);
     }
   }
 }
@@ -164,8 +151,10 @@ struct Product {
   const Geometry<T>& geometry;
   int num_terms;
 
+  int64_t out_width() const { return geometry.out_channels * geometry.out_plane; }
+
   // All outputs of one example and one right-hand side.
-  void run(const Operand<T>* operands, const T* bias, const T* scale, T* out, bool accumulate) const {
+  void run(int64_t /*example*/, const Operand<T>* operands, const T* bias, const T* scale, T* out, bool accumulate) const {
     const int64_t rows = geometry.out_channels / conv.groups, inner = geometry.in_channels / conv.groups;
     const RowBlocks blocks = convolution_row_blocks(rows);
     int64_t at = 0;  // in the packed weights
@@ -307,15 +296,21 @@ struct Product {
   }
 };
 
-// `P`: Product or ChannelProduct, whose inputs are as `geometry` copies them.
+// `P`: Product, ChannelProduct or PickProduct, whose inputs are as `geometry` copies them.
 template <class T, class P>
 void run_product(const Context& ctx, const Convolution& conv, const Geometry<T>& geometry, const ConvolutionTerm<T>* terms, const P& product,
                  const ConvolutionProduct<T>& p) {
   const int num_terms = product.num_terms;
-  const int64_t in_width = geometry.in_channels * geometry.in_plane;
-  const int64_t out_width = p.up ? conv.x_channels * conv.x_plane() : conv.y_channels * conv.y_plane();
+  const int64_t in_width = geometry.in_channels * (p.places ? p.picked : geometry.in_plane);
+  const int64_t out_width = product.out_width();
   const double flops = 2.0 * num_terms * p.V * p.n * conv.weight_size() * std::min(conv.x_plane(), conv.y_plane());
   const int threads = flops < 5e5 ? 1 : ctx.num_threads;
+  const std::vector<int32_t> places = p.places ? geometry.positions() : std::vector<int32_t>{};
+  const auto fill = [&](const T* in, int64_t i, T* out) {
+    if (!p.places) return geometry.fill(in, out);
+    const int64_t at = i * geometry.in_channels * p.picked;
+    geometry.fill_picked(p.picked, places, p.places + at, p.factor ? p.factor + at : nullptr, in, out);
+  };
   parallel_for(threads, p.n, [&](int64_t i) {
     const T* shared[2] = {nullptr, nullptr};
     T* buffers[2] = {nullptr, nullptr};
@@ -326,28 +321,34 @@ void run_product(const Context& ctx, const Convolution& conv, const Geometry<T>&
       }
       buffers[t] = scratch<T>(geometry.padded + kLanes<T>, t);
       geometry.fill_end(buffers[t] + geometry.padded);
-      if (terms[t].in_batch == 0) geometry.fill(terms[t].in + i * in_width, buffers[t]);
+      if (terms[t].in_batch == 0) fill(terms[t].in + i * in_width, i, buffers[t]);
     }
     for (int64_t v = 0; v < p.V; ++v) {
       Operand<T> operands[2];
       for (int t = 0; t < num_terms; ++t) {
-        if (!terms[t].prepared && terms[t].in_batch != 0) geometry.fill(terms[t].in + v * terms[t].in_batch + i * in_width, buffers[t]);
+        if (!terms[t].prepared && terms[t].in_batch != 0) fill(terms[t].in + v * terms[t].in_batch + i * in_width, i, buffers[t]);
         operands[t] = {terms[t].prepared ? shared[t] : buffers[t], terms[t].packed + v * terms[t].packed_batch};
       }
-      product.run(operands, p.bias ? p.bias + v * p.bias_batch : nullptr,
+      product.run(i, operands, p.bias ? p.bias + v * p.bias_batch : nullptr,
                   p.scale ? p.scale + ((p.scales_each ? v * p.n : 0) + i) * out_width : nullptr, p.out + (v * p.n + i) * out_width, p.accumulate);
     }
   });
 }
 
 template <class T>
+int present_terms(const ConvolutionProduct<T>& p, ConvolutionTerm<T>* terms) {
+  int count = 0;
+  for (const auto& term : p.terms) {
+    if (term.in) terms[count++] = term;
+  }
+  return count;
+}
+
+template <class T>
 void convolution_product(const Context& ctx, const Convolution& conv, const ConvolutionProduct<T>& p) {
   if (takes_winograd(conv) && (p.terms[0].in || p.terms[1].in)) return winograd_product(ctx, conv, p);
   ConvolutionTerm<T> terms[2];
-  int num_terms = 0;
-  for (const auto& term : p.terms) {
-    if (term.in) terms[num_terms++] = term;
-  }
+  const int num_terms = present_terms(p, terms);
   const auto lanes = convolution_lanes(conv, p.up);
   const Convolution shape = lanes == ConvolutionLanes::columns ? columns_as_channels(conv) : conv;
   const Geometry<T> geometry(shape, p.up);
@@ -356,6 +357,14 @@ void convolution_product(const Context& ctx, const Convolution& conv, const Conv
   } else {
     run_product(ctx, conv, geometry, terms, ChannelProduct<T>{conv, geometry, lanes, num_terms}, p);
   }
+}
+
+template <class T>
+void pick_product(const Context& ctx, const Convolution& conv, const Windows& windows, const T* places, const ConvolutionProduct<T>& p) {
+  ConvolutionTerm<T> terms[2];
+  const int num_terms = present_terms(p, terms);
+  const Geometry<T> geometry(conv, false);
+  run_product(ctx, conv, geometry, terms, PickProduct<T>(conv, geometry, windows, num_terms, places), p);
 }
 
 template <class T>
@@ -379,6 +388,9 @@ INFL_REGISTER_CPU(convolution_prepared_size_stub, convolution_prepared_size)
 INFL_REGISTER_CPU(convolution_prepare_stub, convolution_prepare)
 INFL_REGISTER_CPU(convolution_pack_stub, convolution_pack)
 INFL_REGISTER_CPU(convolution_product_stub, convolution_product)
+INFL_REGISTER_CPU(pick_places_stub, pick_places)
+INFL_REGISTER_CPU(pick_pack_stub, pick_pack)
+INFL_REGISTER_CPU(pick_product_stub, pick_product)
 
 }  // namespace
 }  // namespace INFL_ISA

@@ -127,6 +127,43 @@ ChannelFn<T> channel_tile_for(int64_t positions) {
   return channel_tile_for<T, NV>(positions, std::make_integer_sequence<int, kMostPositions<NV>>{});
 }
 
+// What is done with complete sums on their way to `lanes` elements of the output.
+template <class T>
+inline __attribute__((always_inline)) void finish(Vec<T> value, int64_t lanes, bool add, const T* bias, const T* scale, T* out) {
+  const bool whole = lanes == kLanes<T>;
+  if (add) value += whole ? load(out) : load_lanes(out, lanes);
+  if (bias) value += *bias;
+  if (scale) value *= whole ? load(scale) : load_lanes(scale, lanes);
+  if (whole) {
+    store(out, value);
+  } else {
+    store_lanes(out, value, lanes);
+  }
+}
+
+// Sums [count, channels], `row` between positions, to their places in planes.
+template <class T>
+void turn_positions(const T* sums, int64_t row, int64_t count, int64_t channels, int64_t plane, const T* bias, const T* scale, T* out,
+                    bool accumulate) {
+  constexpr int L = kLanes<T>;
+  for (int64_t p = 0; p < count; p += L) {
+    const int64_t lanes = std::min<int64_t>(L, count - p);
+    for (int64_t c = 0; c < channels; c += L) {
+      Vec<T> square[L];
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) square[i] = load(sums + (p + i) * row + c);
+      transpose_square<T>(square);
+      T turned[L][L];
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) store(turned[i], square[i]);
+      for (int64_t i = 0; i < std::min<int64_t>(L, channels - c); ++i) {
+        const int64_t at = (c + i) * plane + p;
+        finish<T>(load(turned[i]), lanes, accumulate, bias ? bias + c + i : nullptr, scale ? scale + at : nullptr, out + at);
+      }
+    }
+  }
+}
+
 template <class T>
 struct ChannelProduct {
   const Convolution& conv;
@@ -134,8 +171,10 @@ struct ChannelProduct {
   ConvolutionLanes lanes;
   int num_terms;
 
+  int64_t out_width() const { return geometry.up ? conv.x_channels * conv.x_plane() : conv.y_channels * conv.y_plane(); }
+
   // All outputs of one example and one right-hand side.
-  void run(const Operand<T>* operands, const T* bias, const T* scale, T* out, bool accumulate) const {
+  void run(int64_t /*example*/, const Operand<T>* operands, const T* bias, const T* scale, T* out, bool accumulate) const {
     const int64_t* size = geometry.up ? conv.x_size : conv.y_size;
     const int64_t channels = geometry.up ? conv.x_channels : conv.y_channels, plane = size[0] * size[1] * size[2];
     const int64_t lines = std::max<int64_t>(1, kChannelBufferBytes / (size[2] * kChannelBlock * static_cast<int64_t>(sizeof(T))));
@@ -160,7 +199,8 @@ struct ChannelProduct {
           add_columns(stage, stage_row, to);
         }
         const int64_t at = o * plane + begin;
-        turn(sums, (last - first) * size[2], block, plane, bias ? bias + o : nullptr, scale ? scale + at : nullptr, out + at, accumulate);
+        turn_positions<T>(sums, kChannelBlock, (last - first) * size[2], block, plane, bias ? bias + o : nullptr, scale ? scale + at : nullptr,
+                          out + at, accumulate);
       }
     }
   }
@@ -237,36 +277,6 @@ struct ChannelProduct {
         Vec<T> sum{};
         for (int64_t k = k0; k < k1; ++k) sum += load(stage + (e - k * dilation) * stage_row + k * channels + c);
         store(sums + w * kChannelBlock + c, sum);
-      }
-    }
-  }
-
-  // Sums [count, kChannelBlock] to their places in `channels` planes, and what is done with complete sums.
-  static void turn(const T* sums, int64_t count, int64_t channels, int64_t plane, const T* bias, const T* scale, T* out, bool accumulate) {
-    constexpr int L = kLanes<T>;
-    for (int64_t p = 0; p < count; p += L) {
-      const int64_t lanes = std::min<int64_t>(L, count - p);
-      const bool whole = lanes == L;
-      for (int64_t c = 0; c < channels; c += L) {
-        Vec<T> square[L];
-#pragma GCC unroll 16
-        for (int i = 0; i < L; ++i) square[i] = load(sums + (p + i) * kChannelBlock + c);
-        transpose_square<T>(square);
-        T turned[L][L];
-#pragma GCC unroll 16
-        for (int i = 0; i < L; ++i) store(turned[i], square[i]);
-        for (int64_t i = 0; i < std::min<int64_t>(L, channels - c); ++i) {
-          const int64_t at = (c + i) * plane + p;
-          Vec<T> value = load(turned[i]);
-          if (accumulate) value += whole ? load(out + at) : load_lanes(out + at, lanes);
-          if (bias) value += bias[c + i];
-          if (scale) value *= whole ? load(scale + at) : load_lanes(scale + at, lanes);
-          if (whole) {
-            store(out + at, value);
-          } else {
-            store_lanes(out + at, value, lanes);
-          }
-        }
       }
     }
   }

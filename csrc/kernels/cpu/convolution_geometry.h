@@ -175,6 +175,25 @@ struct Geometry {
     }
   }
 
+  // Where the elements of a plane lie in the padded copy of its channel, where strides sort nothing.
+  std::vector<int32_t> positions() const {
+    std::vector<int32_t> at(in_plane);
+    for (int64_t i = 0; i < in_plane; ++i) {
+      const int64_t w = i % axes[2].in_size, h = i / axes[2].in_size % axes[1].in_size, d = i / (axes[2].in_size * axes[1].in_size);
+      at[i] = static_cast<int32_t>((d + axes[0].low) * plane + (h + axes[1].low) * line + w + axes[2].low);
+    }
+    return at;
+  }
+
+  // The padded copy of planes that are zero but for the sums of `picked` elements each, in [channels, picked] ∘ factor, at the places of `index`.
+  void fill_picked(int64_t picked, const std::vector<int32_t>& positions, const T* index, const T* factor, const T* in, T* out) const {
+    std::memset(out, 0, padded * sizeof(T));
+    for (int64_t c = 0; c < in_channels; ++c, index += picked, in += picked, factor += factor ? picked : 0) {
+      T* to = out + c * channel;
+      for (int64_t o = 0; o < picked; ++o) to[positions[static_cast<int32_t>(index[o])]] += factor ? in[o] * factor[o] : in[o];
+    }
+  }
+
   // A copy by itself: with zeros behind it, and its successor aligned as it is.
   int64_t prepared() const { return padded + 64 / static_cast<int64_t>(sizeof(T)); }
   void prepare(const T* in, T* out) const {

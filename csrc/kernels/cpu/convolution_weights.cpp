@@ -5,6 +5,7 @@
 #include "kernels/convolution_weights.h"
 
 #include "kernels/cpu/convolution_geometry.h"
+#include "kernels/cpu/convolution_picks.h"
 #include "kernels/cpu/convolution_weights_channels.h"
 #include "kernels/cpu/winograd.h"
 
@@ -292,6 +293,7 @@ void convolution_columns(const Context& ctx, const Convolution& conv, int64_t n,
 }
 
 INFL_REGISTER_CPU(convolution_weights_stub, convolution_weights)
+INFL_REGISTER_CPU(pick_weights_stub, pick_weights)
 INFL_REGISTER_CPU(channel_sum_stub, channel_sum)
 INFL_REGISTER_CPU(convolution_columns_stub, convolution_columns)
 

@@ -129,9 +129,9 @@ TapFn<T> tap_tile_for(int64_t length, int64_t runs, int64_t& taken, std::integer
   return fn;
 }
 
-// out[position, lane] of a vector of channels (fewer: zeros) of y [channels, plane].
+// out[position, lane] of a vector of channels (fewer: zeros) of y [channels, plane], `row` between positions.
 template <class T>
-void turn_channels(int64_t channels, int64_t plane, const T* y, T* out) {
+void turn_channels(int64_t channels, int64_t plane, const T* y, T* out, int64_t row = kLanes<T>) {
   constexpr int L = kLanes<T>;
   for (int64_t p = 0; p < plane; p += L) {
     const int64_t count = std::min<int64_t>(L, plane - p);
@@ -139,9 +139,9 @@ void turn_channels(int64_t channels, int64_t plane, const T* y, T* out) {
 #pragma GCC unroll 16
     for (int i = 0; i < L; ++i) square[i] = i >= channels ? Vec<T>{} : count == L ? load(y + i * plane + p) : load_lanes(y + i * plane + p, count);
     transpose_square<T>(square);
-    T* to = out + p * L;  // up to a square beyond the last position
+    T* to = out + p * row;  // up to a square beyond the last position
 #pragma GCC unroll 16
-    for (int i = 0; i < L; ++i) store(to + i * L, square[i]);
+    for (int i = 0; i < L; ++i) store(to + i * row, square[i]);
   }
 }
 

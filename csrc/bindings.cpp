@@ -16,6 +16,7 @@
 #include "bindings_tensors.h"
 #include "common/build_info.h"
 #include "common/device_library.h"
+#include "common/memory.h"
 #include "kernels/elementwise.h"
 #include "kernels/krylov.h"
 #include "kernels/movement.h"
@@ -365,6 +366,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   bind_ensemble<float>(m, "32");
   bind_ensemble<double>(m, "64");
   m.def("build_info", &build_info);
+  m.def("cache_size", [] { return std::make_pair(cache_size().bytes, cache_size().limit); });  // kept, at most
+  m.def("set_cache_limit", &set_cache_limit, py::arg("bytes"));
+  m.def("empty_cache", &empty_cache);
   // Kernels of a device, run on the CPU by another library: for tests of their arithmetic where there is no GPU.
   m.def(
       "emulate_device",
@@ -388,8 +392,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         return finite;
       },
       py::arg("x"));
-  // How many tensors share this one's memory, itself included.
-  m.def("num_sharing", [](const at::Tensor& t) { return static_cast<int64_t>(t.storage().use_count()); }, py::arg("tensor"));
   // (the tensors one after another, whether every element is finite)
   m.def(
       "flatten_finite",

@@ -1,12 +1,16 @@
 // torch's tensors as the core takes them: pointers that were checked, and the context of the device they lie on.
 #pragma once
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
+#include <c10/core/CPUAllocator.h>
 #include <torch/extension.h>
+
+#include <memory>
 
 #include "common/context.h"
 #include "common/launch_graph.h"
-#include "common/pages.h"
+#include "common/memory.h"
 
 #ifdef INFL_WITH_CUDA
 #include "bindings_cuda.h"
@@ -69,11 +73,37 @@ const T* data(const at::Tensor& t, int64_t size, at::Device device, const char* 
   return t.const_data_ptr<T>();
 }
 
+// Memory of results from the core's blocks, which serve again (common/memory.h). torch's profiler of memory hears of them as of its own.
+class BlockAllocator final : public c10::Allocator {
+ public:
+  c10::DataPtr allocate(size_t bytes) override {
+    auto block = std::make_unique<Block>();
+    *block = take_block(bytes);
+    void* data = block->data;
+    c10::profiledCPUMemoryReporter().New(data, block->bytes);
+    return {data, block.release(), &release, at::kCPU};
+  }
+  void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
+
+  // Never destroyed, as torch's own: a storage that grows asks the allocator that it came from.
+  static BlockAllocator* get() {
+    static auto* const only = new BlockAllocator;
+    return only;
+  }
+
+ private:
+  static void release(void* context) {
+    const std::unique_ptr<Block> block(static_cast<Block*>(context));
+    c10::profiledCPUMemoryReporter().Delete(block->data);
+    give_back(*block);
+  }
+};
+
 template <class T>
 at::Tensor empty(at::IntArrayRef shape, at::Device device) {
-  at::Tensor fresh = at::empty(shape, at::TensorOptions().dtype(scalar_type<T>()).device(device));
-  if (device.is_cpu()) prefer_large_pages(fresh.mutable_data_ptr(), fresh.nbytes());
-  return fresh;
+  const auto bytes = static_cast<size_t>(c10::multiply_integers(shape)) * sizeof(T);
+  if (!device.is_cpu() || bytes < kSmallestKeptBlock) return at::empty(shape, at::TensorOptions().dtype(scalar_type<T>()).device(device));
+  return at::detail::empty_generic(shape, BlockAllocator::get(), c10::DispatchKeySet(c10::DispatchKey::CPU), scalar_type<T>(), std::nullopt);
 }
 
 }  // namespace infl

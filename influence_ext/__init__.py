@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from influence_ext.bregman.response import Response
     from influence_ext.bregman.retrain import proximal_response, proximal_response_many, retrain, retrain_many
     from influence_ext.influence import Influence, Scores, load_scores
+    from influence_ext.memory import empty_cache, set_cache_limit
     from influence_ext.operators import (
         GGN,
         EmpiricalFisher,
@@ -64,6 +65,7 @@ __all__ = [
     "__version__",
     "build_info",
     "decompose",
+    "empty_cache",
     "errors",
     "grad_gram",
     "jvp",
@@ -78,12 +80,13 @@ __all__ = [
     "proximal_response_many",
     "retrain",
     "retrain_many",
+    "set_cache_limit",
     "solvers",
     "train",
     "vjp",
 ]
 
-_LAYERS = ("operators", "influence", "bregman")  # each needs the ones before it
+_LAYERS = ("memory", "operators", "influence", "bregman")  # each needs the ones before it; the first needs none
 
 
 if not TYPE_CHECKING:  # a type checker that saw it would take any name for one of ours
@@ -111,15 +114,19 @@ def build_info() -> dict[str, Any]:
 
     Returns:
         Version, torch's version and that of the torch it was compiled against, compiler, OpenMP and the number of threads seen in a
-        parallel region, instruction sets compiled and the one in use, CUDA, and the native rules and losses.
+        parallel region, instruction sets compiled and the one in use, CUDA, the bytes of freed memory that are kept and may be
+        (:func:`empty_cache`), and the native rules and losses.
     """
     native: dict[str, Any] = dict(_C.build_info())
+    cached, limit = _C.cache_size()
     return {
         "version": __version__,
         "torch": torch.__version__,
         "compiled_against_torch": _compiled["torch"] if _compiled else "unknown",
         **native,
         "threads": torch.get_num_threads(),
+        "cache_bytes": cached,
+        "cache_limit": limit,
         "rules": _C.rules(),
         "losses": _C.losses(),
     }

@@ -276,22 +276,3 @@ class Plan:
         """Values of the slots that are not differentiated; None for the others."""
         dtype, slots = self.space.dtype, zip(self.graph.slots, self.slot_offsets, strict=True)
         return [None if offset >= 0 else slot.read(tensors).to(dtype).contiguous() for slot, offset in slots]
-
-
-class RowBuffer:
-    """Memory for ``[N, P]`` that serves again once nobody holds a tensor in it: touching new memory takes longer than writing to old."""
-
-    def __init__(self) -> None:
-        self._rows: Tensor | None = None
-
-    def materialise(self, factors: Any, num_rows: int, space: ParameterSpace) -> Tensor:
-        """``[N, P]``, the rows of per-example factors (one right-hand side)."""
-        shape, rows = (1, num_rows, space.num_parameters), self._rows
-        if rows is None or (rows.shape, rows.dtype, rows.device) != (shape, space.dtype, space.device) or _C.num_sharing(rows) > 1:
-            rows = self._rows = None  # its memory is free before the next is taken
-        # Kept as it comes: a view would hold its base, and count as another holder.
-        self._rows = factors.materialise(rows)
-        return self._rows.detach().view(shape[1:])
-
-    def __deepcopy__(self, memo: Any) -> RowBuffer:
-        return RowBuffer()

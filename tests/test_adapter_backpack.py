@@ -19,7 +19,7 @@ import influence_ext as ie
 from influence_ext.adapters.backpack import BatchGrad, BatchL2Grad, SumGradSquared, Variance, backpack, disable, extend
 from influence_ext.errors import ArgumentError, UnsupportedModelError
 from influence_ext.testing import assert_close
-from tests.cases.backward import ROWS, N, Row, expected
+from tests.cases.backward import ROWS, WIDE, N, Row, expected
 
 # The peer hooks on a first layer.
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
@@ -153,7 +153,7 @@ def test_some_examples_only() -> None:
 
 
 def test_memory_is_used_again_only_when_nobody_holds_it() -> None:
-    model, X, y = mlp()
+    model, X, y = WIDE.problem()
     extend(model)
 
     def step(scale: float) -> Tensor:

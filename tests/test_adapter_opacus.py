@@ -16,7 +16,7 @@ from influence_ext.adapters import opacus as adapter
 from influence_ext.adapters.opacus import GradSampleModule, register_grad_samplers
 from influence_ext.errors import ArgumentError, DTypeError, UnsupportedModelError
 from influence_ext.testing import assert_close
-from tests.cases.backward import ROWS, N, Row, expected
+from tests.cases.backward import ROWS, WIDE, N, Row, expected
 
 # Opacus' hooks on a first layer.
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
@@ -285,7 +285,7 @@ def test_a_pass_is_freed_with_its_graph() -> None:
 
 
 def test_memory_is_used_again_only_when_nobody_holds_it() -> None:
-    model, X, y = mlp()
+    model, X, y = WIDE.problem()
     wrapped = GradSampleModule(model)
 
     def step(scale: float) -> Tensor:
@@ -299,7 +299,7 @@ def test_memory_is_used_again_only_when_nobody_holds_it() -> None:
     copied = kept.clone()
     assert step(3.0).data_ptr() != first
     assert torch.equal(kept, copied)
-    like = expected(ROWS["mlp"], model, 3 * X, y)
+    like = expected(WIDE, model, 3 * X, y)
     assert_all_close(samples(wrapped), like)
 
 

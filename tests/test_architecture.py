@@ -22,6 +22,7 @@ MAY_USE: dict[str, set[str]] = {
     "errors": set(),
     "context": set(),
     "finite": {"_C"},
+    "memory": {"_C", "errors"},
     "params": {"errors", "finite"},
     "data": {"errors", "finite"},
     "capture": {"errors", "context", "params"},

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from bench import cases, machine, measure, memory, peers, process, run, tables
 from bench.cases import CASES, GPU_CASES, NUM_SIZES, SMOKE_CASES, Case, select
@@ -29,6 +30,7 @@ from bench.solves import LIMIT, conjugate_gradients
 from bench.timing import interleave, summarise
 from bench.workloads import CLASSIFIER, REGRESSION, RETRAINED, SENTENCES, VOCABULARY
 from influence_ext import reference as oracle
+from influence_ext.plan import Plan
 
 SMALL = {case.name: case for case in SMOKE_CASES}
 EAGER = [(c, k) for c in SMOKE_CASES for k in contenders(c) if "compile" not in k.name]
@@ -252,13 +254,17 @@ def test_peak_memory_counts_what_a_call_adds_and_what_it_keeps() -> None:
     def keeping(held: torch.Tensor) -> Callable[[], torch.Tensor]:
         return lambda: torch.ones(8 * mib).mul_(held[0])
 
+    tape = Plan.of(nn.Linear(1024, 1, bias=False), torch.zeros(1, 1024)).linearize(torch.zeros(2**14, 1024))
+    g = torch.zeros(1, 2**14, 1)
+
     prepared = memory.Prepared(case.problem())
     prepared.calls |= {"adds": adds, "keeps": keeping(torch.ones(32 * mib)), "nothing": lambda: None}
+    prepared.calls["freed and kept"] = lambda: tape.factors(g).materialise()  # 64 MiB each time, the same
     for call in prepared.calls.values():
         call()
-    found = {name: memory.peak(prepared, name) for name in ("adds", "keeps", "nothing")}
+    found = {name: memory.peak(prepared, name) for name in prepared.calls}
     assert prepared.calls.keys() == found.keys()
-    for name, expected in (("adds", 64), ("keeps", 40), ("nothing", 0)):
+    for name, expected in (("adds", 64), ("keeps", 40), ("nothing", 0), ("freed and kept", 64)):
         assert found[name] is not None
         assert abs(found[name] / 2**20 - expected) < 4, name
 

@@ -1,15 +1,28 @@
-"""Peak memory of a product: the tape, two widest activations a right-hand side, and a few vectors of length P."""
+"""Peak memory of a product: the tape, two widest activations a right-hand side, a few vectors of length P. Freed memory serves again."""
 
 from __future__ import annotations
 
+import copy
+import ctypes
+import mmap
+import os
+import pickle
+import queue
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import influence_ext as ie
+from influence_ext.errors import ArgumentError
+from influence_ext.reference import per_example_grads as reference_grads
+from influence_ext.testing import assert_close
 
 # Run in a process of its own: its peak resident memory is then that of this product.
 PRODUCT = """
@@ -81,6 +94,7 @@ from influence_ext.capture import named_tensors
 from influence_ext.plan import Plan
 
 def short_of_memory(run):
+    _C.empty_cache()
     with open("/proc/self/statm") as sizes:
         used = int(sizes.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + 8 * 2**20, resource.RLIM_INFINITY))
@@ -134,3 +148,285 @@ def test_a_failed_allocation_is_an_exception(place: str) -> None:
     done = subprocess.run([sys.executable, "-c", SHORTAGE, place], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 1e-4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Freed memory that serves again (csrc/common/memory.h)
+
+
+@pytest.fixture
+def limit() -> Iterator[Callable[[int], None]]:
+    """Sets how much is kept, for a test that begins with an empty cache."""
+    before = ie.build_info()["cache_limit"]
+    ie.empty_cache()
+    yield ie.set_cache_limit
+    ie.set_cache_limit(before)
+
+
+def cached() -> int:
+    return int(ie.build_info()["cache_bytes"])
+
+
+class Rows:
+    """Per-example gradients of N examples, ``[N, P]``; everything else in a call is smaller than what is kept."""
+
+    def __init__(self, N: int = 64):
+        torch.manual_seed(3)
+        self.model = nn.Sequential(nn.Linear(20, 64), nn.Tanh(), nn.Linear(64, 3))
+        self.X, self.y = torch.randn(N, 20), torch.randint(3, (N,))
+        self.nbytes = N * sum(p.numel() for p in self.model.parameters()) * 4
+
+    def __call__(self, scale: float = 1.0) -> dict[str, torch.Tensor]:
+        return ie.per_example_grads(self.model, nn.CrossEntropyLoss(), (scale * self.X, self.y))
+
+    def expected(self, scale: float = 1.0) -> torch.Tensor:
+        return reference_grads(self.model, nn.CrossEntropyLoss(reduction="none"), scale * self.X, self.y)
+
+
+def address(grads: dict[str, torch.Tensor]) -> int:
+    return next(iter(grads.values())).data_ptr()
+
+
+def test_a_freed_result_serves_the_next(limit: Callable[[int], None]) -> None:
+    rows = Rows()
+    grads = rows()
+    first = address(grads)
+    assert cached() == 0
+    del grads
+    assert rows.nbytes <= cached() < rows.nbytes + 64
+    grads = rows(2.0)
+    assert address(grads) == first
+    assert cached() == 0
+    assert_close(torch.cat([g.flatten(1) for g in grads.values()], dim=1), rows.expected(2.0))
+
+
+HOLDERS: dict[str, Callable[[dict[str, torch.Tensor]], Any]] = {
+    "an entry": lambda grads: grads["2.bias"],
+    "a row of one": lambda grads: grads["0.weight"][3],
+    "a view of another type": lambda grads: grads["0.weight"].view(torch.int32),
+    "numpy": lambda grads: grads["0.weight"].numpy(),
+    "dlpack": lambda grads: torch.utils.dlpack.to_dlpack(grads["0.weight"]),
+    "storage": lambda grads: grads["0.weight"].untyped_storage(),
+    "autograd": lambda grads: grads["0.weight"] * torch.ones((), requires_grad=True),
+}
+
+
+@pytest.mark.parametrize("hold", HOLDERS.values(), ids=HOLDERS)
+def test_memory_that_somebody_holds_is_not_used_again(hold: Callable[[dict[str, torch.Tensor]], Any], limit: Callable[[int], None]) -> None:
+    rows = Rows()
+    grads = rows()
+    first, entry = address(grads), grads["0.weight"]
+    copied = entry.clone()
+    held = hold(grads)
+    seen = (ctypes.c_float * entry.numel()).from_address(entry.data_ptr())
+    del grads, entry
+    assert cached() == 0
+    others = [rows(scale) for scale in (2.0, 3.0)]
+    assert first not in map(address, others)
+    assert torch.equal(torch.tensor(list(seen)), copied.flatten())
+    del held, others
+    assert cached() == 3 * (rows.nbytes + 63) // 64 * 64
+
+
+def test_a_block_serves_requests_of_four_fifths_of_its_size_or_more(limit: Callable[[int], None]) -> None:
+    grads = Rows(100)()
+    first = address(grads)
+    del grads
+    assert address(Rows(79)()) != first
+    ie.empty_cache()
+    grads = Rows(100)()
+    first = address(grads)
+    del grads
+    assert address(Rows(80)()) == first
+
+
+def test_the_limit_holds_and_the_oldest_goes_first(limit: Callable[[int], None]) -> None:
+    rows = Rows()
+    kept = [rows() for _ in range(4)]
+    addresses = [address(grads) for grads in kept]
+    each = (rows.nbytes + 63) // 64 * 64
+    limit(2 * each)
+    for i in range(4):
+        kept[i] = {}
+        assert cached() == min(i + 1, 2) * each
+    again = [rows() for _ in range(2)]
+    assert {address(grads) for grads in again} == set(addresses[2:])
+    del again
+    limit(2 * each - 1)
+    assert cached() == each
+    assert ie.build_info()["cache_limit"] == 2 * each - 1
+    large = Rows(640)()
+    del large  # larger than the limit: not kept, and nothing goes for its sake
+    assert cached() == each
+    limit(0)
+    assert cached() == 0
+    del rows
+    kept = [Rows()()]
+    kept.clear()
+    assert cached() == 0
+
+
+@pytest.mark.parametrize("wrong", [-1, 1.5, "1G", None])
+def test_a_limit_is_a_number_of_bytes(wrong: Any) -> None:
+    with pytest.raises(ArgumentError, match="set_cache_limit: expected a number of bytes, 0 or more, got"):
+        ie.set_cache_limit(wrong)
+
+
+def test_an_emptied_cache_is_the_systems_again(limit: Callable[[int], None]) -> None:
+    rows = Rows(4096)
+    with open("/proc/self/statm") as sizes:
+
+        def resident() -> int:
+            sizes.seek(0)
+            return int(sizes.read().split()[1]) * mmap.PAGESIZE
+
+        grads = rows()
+        before = resident()
+        del grads
+        assert abs(resident() - before) < rows.nbytes // 10
+        ie.empty_cache()
+        assert resident() < before - rows.nbytes // 10 * 9
+    assert cached() == 0
+
+
+def test_results_are_tensors_like_others(limit: Callable[[int], None], tmp_path: Path) -> None:
+    rows = Rows()
+    flat = rows()["0.weight"]._base
+    assert flat is not None
+    like = flat.clone()
+    torch.save(flat, tmp_path / "flat.pt")
+    assert torch.equal(torch.load(tmp_path / "flat.pt"), like)
+    assert torch.equal(pickle.loads(pickle.dumps(flat)), like)
+    assert torch.equal(copy.deepcopy(flat), like)
+    assert flat.untyped_storage().nbytes() == like.untyped_storage().nbytes()
+    assert flat.untyped_storage().resizable()
+    assert torch.equal(flat.flatten().clone().resize_(3), like.flatten()[:3])
+    shared = flat.share_memory_()
+    assert shared.is_shared()
+    assert torch.equal(shared, like)
+    assert cached() == (rows.nbytes + 63) // 64 * 64  # what was moved into shared memory is free
+
+
+def test_a_result_can_grow(limit: Callable[[int], None]) -> None:
+    rows = Rows()
+    flat = rows()["0.weight"]._base
+    assert flat is not None
+    like, size = flat.flatten().clone(), flat.numel()
+    grown = flat.resize_(3 * size)
+    assert torch.equal(grown[:size], like)
+    grown[size:] = 1.0
+    del flat, grown
+    assert cached() >= 3 * rows.nbytes
+
+
+def test_threads_share_the_cache(limit: Callable[[int], None]) -> None:
+    """Results are taken in some threads and freed in others."""
+    rows = Rows()
+    like = {scale: rows.expected(scale) for scale in (1.0, 2.0, 3.0)}
+    rows()
+    waiting: queue.Queue[tuple[float, dict[str, torch.Tensor]]] = queue.Queue(maxsize=2)
+
+    def make(scale: float) -> None:
+        torch.set_num_threads(1)
+        for _ in range(30):
+            waiting.put((scale, rows(scale)))
+
+    with ThreadPoolExecutor(3) as pool:
+        jobs = [pool.submit(make, scale) for scale in like]
+        for _ in range(30 * len(like)):
+            scale, grads = waiting.get(timeout=60)
+            assert_close(torch.cat([g.flatten(1) for g in grads.values()], dim=1), like[scale])
+            del grads
+        for job in jobs:
+            job.result()
+    assert cached() <= 8 * rows.nbytes  # as many as were ever there at once
+
+
+FORK = """
+import os
+import sys
+import threading
+import torch
+from tests.test_memory import Rows, address, cached
+
+torch.set_num_threads(1)
+rows = Rows()
+kept, freed = rows(), rows()
+block = address(freed)
+copied = kept["0.weight"].clone()
+del freed
+stop = threading.Event()
+busy = threading.Thread(target=lambda: [rows() for _ in iter(stop.is_set, True)])
+busy.start()
+for _ in range(20):
+    child = os.fork()
+    if child == 0:
+        grads = rows(2.0)
+        right = torch.allclose(torch.cat([g.flatten(1) for g in grads.values()], dim=1).double(), rows.expected(2.0), rtol=1e-4, atol=1e-5)
+        del grads, kept
+        os._exit(0 if right and cached() >= rows.nbytes else 1)
+    assert os.waitpid(child, 0)[1] == 0
+stop.set()
+busy.join()
+assert torch.equal(kept["0.weight"], copied)
+"""
+
+SHUTDOWN = """
+import atexit
+import builtins
+from tests.test_memory import Rows
+
+rows = Rows()
+builtins.kept_to_the_end = [rows() for _ in range(3)]
+del builtins.kept_to_the_end[1]
+module_level = rows()
+atexit.register(lambda: rows())
+"""
+
+REFUSED = """
+import resource
+import sys
+from tests.test_memory import Rows, cached
+import influence_ext as ie
+
+large, other = Rows(10000), Rows(7000)  # 60 and 42 MB
+other(), large()
+ie.empty_cache()
+large()
+assert cached() >= large.nbytes
+with open("/proc/self/statm") as sizes:
+    used = int(sizes.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 16 * 2**20, resource.RLIM_INFINITY))
+grads = other()  # neither fits what is kept nor beside it
+assert cached() < large.nbytes
+try:
+    Rows(70000)()
+except MemoryError as error:
+    assert "on the CPU, got none; give memory_budget=" in str(error), error
+else:
+    raise AssertionError("expected a MemoryError")
+del grads
+grads = other()
+"""
+
+
+@pytest.mark.parametrize("script", [FORK, SHUTDOWN, REFUSED], ids=["fork", "shutdown", "refused"])
+def test_the_cache_outlasts(script: str) -> None:
+    """Forks beside threads that use it, tensors that are freed last, and a system that has no more memory."""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False, cwd=Path(__file__).parents[1]
+    )
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+
+
+def test_the_variable_of_the_environment_is_the_limit() -> None:
+    script = "import influence_ext as ie; print(ie.build_info()['cache_limit'])"
+
+    def run(value: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "INFLUENCE_EXT_CACHE_LIMIT": value}
+        return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, env=environment)
+
+    assert run("123456").stdout.strip() == "123456"
+    wrong = run("1G")
+    assert "INFLUENCE_EXT_CACHE_LIMIT: expected a number of bytes, 0 or more, got '1G'; correct or unset it." in wrong.stderr

@@ -4,13 +4,11 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
 #include <utility>
 #include <vector>
 
 #include "common/context.h"
-#include "common/out_of_memory.h"
-#include "common/pages.h"
+#include "common/memory.h"
 
 namespace infl {
 
@@ -36,9 +34,8 @@ class Buffer {
     if (ctx.runtime != nullptr) {
       data_ = static_cast<T*>(ctx.runtime->allocate(static_cast<int64_t>(bytes), ctx.stream));
     } else {
-      data_ = static_cast<T*>(std::aligned_alloc(64, bytes));
-      if (data_ == nullptr) throw OutOfMemory(static_cast<int64_t>(bytes), "on the CPU");
-      prefer_large_pages(data_, bytes);
+      block_ = take_block(bytes);
+      data_ = static_cast<T*>(block_.data);
     }
     runtime_ = ctx.runtime;
     size_ = size;
@@ -53,17 +50,20 @@ class Buffer {
     if (runtime_ != nullptr) {
       runtime_->release(data_);
     } else {
-      std::free(data_);
+      give_back(block_);
     }
+    block_ = {};
     data_ = nullptr;
     size_ = 0;
     runtime_ = nullptr;
   }
   void swap(Buffer& other) noexcept {
+    std::swap(block_, other.block_);
     std::swap(data_, other.data_);
     std::swap(size_, other.size_);
     std::swap(runtime_, other.runtime_);
   }
+  Block block_;  // on the CPU
   T* data_ = nullptr;
   int64_t size_ = 0;
   DeviceRuntime* runtime_ = nullptr;  // null: the CPU's

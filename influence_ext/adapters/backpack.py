@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from influence_ext.adapters.backward import ForwardPass, recording, run, without
 from influence_ext.errors import ArgumentError, DTypeError, UnsupportedModelError
-from influence_ext.plan import RowBuffer
 
 _WHO = "backpack"
 _MARK = "_backpack_twin"
@@ -33,7 +32,7 @@ class Extension(ABC):
     savefield: ClassVar[str]
 
     @abstractmethod
-    def compute(self, call: ForwardPass, cotangents: Tensor, factors: Any, memory: RowBuffer) -> dict[str, Tensor]:
+    def compute(self, call: ForwardPass, cotangents: Tensor, factors: Any) -> dict[str, Tensor]:
         """The quantity by parameter."""
 
     @abstractmethod
@@ -56,9 +55,9 @@ class BatchGrad(Extension):
         except TypeError:
             raise ArgumentError(f"{_WHO}: expected subsampling as a list of indices, got {subsampling!r}; pass integers.") from None
 
-    def compute(self, call: ForwardPass, cotangents: Tensor, factors: Any, memory: RowBuffer) -> dict[str, Tensor]:
+    def compute(self, call: ForwardPass, cotangents: Tensor, factors: Any) -> dict[str, Tensor]:
         """See :class:`Extension`. Cost: N·P elements written."""
-        return {name: self.of_rows(rows) for name, rows in call.rows(factors, memory).items()}
+        return {name: self.of_rows(rows) for name, rows in call.rows(factors).items()}
 
     def of_rows(self, rows: Tensor) -> Tensor:
         """See :class:`Extension`."""
@@ -80,7 +79,7 @@ class BatchL2Grad(Extension):
 
     savefield = "batch_l2"
 
-    def compute(self, call: ForwardPass, cotangents: Tensor, factors: Any, memory: RowBuffer) -> dict[str, Tensor]:
+    def compute(self, call: ForwardPass, cotangents: Tensor, factors: Any) -> dict[str, Tensor]:
         """See :class:`Extension`."""
         return call.square_norms(factors)
 
@@ -94,7 +93,7 @@ class SumGradSquared(Extension):
 
     savefield = "sum_grad_squared"
 
-    def compute(self, call: ForwardPass, cotangents: Tensor, factors: Any, memory: RowBuffer) -> dict[str, Tensor]:
+    def compute(self, call: ForwardPass, cotangents: Tensor, factors: Any) -> dict[str, Tensor]:
         """See :class:`Extension`."""
         return call.square_sums(factors)
 
@@ -108,7 +107,7 @@ class Variance(Extension):
 
     savefield = "variance"
 
-    def compute(self, call: ForwardPass, cotangents: Tensor, factors: Any, memory: RowBuffer) -> dict[str, Tensor]:
+    def compute(self, call: ForwardPass, cotangents: Tensor, factors: Any) -> dict[str, Tensor]:
         """See :class:`Extension`. Cost: one cotangent sweep more."""
         N, sums = call.num_examples, call.sums(cotangents)
         return {name: squares / N - (sums[name] / N).square() for name, squares in call.square_sums(factors).items()}
@@ -165,7 +164,7 @@ class backpack:
     def __exit__(self, *exception: object) -> None:
         _active.remove(self)
 
-    def fill(self, call: ForwardPass, network: nn.Module, cotangents: Tensor, memory: RowBuffer) -> None:
+    def fill(self, call: ForwardPass, network: nn.Module, cotangents: Tensor) -> None:
         """Compute the quantities and set them.
 
         Raises:
@@ -180,7 +179,7 @@ class backpack:
             for ext in self.exts:
                 p.__dict__.pop(ext.savefield, None)
         found = self._with_graph if torch.is_grad_enabled() else self._without_graph
-        for ext, by_name in found(call, cotangents, memory):
+        for ext, by_name in found(call, cotangents):
             if self.debug:
                 print(f"[DEBUG] {type(ext).__name__} of {type(network).__name__}")
             for name, value in by_name.items():
@@ -190,11 +189,11 @@ class backpack:
                 if any(p.requires_grad for p in module.parameters(recurse=False)):
                     self.extension_hook(module)
 
-    def _without_graph(self, call: ForwardPass, cotangents: Tensor, memory: RowBuffer) -> Iterator[Found]:
+    def _without_graph(self, call: ForwardPass, cotangents: Tensor) -> Iterator[Found]:
         factors = call.factors(cotangents) if self.exts else None
-        return ((ext, ext.compute(call, cotangents, factors, memory)) for ext in self.exts)
+        return ((ext, ext.compute(call, cotangents, factors)) for ext in self.exts)
 
-    def _with_graph(self, call: ForwardPass, cotangents: Tensor, memory: RowBuffer) -> Iterator[Found]:
+    def _with_graph(self, call: ForwardPass, cotangents: Tensor) -> Iterator[Found]:
         rows = call.differentiable_rows(cotangents) if self.exts else {}
         return ((ext, {name: ext.of_rows(row) for name, row in rows.items()}) for ext in self.exts)
 
@@ -236,27 +235,27 @@ def extend(module: nn.Module, debug: bool = False, use_converter: bool = False) 
     if debug:
         print(f"[DEBUG] Extending {type(module).__name__}")
     if any(True for _ in module.parameters()) and _MARK not in module.__dict__:
-        module.__dict__[_MARK] = [without(module), RowBuffer()]
+        module.__dict__[_MARK] = without(module)
         module.__dict__["forward"] = types.MethodType(_forward, module)
     return module
 
 
 def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    twin, memory = _twin(module), module.__dict__[_MARK][1]
+    twin = _twin(module)
     trains = any(p.requires_grad for p in module.parameters())
     if not (recording() and disable.should_store_io() and trains):
         return twin.forward(*args, **kwargs)
 
     def fill(call: ForwardPass, cotangents: Tensor) -> None:
         if _active:
-            _active[-1].fill(call, module, cotangents, memory)
+            _active[-1].fill(call, module, cotangents)
 
     return run(twin, args, kwargs, fill, _WHO, twice=True)[0]
 
 
 def _twin(module: nn.Module) -> nn.Module:
     """The module as it is now, but for the forward pass that ``extend`` put there; always the same object, so that its plan is kept."""
-    twin: nn.Module = module.__dict__[_MARK][0]
+    twin: nn.Module = module.__dict__[_MARK]
     own = {"forward": twin.__dict__["forward"]} if "forward" in twin.__dict__ else {}
     attributes = without(module, _MARK, "forward").__dict__
     twin.__dict__.clear()

@@ -22,7 +22,7 @@ from influence_ext.capture import Remembered, differentiable
 from influence_ext.capture.probe import same
 from influence_ext.data import ModelInput, call_arguments, call_model
 from influence_ext.errors import DTypeError, UnsupportedModelError
-from influence_ext.plan import Plan, RowBuffer
+from influence_ext.plan import Plan
 from influence_ext.tape import Tape
 
 
@@ -60,10 +60,9 @@ class ForwardPass:
         """Per-example factors of ``J_nᵀ g_n``. Cost: a cotangent sweep."""
         return self.tape.factors(cotangents[None])
 
-    def rows(self, factors: Any, memory: RowBuffer) -> dict[str, Tensor]:
-        """``J_nᵀ g_n`` by parameter, ``[N, *shape]``: views of one buffer from ``memory``. Cost: N·P elements written once."""
-        space = self.tape.plan.space
-        return self._used(space.unflatten(memory.materialise(factors, self.num_examples, space)))
+    def rows(self, factors: Any) -> dict[str, Tensor]:
+        """``J_nᵀ g_n`` by parameter, ``[N, *shape]``: views of one buffer. Cost: N·P elements written once."""
+        return self._used(self.tape.plan.space.unflatten(factors.materialise()[0]))
 
     def square_norms(self, factors: Any) -> dict[str, Tensor]:
         """``‖J_nᵀ g_n‖²`` by parameter, ``[N]``; gradients of layers on vectors are not formed."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from influence_ext.adapters.backward import ForwardPass, recording, run, without
 from influence_ext.errors import ArgumentError, DTypeError, UnsupportedModelError
-from influence_ext.plan import Plan, RowBuffer
+from influence_ext.plan import Plan
 
 LAYERS: tuple[type[nn.Module], ...] = (
     nn.Linear,
@@ -58,8 +58,8 @@ class GradSampleModule(nn.Module):
         ArgumentError (a ValueError): another ``loss_reduction``.
         UnsupportedModelError (a NotImplementedError): ``batch_first=False``; with ``strict``, batch norm in training mode.
 
-    Cost of a backward pass: two cotangent sweeps, and N·P elements written once, into memory that the module keeps and uses again when no
-    ``grad_sample`` lies in it any more.
+    Cost of a backward pass: two cotangent sweeps, and N·P elements written once, into memory that is used again when no ``grad_sample``
+    lies in it any more (:func:`influence_ext.set_cache_limit`).
     """
 
     def __init__(
@@ -87,7 +87,6 @@ class GradSampleModule(nn.Module):
         self.hooks_enabled = True
         self._waiting: weakref.WeakSet[ForwardPass] = weakref.WeakSet()
         self._current: dict[str, Tensor] = {}
-        self._memory = RowBuffer()
         self.validate(m, strict=strict)
         for p in self._trainable():
             p.grad_sample = None  # type: ignore[attr-defined]
@@ -110,7 +109,7 @@ class GradSampleModule(nn.Module):
             return
         N = call.num_examples
         unreduced = cotangents * N if self.loss_reduction == "mean" else cotangents
-        for name, rows in call.rows(call.factors(unreduced), self._memory).items():
+        for name, rows in call.rows(call.factors(unreduced)).items():
             other = self._current.get(name)
             if other is None:
                 self._current[name] = rows

@@ -86,7 +86,8 @@ def per_example_grads(
         data: one ``(X, y)`` or a re-iterable of such batches.
         params: selects a sub-space.
         out: buffer ``[N, P]`` to write into, contiguous, of the parameters' dtype and on their device; what it held is overwritten, so one
-            buffer serves many calls. A new one by default.
+            buffer serves many calls. A new one by default, in memory that freed results have left
+            (:func:`influence_ext.set_cache_limit`).
 
     Returns:
         Name -> ``[N, *shape]``, views of one ``[N, P]`` buffer (``out``, if given).
@@ -95,7 +96,8 @@ def per_example_grads(
         ShapeError, DTypeError, DataError, UnsupportedModelError, UnsupportedLossError: see :class:`influence_ext.GGN`; or ``out`` does
             not fit.
 
-    Cost: one forward pass, one cotangent sweep, N·P elements written once.
+    Cost: one forward pass, one cotangent sweep, N·P elements written once. Their memory stays with the process when they are freed, up to
+    the limit of :func:`influence_ext.set_cache_limit`, and serves the next call.
     """
     gradients = ExampleGradients.of(model, loss, data, params, "per_example_grads")
     space = gradients.tape.plan.space

@@ -121,6 +121,9 @@ ROWS = {
     "frozen": Row(frozen, rows, labels, F.cross_entropy),
 }  # fmt: skip
 
+WIDE = Row(lambda: nn.Sequential(nn.Linear(4, 512), nn.Tanh(), nn.Linear(512, 3)), rows, labels, F.cross_entropy)
+"""Its gradients are large enough for their memory to be kept (:func:`influence_ext.set_cache_limit`)."""
+
 
 def expected(row: Row, model: nn.Module, X: Tensor, y: Tensor) -> dict[str, Tensor]:
     """Name -> ``[N, *shape]``: gradients of each example's own loss, as a batch of one; a parameter that is not read is left out."""

@@ -39,7 +39,7 @@ rule link
 def sources() -> list[Path]:
     """The kernels of the device, and what they run on."""
     kernels = sorted((ROOT / "csrc/kernels/cuda").glob("*.cu"))
-    return [*kernels, ROOT / "tests/emulation/emulation/library.cpp", ROOT / "csrc/common/context.cpp"]
+    return [*kernels, ROOT / "tests/emulation/emulation/library.cpp", ROOT / "csrc/common/context.cpp", ROOT / "csrc/common/memory.cpp"]
 
 
 @cache

@@ -71,6 +71,19 @@ def test_networks_of_few_outputs(columns: int, dtype: torch.dtype, threads: Call
         assert deviation(found, oracle).frobenius < (1e-12 if dtype == torch.float64 else 1e-6)
 
 
+@pytest.mark.parametrize("width", [31, 256, 300, 513])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_tangents_whose_terms_share_a_run(width: int, dtype: torch.dtype) -> None:
+    """Both terms of a tangent are summed in runs of 512 steps: less than one, exactly one, one that cuts the second term, or the first."""
+    torch.manual_seed(width)
+    model = nn.Sequential(nn.Linear(3, width), nn.Tanh(), nn.Linear(width, 33), nn.Tanh(), nn.Linear(33, 5)).to(dtype)
+    X, y = torch.randn(14, 3, dtype=dtype), torch.randn(14, 5, dtype=dtype)
+    V = torch.randn(2, sum(p.numel() for p in model.parameters()), dtype=dtype)
+    found = ie.GGN(model, nn.MSELoss(), (X, y)).matmat(V)
+    oracle = reference.ggn_products(model, nn.functional.mse_loss, X, y, V)
+    assert deviation(found, oracle).frobenius < (1e-12 if dtype == torch.float64 else 1e-6)
+
+
 def test_bfloat16_keeps_what_is_not_a_number() -> None:
     tape, X, v, _ = factors(20, 9, 5)
     X[3, 4], X[5, 6], X[7, 0] = float("nan"), float("inf"), 3.4e38  # the last is infinite in bfloat16

@@ -48,6 +48,34 @@ def test_error_of_a_product_by_class_of_network(id: str) -> None:
     assert 1e-4 < error < CLASSES[id], "bfloat16 factors leave about 3e-3; less means that nothing was rounded"
 
 
+class Attended(nn.Module):
+    """Attention between trained elementwise layers: no other product can be rounded."""
+
+    def __init__(self, length: int, causal: bool):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Parameter(torch.randn(2, length, 7)) for _ in range(3))
+        self.causal = causal
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(x * self.q, x * self.k, x * self.v, is_causal=self.causal)
+
+
+@pytest.mark.parametrize("curvature", [ie.GGN, ie.Hessian])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("length", [5, 70])
+def test_attention_is_rounded(length: int, causal: bool, curvature: Any) -> None:
+    """In one block of queries and in several."""
+    torch.manual_seed(length)
+    model, X, y = Attended(length, causal), torch.randn(3, 2, length, 7), torch.randn(3, 2, length, 7)
+    rounded = curvature(model, nn.MSELoss(), (X, y), precision="bfloat16")
+    V = torch.randn(3, rounded.shape[0])
+    found = rounded.matmat(V)
+    oracle = curvature(model.double(), nn.MSELoss(), (X.double(), y.double())).matmat(V.double())
+    assert 2e-4 < deviation(found, oracle).frobenius < 1e-2, "less means that nothing was rounded"
+    assert deviation(rounded.exact.matmat(V), oracle).frobenius < 2e-6
+    assert torch.equal(rounded.matmat(V), found)
+
+
 @curvatures
 def test_the_point_is_exact_and_shared(curvature: Any) -> None:
     model, loss, data = problem(8, 20, 3)

@@ -11,6 +11,8 @@
 // Rows whose keys are all masked give 0, and 0 derivatives. With `causal`, query l sees keys 0..l and blocks leave out the keys beyond their last
 // row.
 //
+// At a reduced Context::precision products round their factors, but for those that belong to the point: q kᵀ, which gives P, and c.
+//
 // P is read from `p` if that is given (kept by the forward pass), else computed again from q, k and the mask. Counted per element of P and direction:
 // reading costs 4 bytes, computing 2 E operations and an exponential, the products themselves 4 (E + F) operations per right-hand side. So keeping
 // is faster, and attention_keeps_probabilities() does so while the tape stays within three times q, k, v and o.

@@ -8,7 +8,10 @@ namespace infl {
 namespace INFL_ISA {
 namespace {
 
-constexpr Context kAlone{};  // one thread of this machine
+constexpr Context kAlone{};  // one thread of this machine, in full precision
+
+// The same at the precision of products.
+Context alone(const Context& ctx) { return {.num_threads = 1, .precision = ctx.precision}; }
 
 // A matrix that is the right factor of products, packed once.
 template <class T>
@@ -46,7 +49,8 @@ struct Left {
 
 // C [M, N] (+)= A₀ B₀ + A₁ B₁ over the first K rows of B.
 template <class T>
-void product(int64_t M, int64_t K, int64_t N, T* c, int64_t ldc, bool accumulate, Left<T> a0, Packed<T> b0, Left<T> a1 = {}, Packed<T> b1 = {}) {
+void product(const Context& ctx, int64_t M, int64_t K, int64_t N, T* c, int64_t ldc, bool accumulate, Left<T> a0, Packed<T> b0, Left<T> a1 = {},
+             Packed<T> b1 = {}) {
   const int64_t panel = 2 * kLanes<T>;
   Gemm<T> g;
   g.M = M;
@@ -68,7 +72,7 @@ void product(int64_t M, int64_t K, int64_t N, T* c, int64_t ldc, bool accumulate
       g.terms[t].a_col = a[t].col;
       g.terms[t].packed = b[t].data + n * b[t].K;
     }
-    gemm_stub<T>(kAlone, g);
+    gemm_stub<T>(ctx, g);
   }
 }
 
@@ -133,7 +137,7 @@ void softmax_row(const Attention<T>& a, const Block<T>& b, int64_t row, T* s) {
 template <class T>
 void compute_probabilities(const Attention<T>& a, const Block<T>& b, Packed<T> k_transposed, T* p) {
   const T* q = head_of(a.q, a.q_at, b.n, b.head) + b.l0 * a.q_at.row;
-  product<T>(b.rows, a.E, b.keys, p, a.S, false, {q, a.q_at.row, 1}, k_transposed);
+  product<T>(kAlone, b.rows, a.E, b.keys, p, a.S, false, {q, a.q_at.row, 1}, k_transposed);
   for (int64_t r = 0; r < b.rows; ++r) softmax_row(a, b, r, p + r * a.S);
 }
 
@@ -204,16 +208,17 @@ void attention_forward(const Context& ctx, const Attention<T>& a, T* o) {
     for_blocks(a, n, key_head, [&](const Block<T>& b) {
       T* p = a.p ? kept_probabilities(a, b) : own;
       compute_probabilities(a, b, k_transposed, p);
-      product<T>(b.rows, b.keys, a.F, head_of(o, a.o_at, n, b.head) + b.l0 * a.o_at.row, a.o_at.row, false, {p, a.S, 1}, v);
+      product<T>(kAlone, b.rows, b.keys, a.F, head_of(o, a.o_at, n, b.head) + b.l0 * a.o_at.row, a.o_at.row, false, {p, a.S, 1}, v);
     });
   });
 }
 
 template <class T>
-void attention_jvp(const Context& ctx, const Attention<T>& a, const AttentionTangents<T>& t, T* t_o) {
+void attention_jvp(const Context& given, const Attention<T>& a, const AttentionTangents<T>& t, T* t_o) {
+  const Context ctx = alone(given);
   const bool scores_move = t.q || t.k || t.mask;
   const bool one_block = a.heads == a.key_heads && a.L <= attention_block(a);
-  for_items(ctx, a, [&](int64_t n, int64_t key_head, T* memory) {
+  for_items(given, a, [&](int64_t n, int64_t key_head, T* memory) {
     Scratch<T> scratch(memory);
     Packed<T> k_transposed{}, v{};
     if (t.q || a.p == nullptr) k_transposed = scratch.pack(a.E, a.S, head_of(a.k, a.k_at, n, key_head), 1, a.k_at.row);
@@ -240,7 +245,8 @@ void attention_jvp(const Context& ctx, const Attention<T>& a, const AttentionTan
         const int64_t e = i * a.n + n, kept = one_block ? 0 : i;
         if (scores_move) {
           const Left<T> t_q{t.q ? head_of(t.q, a.q_at, e, b.head) + b.l0 * a.q_at.row : nullptr, a.q_at.row, 1};
-          product<T>(b.rows, a.E, b.keys, scores, a.S, false, t_q, k_transposed, {t.k ? q : nullptr, a.q_at.row, 1}, {t_k + kept * k_size, a.E, a.S});
+          product<T>(ctx, b.rows, a.E, b.keys, scores, a.S, false, t_q, k_transposed, {t.k ? q : nullptr, a.q_at.row, 1},
+                     {t_k + kept * k_size, a.E, a.S});
           for (int64_t r = 0; r < b.rows; ++r) {
             T* row = scores + r * a.S;
             if (t.mask) {
@@ -251,7 +257,7 @@ void attention_jvp(const Context& ctx, const Attention<T>& a, const AttentionTan
             softmax_derivative(p + r * a.S, b.keys, t.mask ? T(1) : a.scale, row);
           }
         }
-        product<T>(b.rows, b.keys, a.F, head_of(t_o, a.o_at, e, b.head) + b.l0 * a.o_at.row, a.o_at.row, false,
+        product<T>(ctx, b.rows, b.keys, a.F, head_of(t_o, a.o_at, e, b.head) + b.l0 * a.o_at.row, a.o_at.row, false,
                    {scores_move ? scores : nullptr, a.S, 1}, v, {t.v ? p : nullptr, a.S, 1}, {t_v + kept * v_size, a.S, a.F});
       }
     });
@@ -270,8 +276,8 @@ void add_to_mask(const Attention<T>& a, const Block<T>& b, const T* scores, T* g
 
 // One item, right-hand sides [v0, v1).
 template <class T>
-void attention_vjp_item(const Attention<T>& a, const T* g_o, const AttentionCotangents<T>& g, int64_t v0, int64_t v1, int64_t n, int64_t key_head,
-                        T* memory) {
+void attention_vjp_item(const Context& ctx, const Attention<T>& a, const T* g_o, const AttentionCotangents<T>& g, int64_t v0, int64_t v1, int64_t n,
+                        int64_t key_head, T* memory) {
   const bool through_scores = g.q || g.k || g.mask;
   Scratch<T> scratch(memory);
   Packed<T> k_transposed{}, v_transposed{}, k{};
@@ -296,10 +302,10 @@ void attention_vjp_item(const Attention<T>& a, const T* g_o, const AttentionCota
       const T* g_block = head_of(g_o, a.o_at, e, b.head) + b.l0 * a.o_at.row;
       if (g.v) {
         gemm_pack_stub<T>(kAlone, 1, b.rows, a.F, g_block, 0, a.o_at.row, 1, g_o_packed);
-        product<T>(b.keys, b.rows, a.F, head_of(g.v, a.v_at, e, key_head), a.v_at.row, true, {p, 1, a.S}, {g_o_packed, b.rows, a.F});
+        product<T>(ctx, b.keys, b.rows, a.F, head_of(g.v, a.v_at, e, key_head), a.v_at.row, true, {p, 1, a.S}, {g_o_packed, b.rows, a.F});
       }
       if (!through_scores) continue;
-      product<T>(b.rows, a.F, b.keys, scores, a.S, false, {g_block, a.o_at.row, 1}, v_transposed);
+      product<T>(ctx, b.rows, a.F, b.keys, scores, a.S, false, {g_block, a.o_at.row, 1}, v_transposed);
       for (int64_t r = 0; r < b.rows; ++r) softmax_derivative(p + r * a.S, b.keys, g.mask ? T(1) : a.scale, scores + r * a.S);
       if (g.mask) {
         add_to_mask(a, b, scores, g.mask + i * g.mask_stride + n * g.mask_example);
@@ -308,9 +314,9 @@ void attention_vjp_item(const Attention<T>& a, const T* g_o, const AttentionCota
         }
       }
       if (g.q) {
-        product<T>(b.rows, b.keys, a.E, head_of(g.q, a.q_at, e, b.head) + b.l0 * a.q_at.row, a.q_at.row, g.accumulate, {scores, a.S, 1}, k);
+        product<T>(ctx, b.rows, b.keys, a.E, head_of(g.q, a.q_at, e, b.head) + b.l0 * a.q_at.row, a.q_at.row, g.accumulate, {scores, a.S, 1}, k);
       }
-      if (g.k) product<T>(b.keys, b.rows, a.E, head_of(g.k, a.k_at, e, key_head), a.k_at.row, true, {scores, 1, a.S}, {q_packed, b.rows, a.E});
+      if (g.k) product<T>(ctx, b.keys, b.rows, a.E, head_of(g.k, a.k_at, e, key_head), a.k_at.row, true, {scores, 1, a.S}, {q_packed, b.rows, a.E});
     }
   });
 }
@@ -318,7 +324,7 @@ void attention_vjp_item(const Attention<T>& a, const T* g_o, const AttentionCota
 template <class T>
 void attention_vjp(const Context& ctx, const Attention<T>& a, const T* g_o, const AttentionCotangents<T>& g) {
   if (g.mask == nullptr) {
-    for_items(ctx, a, [&](int64_t n, int64_t key_head, T* memory) { attention_vjp_item(a, g_o, g, 0, a.V, n, key_head, memory); });
+    for_items(ctx, a, [&](int64_t n, int64_t key_head, T* memory) { attention_vjp_item(alone(ctx), a, g_o, g, 0, a.V, n, key_head, memory); });
     return;
   }
   // Items may share elements of the mask: threads take right-hand sides.
@@ -331,15 +337,15 @@ void attention_vjp(const Context& ctx, const Attention<T>& a, const T* g_o, cons
     }
     for (int64_t item = 0; item < a.n * a.key_heads; ++item) {
       T* scratch = a.scratch + (threads > 1 ? omp_get_thread_num() : 0) * size;
-      attention_vjp_item(a, g_o, g, i, i + 1, item / a.key_heads, item % a.key_heads, scratch);
+      attention_vjp_item(alone(ctx), a, g_o, g, i, i + 1, item / a.key_heads, item % a.key_heads, scratch);
     }
   });
 }
 
 // One item, right-hand sides [v0, v1).
 template <class T>
-void attention_second_order_item(const Attention<T>& a, const T* g_o, const AttentionTangents<T>& t, const AttentionCotangents<T>& g, int64_t v0,
-                                 int64_t v1, int64_t n, int64_t key_head, T* memory) {
+void attention_second_order_item(const Context& ctx, const Attention<T>& a, const T* g_o, const AttentionTangents<T>& t,
+                                 const AttentionCotangents<T>& g, int64_t v0, int64_t v1, int64_t n, int64_t key_head, T* memory) {
   const bool scores_move = t.q || t.k || t.mask, through_scores = g.q || g.k || g.mask;
   const bool one_block = a.heads == a.key_heads && a.L <= attention_block(a);
   Scratch<T> scratch(memory);
@@ -373,7 +379,7 @@ void attention_second_order_item(const Attention<T>& a, const T* g_o, const Atte
     const Left<T> g_block{head_of(g_o, a.o_at, n, b.head) + b.l0 * a.o_at.row, a.o_at.row, 1};
     gemm_pack_stub<T>(kAlone, 1, b.rows, a.E, q, 0, a.q_at.row, 1, q_packed);
     gemm_pack_stub<T>(kAlone, 1, b.rows, a.F, g_block.data, 0, a.o_at.row, 1, g_packed);
-    product<T>(b.rows, a.F, b.keys, centred, a.S, false, g_block, v_transposed);
+    product<T>(kAlone, b.rows, a.F, b.keys, centred, a.S, false, g_block, v_transposed);
     for (int64_t r = 0; r < b.rows; ++r) {
       centre_row(p + r * a.S, b.keys, centred + r * a.S);
       for (int64_t j = r * a.S; j < r * a.S + b.keys; ++j) g_scores[j] = a.scale * p[j] * centred[j];
@@ -384,12 +390,12 @@ void attention_second_order_item(const Attention<T>& a, const T* g_o, const Atte
       const T* t_q = t.q ? head_of(t.q, a.q_at, e, b.head) + b.l0 * a.q_at.row : nullptr;
       // h: first what v's tangent gives, g_o t_vᵀ, or nothing
       if (through_scores && t.v) {
-        product<T>(b.rows, a.F, b.keys, h, a.S, false, g_block, {t_vt + at * vt_size, a.F, a.S});
+        product<T>(ctx, b.rows, a.F, b.keys, h, a.S, false, g_block, {t_vt + at * vt_size, a.F, a.S});
       } else {
         std::memset(h, 0, b.rows * a.S * sizeof(T));
       }
       if (scores_move) {
-        product<T>(b.rows, a.E, b.keys, u, a.S, false, {t_q, a.q_at.row, 1}, k_transposed, {t.k ? q : nullptr, a.q_at.row, 1},
+        product<T>(ctx, b.rows, a.E, b.keys, u, a.S, false, {t_q, a.q_at.row, 1}, k_transposed, {t.k ? q : nullptr, a.q_at.row, 1},
                    {t_kt + at * kt_size, a.E, a.S});
         if (t.q == nullptr && t.k == nullptr) std::memset(u, 0, b.rows * a.S * sizeof(T));
         for (int64_t r = 0; r < b.rows; ++r) {
@@ -406,7 +412,7 @@ void attention_second_order_item(const Attention<T>& a, const T* g_o, const Atte
             row[j] *= p[r * a.S + j];
           }
         }
-        if (g.v) product<T>(b.keys, b.rows, a.F, head_of(g.v, a.v_at, e, key_head), a.v_at.row, true, {u, 1, a.S}, {g_packed, b.rows, a.F});
+        if (g.v) product<T>(ctx, b.keys, b.rows, a.F, head_of(g.v, a.v_at, e, key_head), a.v_at.row, true, {u, 1, a.S}, {g_packed, b.rows, a.F});
       }
       if (!through_scores) continue;
       for (int64_t r = 0; r < b.rows; ++r) softmax_derivative(p + r * a.S, b.keys, T(1), h + r * a.S);
@@ -415,12 +421,12 @@ void attention_second_order_item(const Attention<T>& a, const T* g_o, const Atte
         for (int64_t j = 0; j < b.keys; ++j) h[r * a.S + j] *= a.scale;
       }
       if (g.q) {
-        product<T>(b.rows, b.keys, a.E, head_of(g.q, a.q_at, e, b.head) + b.l0 * a.q_at.row, a.q_at.row, true, {h, a.S, 1}, k,
+        product<T>(ctx, b.rows, b.keys, a.E, head_of(g.q, a.q_at, e, b.head) + b.l0 * a.q_at.row, a.q_at.row, true, {h, a.S, 1}, k,
                    {t.k ? g_scores : nullptr, a.S, 1}, {t_k + at * k_size, a.S, a.E});
       }
       if (g.k) {
         if (t_q) gemm_pack_stub<T>(kAlone, 1, b.rows, a.E, t_q, 0, a.q_at.row, 1, t_q_packed);
-        product<T>(b.keys, b.rows, a.E, head_of(g.k, a.k_at, e, key_head), a.k_at.row, true, {h, 1, a.S}, {q_packed, b.rows, a.E},
+        product<T>(ctx, b.keys, b.rows, a.E, head_of(g.k, a.k_at, e, key_head), a.k_at.row, true, {h, 1, a.S}, {q_packed, b.rows, a.E},
                    {t_q ? g_scores : nullptr, 1, a.S}, {t_q_packed, b.rows, a.E});
       }
     }
@@ -431,7 +437,8 @@ template <class T>
 void attention_second_order(const Context& ctx, const Attention<T>& a, const T* g_o, const AttentionTangents<T>& t, const AttentionCotangents<T>& g) {
   const int64_t size = attention_second_order_thread_scratch_size(a);
   if (g.mask == nullptr) {
-    for_items(ctx, a, size, [&](int64_t n, int64_t key_head, T* memory) { attention_second_order_item(a, g_o, t, g, 0, a.V, n, key_head, memory); });
+    for_items(ctx, a, size,
+              [&](int64_t n, int64_t key_head, T* memory) { attention_second_order_item(alone(ctx), a, g_o, t, g, 0, a.V, n, key_head, memory); });
     return;
   }
   // Items may share elements of the mask: threads take right-hand sides.
@@ -439,7 +446,8 @@ void attention_second_order(const Context& ctx, const Attention<T>& a, const T* 
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t i = 0; i < a.V; ++i) {
     for (int64_t item = 0; item < a.n * a.key_heads; ++item) {
-      attention_second_order_item(a, g_o, t, g, i, i + 1, item / a.key_heads, item % a.key_heads, a.scratch + omp_get_thread_num() * size);
+      attention_second_order_item(alone(ctx), a, g_o, t, g, i, i + 1, item / a.key_heads, item % a.key_heads,
+                                  a.scratch + omp_get_thread_num() * size);
     }
   }
 }

@@ -2,7 +2,8 @@
 // it per k, and 12 x 2 vectors (AVX-512) need 24 cycles of FMA for 14 loads, so A's rows may come from L1 or L2 without being felt, unless their
 // stride maps them all to one cache set; then the rows of a block are copied side by side first.
 // Loop order: block of rows of A (kept in L2) > panel of B (K * 128 bytes, from L2) > register tiles. No blocking along K is needed for speed;
-// runs of kRun steps bound the rounding error.
+// runs of kRun steps, which may take in the end of the first term and the beginning of the second, bound the rounding error. A tile asks for its part
+// of C before it begins: that is often in memory, or in the last cache, and 12 rows of it would be waited for one after another.
 //
 // At Precision::bfloat16 both operands are rounded as they are copied, B panel by panel before the product and A block by block, which costs an
 // element about a hundredth of what multiplying it does; what is packed ahead stays in full precision, so one packing serves every precision.
@@ -168,6 +169,15 @@ const float* round_block(int64_t M, const GemmTerm<float>& term, const float* a,
 
 // ---- Register tiles ----------------------------------------------------------------------------------------------------------------------
 
+// Some steps of one term.
+template <class T>
+struct Steps {
+  int64_t count;
+  const T* a;
+  int64_t a_row, a_col;
+  const T* b;  // packed
+};
+
 // What a register tile does with its sums once they are complete.
 template <class T>
 struct Epilogue {
@@ -176,41 +186,59 @@ struct Epilogue {
   int64_t scale_ld;
 };
 
-// R rows by NV vectors: acc = A B over K steps; then C = acc (first run) or C + acc, and the epilogue after the last run.
-// `columns` < NV * lanes only in the last panel, which goes through a small buffer.
+// Where the tile's results go, and their factors, are asked for before the sums begin, which hide the way from memory.
+template <int R, int NV, class T>
+__attribute__((always_inline)) inline void prefetch_rows(const T* first, int64_t stride) {
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r) {
+    const T* row = first + r * stride;
+#pragma GCC unroll 2
+    for (int j = 0; j < NV; ++j) __builtin_prefetch(row + j * kLanes<T>);
+    __builtin_prefetch(row + NV * kLanes<T> - 1);  // rows may begin within a cache line
+  }
+}
+
+// R rows by NV vectors: acc = the sum of A B over one run of steps, of one term or of both; then C = acc (first run) or C + acc, and the epilogue
+// after the last run. `columns` < NV * lanes only in the last panel, which goes through a small buffer.
 template <class T, int R, int NV, bool pairs>
-__attribute__((always_inline)) inline void tile(int64_t K, const T* a, int64_t a_row, int64_t a_col, const T* b, T* c, int64_t ldc, bool add,
-                                                bool last, const Epilogue<T>& epilogue, int64_t columns) {
+__attribute__((always_inline)) inline void tile(const Steps<T>* run, int num_terms, T* c, int64_t ldc, bool add, bool last,
+                                                const Epilogue<T>& epilogue, int64_t columns) {
   constexpr int L = kLanes<T>;
   constexpr int W = kPanel<T>;
   constexpr int G = (R + 2) / 3;  // row pointers, three rows each: base, +stride, +2 stride are all one addressing mode
+  prefetch_rows<R, NV>(c, ldc);
+  if (last && epilogue.scale) prefetch_rows<R, NV>(epilogue.scale, epilogue.scale_ld);
   Vec<T> acc[R][NV];
   for (int r = 0; r < R; ++r)
     for (int j = 0; j < NV; ++j) acc[r][j] = Vec<T>{};
-  const T* rows[G];
-  for (int g = 0; g < G; ++g) rows[g] = a + 3 * g * a_row;
-  for (int64_t k = 0; k < K; ++k) {
-    Vec<T> bv[NV];
+  for (int t = 0; t < num_terms; ++t) {
+    const int64_t a_row = run[t].a_row, a_col = run[t].a_col, count = run[t].count;
+    const T* b = run[t].b;
+    const T* rows[G];
+    for (int g = 0; g < G; ++g) rows[g] = run[t].a + 3 * g * a_row;
+    for (int64_t k = 0; k < count; ++k) {
+      Vec<T> bv[NV];
 #pragma GCC unroll 2
-    for (int j = 0; j < NV; ++j) bv[j] = load(b + j * L);
-    b += W;
+      for (int j = 0; j < NV; ++j) bv[j] = load(b + j * L);
+      b += W;
 #pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) {
-      const T value = rows[r / 3][(r % 3) * a_row];
-      if constexpr (pairs) {
+      for (int r = 0; r < R; ++r) {
+        const T value = rows[r / 3][(r % 3) * a_row];
+        if constexpr (pairs) {
 #if INFL_VECTOR_BYTES == 64
-        const __m512 both = _mm512_set1_ps(value);
+          const __m512 both = _mm512_set1_ps(value);
 #pragma GCC unroll 2
-        for (int j = 0; j < NV; ++j)
-          acc[r][j] = reinterpret_cast<Vec<T>>(add_pairs(reinterpret_cast<__m512>(acc[r][j]), both, reinterpret_cast<__m512>(bv[j])));
+          for (int j = 0; j < NV; ++j)
+            acc[r][j] = reinterpret_cast<Vec<T>>(add_pairs(reinterpret_cast<__m512>(acc[r][j]), both, reinterpret_cast<__m512>(bv[j])));
 #endif
-      } else {
+        } else {
 #pragma GCC unroll 2
-        for (int j = 0; j < NV; ++j) acc[r][j] += bv[j] * value;
+          for (int j = 0; j < NV; ++j) acc[r][j] += bv[j] * value;
+        }
       }
-    }
 #pragma GCC unroll 4
-    for (int g = 0; g < G; ++g) rows[g] += a_col;
+      for (int g = 0; g < G; ++g) rows[g] += a_col;
+    }
   }
   const bool whole = columns == NV * L;
   T buffer[NV * L];
@@ -244,12 +272,12 @@ __attribute__((always_inline)) inline void tile(int64_t K, const T* a, int64_t a
 }
 
 template <class T>
-using TileFn = void (*)(int64_t, const T*, int64_t, int64_t, const T*, T*, int64_t, bool, bool, const Epilogue<T>&, int64_t);
+using TileFn = void (*)(const Steps<T>*, int, T*, int64_t, bool, bool, const Epilogue<T>&, int64_t);
 
 template <class T, int R, int NV, bool pairs>
-__attribute__((noinline)) void tile_fn(int64_t K, const T* a, int64_t a_row, int64_t a_col, const T* b, T* c, int64_t ldc, bool add, bool last,
-                                       const Epilogue<T>& epilogue, int64_t columns) {
-  tile<T, R, NV, pairs>(K, a, a_row, a_col, b, c, ldc, add, last, epilogue, columns);
+__attribute__((noinline)) void tile_fn(const Steps<T>* run, int num_terms, T* c, int64_t ldc, bool add, bool last, const Epilogue<T>& epilogue,
+                                       int64_t columns) {
+  tile<T, R, NV, pairs>(run, num_terms, c, ldc, add, last, epilogue, columns);
 }
 
 template <class T, int NV, bool pairs, int... R>
@@ -298,6 +326,9 @@ void gemm_block(const Gemm<T>& g, const GemmTerm<T>* terms, int num_terms, int64
       T* c = g.c + v * g.c_batch + m * g.ldc + p * W;
       if (g.scale) epilogue.scale = g.scale + m * g.scale_ld + p * W;
       bool add = g.accumulate;
+      Steps<T> run[2];
+      int in_run = 0;
+      int64_t left = kRun;
       for (int t = 0; t < num_terms; ++t) {
         const GemmTerm<T>& term = local[t];
         const int64_t steps = steps_of<form>(term.K);
@@ -305,11 +336,17 @@ void gemm_block(const Gemm<T>& g, const GemmTerm<T>* terms, int num_terms, int64
         const T* b = term.packed + v * term.packed_batch + p * W * steps;
         int64_t k = 0;
         do {  // at least once: an empty sum still has its beta and epilogue
-          const int64_t run = std::min(kRun, steps - k);
-          const bool last = t == num_terms - 1 && k + run == steps;
-          fn(run, a + k * term.a_col, term.a_row, term.a_col, b + k * W, c, g.ldc, add, last, epilogue, columns);
-          add = true;
-          k += run;
+          const int64_t count = std::min(left, steps - k);
+          run[in_run++] = {count, a + k * term.a_col, term.a_row, term.a_col, b + k * W};
+          k += count;
+          left -= count;
+          const bool last = t == num_terms - 1 && k == steps;
+          if (last || left == 0) {
+            fn(run, in_run, c, g.ldc, add, last, epilogue, columns);
+            add = true;
+            in_run = 0;
+            left = kRun;
+          }
         } while (k < steps);
       }
     }

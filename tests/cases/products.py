@@ -140,6 +140,14 @@ EINSUM = (
                normal(5, 3), P=lambda: parameter(4, 5), fc=fc()),
     expression("einsum-weight", "matmul", lambda m, x: torch.einsum("nti,hio->nhto", m.fc(x), m.W), "a weight a head",
                normal(5, 3), W=lambda: parameter(2, 3, 4), fc=fc()),
+    expression("einsum-experts", "matmul", lambda m, x: torch.einsum("ni,eih->neh", m.fc(x), m.W), "every example meets each weight",
+               normal(3), W=lambda: parameter(2, 3, 4), fc=fc()),
+    expression("einsum-experts-apart", "matmul", lambda m, x: torch.einsum("neh,eho->neo", m.fc(x), m.W), "a row and a weight an expert",
+               normal(2, 3), W=lambda: parameter(2, 3, 4), fc=fc()),
+    expression("einsum-basis", "matmul", lambda m, x: torch.einsum("nig,oig->no", m.fc(x), m.W), "two axes summed with a weight",
+               normal(5, 3), W=lambda: parameter(4, 5, 3), fc=fc()),
+    expression("einsum-left-weight", "matmul", lambda m, x: torch.einsum("oi,ni->no", m.W, m.fc(x)), "a column of every example",
+               normal(3), W=lambda: parameter(4, 3), fc=fc()),
 )  # fmt: skip
 
 ATTENTION = (

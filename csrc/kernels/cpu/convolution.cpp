@@ -97,13 +97,13 @@ __attribute__((noinline)) void tile_fn(const TileJob<T>& job) {
       a += a_rows;
     }
   }
+  const T *bias = job.last ? job.bias : nullptr, *scale = job.last ? job.scale : nullptr;
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
     for (int j = 0; j < NV; ++j) {
       const int64_t lanes = j == NV - 1 ? job.last_lanes : job.lanes, at = r * job.out_row + j * job.out_step;
-      finish<T>(acc[r][j], lanes, job.add, job.last && job.bias ? job.bias + r : nullptr, job.last && job.scale ? job.scale + at : nullptr,
-                job.out + at);
+      finish<T>(acc[r][j], lanes, job.add, bias ? bias + r : nullptr, scale ? scale + at : nullptr, job.out + at);
     }
   }
 }

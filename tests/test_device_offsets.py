@@ -1,7 +1,7 @@
 """Pointwise CUDA kernels at odd sizes and addresses, run on the CPU (tests/emulation) and called directly: against PyTorch in float64.
 
-A plan's buffers begin at whole cache lines, so only here do elements lie before the first aligned address, behind the last, or at addresses that
-never are aligned together.
+A plan's buffers begin at whole cache lines, so only here do elements lie before the first aligned address, behind the last, or at addresses
+that never are aligned together.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def kernels() -> dict[str, tuple[int, int]]:
 
 
 def call(name: str, dtype: torch.dtype, *arguments: Any) -> None:
-    """Arguments: integers and booleans as they are, floats in the data type, tensors as pointers. These kernels ask nothing of their context."""
+    """Integers and booleans as they are, floats in the data type, tensors as pointers. These kernels ask nothing of their context."""
     number = ctypes.c_double if dtype == F64 else ctypes.c_float
     given: list[Any] = [ctypes.create_string_buffer(4096)]
     for value in arguments:
@@ -79,7 +79,8 @@ class Memory:
 
     def check_surroundings(self) -> None:
         for base, first, size in self.bases:
-            assert base[:first].isnan().all() and base[first + size :].isnan().all()
+            assert base[:first].isnan().all()
+            assert base[first + size :].isnan().all()
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

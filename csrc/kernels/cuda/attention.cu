@@ -96,11 +96,14 @@ __global__ void __launch_bounds__(kThreads, 1) tangents_kernel(const Attention<T
 
 // ---- Cotangents ------------------------------------------------------------------------------------------------------------------------------
 
-// Blocks of threads on a processor: two where the sums are in registers and 128 registers hold them, else one.
+// Blocks of threads on a processor that are asked for: two where the sums are in registers and 128 of them hold all, one, or (0) the compiler's
+// choice.
 template <class Tile, Wanted kWanted, int kSides>
 constexpr int kCotangentBlocks = 1;
 template <class T, Wanted kWanted, int kSides>
-constexpr int kCotangentBlocks<PlainTile<T>, kWanted, kSides> = kSides == 1 || kWanted == Wanted::value ? 2 : 1;
+constexpr int kCotangentBlocks<PlainTile<T>, kWanted, kSides> = kSides == 1                ? 0
+                                                                : kWanted == Wanted::value ? 2
+                                                                                           : 1;
 
 template <class Tile, Wanted kWanted, int kSides, class T = typename Tile::Value>
 __global__ void __launch_bounds__(kThreads, kCotangentBlocks<Tile, kWanted, kSides>)

@@ -85,13 +85,10 @@ __device__ void multiply_rows(PlainTile<T>& sum, const Rows<T>& left, const Rows
   const T *from_a = left.data + row * left.step + k, *from_b = right.data + row * right.step + k;
   const auto fetch = [&](int64_t k0) {
     const bool exists = k0 + k < K;
-    int64_t at_a = k0, at_b = k0;
     INFL_UNROLL(4)
     for (int i = 0; i < kEach; ++i) {
-      next_a[i] = exists && i * kApart < left_rows ? from_a[at_a] : T(0);
-      next_b[i] = exists && i * kApart < right_rows ? from_b[at_b] : T(0);
-      at_a += kApart * left.step;
-      at_b += kApart * right.step;
+      next_a[i] = exists && i * kApart < left_rows ? from_a[k0 + i * kApart * left.step] : T(0);
+      next_b[i] = exists && i * kApart < right_rows ? from_b[k0 + i * kApart * right.step] : T(0);
     }
   };
   fetch(0);

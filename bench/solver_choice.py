@@ -145,22 +145,24 @@ def trained(name: str, folder: Path) -> tuple[nn.Module, nn.Module, tuple[Tensor
 
 def contenders(num_rhs: int, rtol: float) -> dict[str, Solver]:
     options: dict = {"rtol": rtol, "max_steps": MAX_STEPS, "on_failure": "return"}
-    found: dict[str, Solver] = {"CG": CG(**options)}
-    found |= {f"CG, Nystrom({rank})": CG(preconditioner=Nystrom(rank), **options) for rank in (10, 20, 40, 80)}
-    found["CG, EKFAC"] = CG(preconditioner=EKFAC(), **options)
+    found: dict[str, Solver] = {"CG": CG(reorthogonalise=0, **options), "CG, past": CG(**options)}
+    found |= {f"CG, Nystrom({rank})": CG(preconditioner=Nystrom(rank), reorthogonalise=0, **options) for rank in (20, 80)}
+    found["CG, EKFAC"] = CG(preconditioner=EKFAC(), reorthogonalise=0, **options)
     if num_rhs > 1:
-        found["BlockCG"] = BlockCG(**options)
-        found |= {f"BlockCG, Nystrom({rank})": BlockCG(preconditioner=Nystrom(rank), **options) for rank in (20, 80)}
+        found |= {"BlockCG": BlockCG(reorthogonalise=0, **options), "BlockCG, past": BlockCG(**options)}
+        found["BlockCG, Nystrom(20)"] = BlockCG(preconditioner=Nystrom(20), reorthogonalise=0, **options)
     found["Dual"] = Dual(rtol=rtol, on_failure="return")
     found["Direct"] = Direct(rtol=rtol, on_failure="return")
     return found
 
 
-def records(name: str, folder: Path, dtype: torch.dtype, rtol: float, only: list[str] | None, num_rhs: tuple[int, ...]) -> Iterator[dict]:
+def records(
+    name: str, folder: Path, dtype: torch.dtype, rtol: float, only: list[str] | None, num_rhs: list[int], dampings: list[float]
+) -> Iterator[dict]:
     model, loss, (X, y), B = trained(name, folder)
     model, B = model.to(dtype), B.to(dtype)
     X, y = (t.to(dtype) if t.is_floating_point() else t for t in (X, y))
-    for damping in DAMPINGS:
+    for damping in dampings:
         G = ie.GGN(model, loss, (X, y), damping=damping)
         for V in num_rhs:
             chosen = auto(G, V, rtol=rtol, on_failure="return")
@@ -168,7 +170,7 @@ def records(name: str, folder: Path, dtype: torch.dtype, rtol: float, only: list
             for label, solver in solvers.items():
                 if only and label not in only:
                     continue
-                if label == "Direct" and G.num_parameters > 3000 or label == "Dual" and G.num_roots > 4000:
+                if (label == "Direct" and G.num_parameters > 3000) or (label == "Dual" and G.num_roots > 4000):
                     continue
                 started = time.process_time()
                 solution = solver.solve(G.damped(damping), B[:V])
@@ -178,7 +180,7 @@ def records(name: str, folder: Path, dtype: torch.dtype, rtol: float, only: list
                     "problem": name, "P": G.num_parameters, "R": G.num_roots, "dtype": str(dtype)[6:], "damping": damping, "V": V,
                     "rtol": rtol, "solver": label, "products": solution.num_products / V, "seconds": spent, "status": dict(status),
                     "residual": float(solution.residual_norm.max()), "steps": max(solution.stats.get("iterations", [0])),
-                    "took": chosen.name if label == "auto" else label,
+                    "took": chosen.name if label == "auto" else label, "reason": chosen.reason,
                 }  # fmt: skip
 
 
@@ -188,11 +190,14 @@ def main() -> None:
     parser.add_argument("--problems", nargs="*", default=list(PROBLEMS))
     parser.add_argument("--solvers", nargs="*")
     parser.add_argument("--rhs", nargs="*", type=int, default=list(NUM_RHS))
+    parser.add_argument("--dampings", nargs="*", type=float, default=list(DAMPINGS))
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
     parser.add_argument("--rtol", type=float, default=1e-4)
     arguments = parser.parse_args()
     for name in arguments.problems:
-        for record in records(name, arguments.folder, getattr(torch, arguments.dtype), arguments.rtol, arguments.solvers, tuple(arguments.rhs)):
+        for record in records(
+            name, arguments.folder, getattr(torch, arguments.dtype), arguments.rtol, arguments.solvers, arguments.rhs, arguments.dampings
+        ):
             print(json.dumps(record), flush=True)
 
 

@@ -64,6 +64,16 @@ class CGVectors:
         else:
             _step(self._lower, self._p, q, self.x, self.r, self._table)
 
+    def squares(self) -> Tensor:
+        """``rᵀM⁻¹r`` of each residual, ``[V]``, infinite where it is not positive; between :meth:`direction` and :meth:`step`."""
+        squares = self._table[:, _RZ_NEXT]
+        return torch.where(squares > 0, squares, torch.inf)
+
+    def replace_residuals(self, R: Tensor) -> None:
+        """Go on with ``R [V, P]`` in place of the residuals, to which it is equal up to rounding; not of a recurrence that is replayed."""
+        self.r = R
+        self._table[:, _RR] = torch.linalg.vecdot(R.double(), R.double())
+
     def look(self) -> list[tuple[str, int]]:
         """For each recurrence how it ended (:data:`ENDS`) and after how many steps; waits for the device."""
         return [(ENDS[int(end)], int(steps)) for end, steps in self._table[:, [_STATUS, _STEPS]].tolist()]

@@ -149,7 +149,7 @@ def test_cg_reaches_the_tolerance_of_the_exact_system(damping: float, preconditi
     assert torch.allclose(true, solution.residual_norm, rtol=0.05, atol=1e-7)
     few = solution.stats["exact_products"]
     assert 0 < few < solution.num_products / 3, "most products are cheap ones"
-    plain = CG(rtol=rtol, preconditioner=preconditioner).solve(G, B)
+    plain = CG(rtol=rtol, preconditioner=preconditioner, reorthogonalise=0).solve(G, B)
     assert solution.num_products < 2 * plain.num_products
     assert (solution.value - plain.value).norm() < 1e-2 * plain.value.norm()
 

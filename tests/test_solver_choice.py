@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from influence_ext.errors import ArgumentError, SolverFailure
 from influence_ext.operators.base import CurvatureOperator
-from influence_ext.solvers import CG, AutoChoice, Direct, Status, auto, top_eigenvalue
+from influence_ext.solvers import CG, AutoChoice, BlockCG, Direct, Status, auto, top_eigenvalue
 from tests.cases.solvers import SYSTEMS, DenseOperator, diagonal, error, matrix, rotated
 
 F64 = torch.float64
@@ -33,13 +33,13 @@ class Sized(CurvatureOperator):
 @pytest.mark.parametrize(
     ("P", "R", "damping", "V", "name", "reason"),
     [
-        (100_000, 1000, 1e-3, 100, "Dual", "CG about 10,130 (Direct takes at most 20000 parameters)."),
+        (100_000, 1000, 1e-3, 100, "Dual", "CG about 9,887 (Direct takes at most 20000 parameters)."),
         (100_000, 30_000, 1e-3, 100, "BlockCG", "Direct takes at most 20000 parameters; Dual takes at most 20000 roots"),
         (100_000, 5000, 1e-3, 1, "CG", "CG: for P = 100000 parameters, R = 5000 roots and V = 1 right-hand sides"),
         (200, 50_000, 1e-3, 20, "Direct", "Dual takes at most 20000 roots"),
         (100_000, 200_000, 0.0, 100, "BlockCG", "Dual needs damping"),
         (100_000, 1000, 0.0, 1, "CG", "Dual needs damping"),
-        (10_000, 50_000, 1e-3, 2, "BlockCG", "against CG about 202, Direct about"),
+        (10_000, 50_000, 1e-3, 2, "BlockCG", "against CG about 102, Direct about"),
         (500, 100, 0.0, 50, "CG", "Direct and BlockCG would meet a singular matrix without damping; Dual needs damping"),
         (100, 500, 0.0, 50, "Direct", "Dual needs damping"),
     ],
@@ -57,7 +57,12 @@ def test_auto_knows_parts_and_memory() -> None:
     operator = Sized(100_000, 30_000, 1e-3)
     whole, parts = auto(operator, 10_000), auto(operator, 10_000, at_once=10)
     assert parts.costs["BlockCG"] > 2 * whole.costs["BlockCG"]  # a smaller block needs more steps
-    assert parts.memory["BlockCG"] == 7 * 10 * 100_000 * 8
+    assert parts.memory["BlockCG"] == (7 + 19) * 10 * 100_000 * 8  # 50 / 10^0.4 blocks of the past
+    tight = auto(operator, 10, memory_budget=10 * 10 * 100_000 * 8)
+    assert isinstance(tight.solver, BlockCG)
+    assert tight.solver.reorthogonalise == 3
+    assert tight.memory["BlockCG"] == 10 * 10 * 100_000 * 8
+    assert "with up to 3 past residuals kept" in tight.reason
     small = auto(operator, 100, memory_budget=10_000_000)
     assert small.name == "CG"
     assert "BlockCG would take 534 MiB" in small.reason
@@ -76,9 +81,9 @@ def test_auto_knows_what_vectors_share() -> None:
 
 def test_auto_hands_its_options_on() -> None:
     operator = DenseOperator(rotated(torch.linspace(1, 2, 300, dtype=F64), "auto"))
-    assert auto(operator, 1).solver == CG()
+    assert auto(operator, 1).solver == CG(reorthogonalise=37)  # at 16 P operations each as much as a product, 2 P²
     assert "Dual needs an operator with a root" in auto(operator, 1).reason
-    assert auto(operator, 1, rtol=1e-3).solver == CG(rtol=1e-3)
+    assert auto(operator, 1, rtol=1e-3).solver == CG(rtol=1e-3, reorthogonalise=37)
     assert auto(operator, 100, rtol=1e-3, on_failure="return").solver == Direct(rtol=1e-3, on_failure="return")
     single = auto(DenseOperator(operator.A.float()), 1).solver
     assert isinstance(single, CG)

@@ -86,28 +86,14 @@ class TogetherTrainer:
         """
         total = len(groups) * len(epochs)
         report = onward(report)
-
-        def alone(first: int, reason: str | None, members: Sequence[Sequence[int]]) -> list[Trained]:
-            found = []
-            for k, removed in enumerate(members):
-                done = (first + k) * len(epochs)
-                end, _ = self._trainer.advance(
-                    point,
-                    epochs,
-                    removed=removed,
-                    proximity=proximity,
-                    report=lambda name, epoch, _, done=done: report(name, done + epoch, total),  # type: ignore[misc]
-                    label=label,
-                )
-                found.append(Trained(end, reason))
-            return found
-
-        if len(groups) == 1:
-            return alone(0, None, groups)
-        obstacle, at_once = self._room(point, len(groups))
-        if obstacle is not None:
-            _log.info("%s: %d removed sets are trained one by one: %s.", label, len(groups), obstacle)
-            return alone(0, obstacle, groups)
+        obstacle: str | None = None
+        at_once = 1
+        if len(groups) > 1:
+            obstacle, at_once = self._room(point, len(groups))
+            if obstacle is not None:
+                _log.info("%s: %d removed sets are trained one by one: %s.", label, len(groups), obstacle)
+        if at_once == 1:
+            return self._one_by_one(point, epochs, groups, obstacle, proximity, report, label, 0, total)
         found: list[Trained] = []
         for first in range(0, len(groups), at_once):
             members = groups[first : first + at_once]
@@ -122,8 +108,35 @@ class TogetherTrainer:
                 found += [Trained(end) for end in stack.points()]
                 continue
             _log.log(problem.level, "%s: %d removed sets are trained one by one: %s.", label, len(members), problem.reason)
-            found += alone(first, problem.reason, members)
+            found += self._one_by_one(point, epochs, members, problem.reason, proximity, report, label, first * len(epochs), total)
         report(label, total, total)
+        return found
+
+    def _one_by_one(
+        self,
+        point: TrainingPoint,
+        epochs: range,
+        groups: Sequence[Sequence[int]],
+        reason: str | None,
+        proximity: Proximity | None,
+        report: Progress,
+        label: str,
+        done: int,
+        total: int,
+    ) -> list[Trained]:
+        """Train each set by itself, for ``reason``; ``done`` of ``total`` epochs are behind."""
+        found = []
+        for k, removed in enumerate(groups):
+            before = done + k * len(epochs)
+            end, _ = self._trainer.advance(
+                point,
+                epochs,
+                removed=removed,
+                proximity=proximity,
+                report=lambda name, epoch, _, before=before: report(name, before + epoch, total),  # type: ignore[misc]
+                label=label,
+            )
+            found.append(Trained(end, reason))
         return found
 
     def gradient_norms(

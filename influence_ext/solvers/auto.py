@@ -14,11 +14,14 @@ from influence_ext.solvers.block_cg import BlockCG
 from influence_ext.solvers.cg import CG
 from influence_ext.solvers.direct import Direct
 from influence_ext.solvers.dual import Dual
+from influence_ext.solvers.past import KEPT_BYTES, orthogonalisation_operations, worth_keeping
 
 EXPECTED_CG_STEPS = 100
-"""Steps CG is taken to need per right-hand side; 10 to 160 were seen on small trained networks at dampings of 1e-2 to 1e-4."""
-BLOCK_EXPONENT = 0.3
-"""BlockCG is taken to need ``V^-0.3`` of them for V right-hand sides; exponents of 0.2 to 0.5 were seen on the same networks."""
+"""Steps CG is taken to need per right-hand side without its past; 12 to 1400 were seen on trained networks at dampings of 1e-1 to 1e-5."""
+EXPECTED_ORTHOGONAL_STEPS = 50
+"""The same where that many past residuals are kept; 12 to 150 were seen at the same."""
+BLOCK_EXPONENT = 0.4
+"""BlockCG is taken to need ``V^-0.4`` of them for V right-hand sides; exponents of 0.3 to 0.6 were seen on the same networks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,12 +71,14 @@ def auto(
     - Direct: P products, P³/3 operations to factorise, 2 products' and 4 P² operations' worth per right-hand side;
     - Dual: the operator's ``gram_operations()``, R³/3 to factorise, 4 products' and 4 R² operations' worth per right-hand side, with
       one round of refinement;
-    - CG: 100 steps, or 2 P if that is less, of a product with V vectors and 12 P V operations;
-    - BlockCG: ``V^-0.3`` of these steps, of a product with V vectors and 10 P V² operations; no more than R/V + 2 of them.
+    - CG: 50 steps where 50 past residuals can be kept, 100 where none can, and no more than P or R + 1 (2 P without the past), of a
+      product with V vectors, 12 P V operations, and those that make residuals orthogonal to the ones before;
+    - BlockCG: ``V^-0.4`` of these steps, of a product with V vectors and 10 P V² operations and the same; no more than R/V + 2 of them.
 
     Direct is out beyond its ``max_parameters``, Dual beyond its ``max_roots``, without a root or without damping; Direct and BlockCG
     are also out without damping where R < P, as the matrix is singular then; whatever takes more than ``memory_budget`` is out,
-    but CG stays. LiSSA, Neumann and EKFAC are approximations by choice and never chosen for you.
+    but CG stays, with fewer past residuals. LiSSA, Neumann and EKFAC are approximations by choice and never chosen for you. Nor is a
+    preconditioner: a Krylov space that is kept orthogonal holds what a sketch of as many products would find, and more.
 
     Args:
         operator: ``A``.
@@ -102,20 +107,34 @@ def auto(
     root = operator if isinstance(operator, CurvatureOperator) else None
     product = operator.product_operations(1)
     together = operator.product_operations(V) * num_rhs / V / product  # all right-hand sides once
-    steps = min(2 * P, EXPECTED_CG_STEPS)
     cg_rtol = max(CG.rtol or 0.0, 1000 * torch.finfo(operator.dtype).eps) if rtol is None else rtol
-    options: dict[str, Solver] = {"CG": CG(rtol=cg_rtol, on_failure=on_failure)}
-    costs: dict[str, float] = {"CG": (steps + 1) * together + steps * num_rhs * 12.0 * P / product}
-    memory = {"CG": 6 * V * P * itemsize}
     ruled_out = []
+    vectors = V * P * itemsize  # bytes of one for each column
+
+    def past(buffers: int, shared: bool) -> tuple[int, float]:
+        """Residuals to keep a column, beside so many buffers; steps that CG then takes."""
+        room = KEPT_BYTES if memory_budget is None else min(KEPT_BYTES, max(0, memory_budget - buffers * vectors))
+        kept = worth_keeping(operator, V, shared, room)
+        share = min(1.0, kept * (V if shared else 1) / EXPECTED_ORTHOGONAL_STEPS)
+        most = min(P, root.num_roots + 1 if root and root.num_roots else P) if share == 1.0 else 2 * P
+        return kept, min(most, EXPECTED_CG_STEPS - share * (EXPECTED_CG_STEPS - EXPECTED_ORTHOGONAL_STEPS))
+
+    kept, steps = past(6, shared=False)
+    kept = 0 if operator.exact is not operator else min(kept, CG.max_steps)
+    options: dict[str, Solver] = {"CG": CG(rtol=cg_rtol, on_failure=on_failure, reorthogonalise=kept)}
+    removing = min(kept, steps) / 2 * orthogonalisation_operations(P, 1)  # a column and step, on average
+    costs: dict[str, float] = {"CG": (steps + 1) * together + steps * num_rhs * (12.0 * P + removing) / product}
+    memory = {"CG": int(6 + min(kept, steps)) * vectors}
 
     singular = root is not None and root.damping == 0 and root.num_roots < P
     if V > 1 and not singular:
+        kept, steps = past(7, shared=True)
         rank = min(P, root.num_roots + 1) if root and root.num_roots else P
-        block_steps = min(steps * V**-BLOCK_EXPONENT, rank / V + 2)
-        options["BlockCG"] = BlockCG(rtol=cg_rtol, on_failure=on_failure)
-        costs["BlockCG"] = (block_steps + 1) * together + block_steps * num_rhs * 10.0 * P * V / product
-        memory["BlockCG"] = 7 * V * P * itemsize
+        steps = min(steps * V**-BLOCK_EXPONENT, rank / V + 2)
+        options["BlockCG"] = BlockCG(rtol=cg_rtol, on_failure=on_failure, reorthogonalise=kept)
+        removing = min(kept, steps) / 2 * V * orthogonalisation_operations(P, V)
+        costs["BlockCG"] = (steps + 1) * together + steps * num_rhs * (10.0 * P * V + removing) / product
+        memory["BlockCG"] = int(7 + min(kept, steps)) * vectors
 
     direct = Direct(rtol=rtol, on_failure=on_failure)
     if direct.max_parameters < P:
@@ -147,6 +166,9 @@ def auto(
     size = f"P = {P} parameters" + (f", R = {root.num_roots} roots" if root else "") + f" and V = {num_rhs} right-hand sides"
     others = [f"{other} about {cost:,.0f}" for other, cost in sorted(costs.items(), key=lambda item: item[1]) if other != name]
     reason = f"{name}: for {size} it costs about {costs[name]:,.0f} products and {memory[name] / 2**20:,.0f} MiB"
+    chosen = options[name]
+    if isinstance(chosen, (CG, BlockCG)):
+        reason += f", with up to {chosen.reorthogonalise} past residuals kept a right-hand side"
     reason += f", against {', '.join(others)}" if others else ""
     reason += f" ({'; '.join(ruled_out)})." if ruled_out else "."
-    return AutoChoice(solver=options[name], reason=reason, costs=costs, memory=memory, on_failure=on_failure)
+    return AutoChoice(solver=chosen, reason=reason, costs=costs, memory=memory, on_failure=on_failure)

@@ -61,8 +61,8 @@ _EXPLANATIONS = {
     ),
     Status.MAX_STEPS: (
         "The steps ran out before the residual reached rtol, because the matrix is too ill-conditioned for so "
-        "few. Allow more steps, raise the damping or rtol, use a preconditioner, or solve exactly with Dual or "
-        "Direct."
+        "few. Allow more steps, raise the damping or rtol, keep more past residuals (reorthogonalise), use a "
+        "preconditioner, or solve exactly with Dual or Direct."
     ),
     Status.STALLED: (
         "The residual stopped falling above rtol: the solution is as precise as products rounded to this dtype "
@@ -192,6 +192,10 @@ class CountedOperator(LinearOperator):
     def recordable(self) -> RecordableProduct | None:
         """Of the operator; what replays it calls :meth:`replayed`."""
         return self.operator.recordable()
+
+    def product_operations(self, V: int) -> float:
+        """Of the operator."""
+        return self.operator.product_operations(V)
 
     def replayed(self, num_vectors: int, times: int) -> None:
         """Count products that were made by replays."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from influence_ext.solvers.base import CountedOperator, Outcome, Status, norm
+from influence_ext.solvers.past import Past, worth_keeping
 from influence_ext.solvers.preconditioners import InverseFunction, PreconditionedSolver, Preconditioner, inverse_of
 
 
@@ -34,6 +35,7 @@ class BlockCG(PreconditionedSolver):
         check_every: Steps between two looks at the residuals. More than 1 saves host synchronisations on a device, and
             takes up to ``check_every − 1`` steps too many.
         preconditioner: As in :class:`CG`; a function gets all V rows.
+        reorthogonalise: Blocks of past residuals that are kept, and to which every later one is made orthogonal again; see :class:`CG`.
 
     Statistics: ``iterations`` (steps until the column had converged) and ``restarts`` per column; ``rank``, the
     directions of the first block.
@@ -43,7 +45,8 @@ class BlockCG(PreconditionedSolver):
 
     Cost: per step one product for each direction and about 10 P V² operations; seven ``[V, P]`` buffers; one product per
     column to verify; with a preconditioner two ``[V, P]`` buffers and about 6 P V² operations a step more. Worth it where V is
-    well below the number of roots; a column that converges early goes on to cost its product.
+    well below the number of roots; a column that converges early goes on to cost its product. ``reorthogonalise = m``: up to
+    m ``[V, P]`` buffers, 2 m with a preconditioner, and up to 4 m P V² operations a step.
 
     Reference: Dubrulle, "Retooling the method of block conjugate gradients", ETNA 12 (2001); O'Leary, "The block
     conjugate gradient algorithm and related methods", Linear Algebra and its Applications 29 (1980).
@@ -53,6 +56,7 @@ class BlockCG(PreconditionedSolver):
     max_steps: int = 1000
     check_every: int = 1
     preconditioner: Preconditioner | InverseFunction | Literal["jacobi"] | None = None
+    reorthogonalise: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,6 +64,7 @@ class BlockCG(PreconditionedSolver):
         self._require_tolerance(self.rtol)
         self._require_count("max_steps", self.max_steps)
         self._require_count("check_every", self.check_every)
+        self._require_kept(self.reorthogonalise)
 
     def _solve(self, operator: CountedOperator, B: Tensor, x0: Tensor | None = None) -> Outcome:
         num_columns = B.shape[0]
@@ -74,10 +79,13 @@ class BlockCG(PreconditionedSolver):
         R_norm = norm(R)
         status = [_judge(*facts) for facts in zip(R_norm.tolist(), target.tolist(), strict=True)]
         pending = [column for column in range(num_columns) if status[column] is Status.MAX_STEPS]
+        kept = worth_keeping(operator, num_columns, shared=True) if self.reorthogonalise is None else self.reorthogonalise
         steps_left, rank, first = self.max_steps, 0, True
         while pending:
             index = torch.tensor(pending, dtype=torch.long, device=B.device)
-            descent = _BlockDescent(operator, precondition, R[index], target[index])
+            # close above its tolerance a residual has no room to halve, and rounding would take what the recurrence reaches just so
+            goal = target if first else torch.minimum(target / 2, R_norm / 4)
+            descent = _BlockDescent(operator, precondition, R[index], goal[index], kept)
             if first:
                 rank, first = descent.rank, False
             ended = descent.run(steps_left, self.check_every)
@@ -119,7 +127,7 @@ def _judge(residual: float, target: float) -> Status:
 class _BlockDescent:
     """The recurrence from residuals ``R [V, P]``; columns are vectors here, ``[P, V]``, as in the formulas."""
 
-    def __init__(self, operator: CountedOperator, precondition: InverseFunction | None, R: Tensor, target: Tensor):
+    def __init__(self, operator: CountedOperator, precondition: InverseFunction | None, R: Tensor, target: Tensor, kept: int):
         self.operator = operator
         self.precondition = precondition
         self.target = target
@@ -134,11 +142,13 @@ class _BlockDescent:
         self.Q = Q @ U[:, keep]
         self.C = (singular[:, None] * Wh)[keep] * size  # in the Euclidean basis Q, until run() changes to that of M⁻¹
         self.rank = self.Q.shape[1]
+        self.past = Past(min(kept * self.rank, R.shape[1]))
 
     def run(self, max_steps: int, check_every: int) -> Status:
         """Iterate until all columns have converged or none can go on, and say which."""
-        Q, D, change_of_basis, definite = self._conjugate(self.Q)
-        C = change_of_basis @ self.C
+        Q, Z, change_of_basis, definite = self._conjugate(self.Q)
+        D = Z
+        C = change_of_basis.double() @ self.C.double()
         finite = torch.ones_like(definite)
         lower = self.operator.lower_bound
         eps = torch.finfo(Q.dtype).eps
@@ -158,16 +168,17 @@ class _BlockDescent:
             definite = definite & (info == 0) & (quotient > (0.5 * lower if lower > 0 else eps * top)).all()
             usable = finite & definite
             unit = torch.eye(self.rank, dtype=factor.dtype, device=factor.device)
-            T = torch.cholesky_inverse(torch.where(usable, factor, unit)).to(Q.dtype)  # which raises on a factor that is none
+            T = torch.cholesky_inverse(torch.where(usable, factor, unit))  # which raises on a factor that is none
             # a block that fails keeps the X it had, also between two checks
-            self.change += torch.where(usable, (D @ (T @ C)).T, 0.0)
-            basis, S = torch.linalg.qr(torch.where(usable, Q - AD @ T, Q))
-            is_above = torch.where(usable, torch.linalg.vector_norm(S @ C, dim=0) > self.target, is_above)
+            self.change += torch.where(usable, (D @ (T @ C).to(D.dtype)).T, 0.0)
+            self.past.add(Q.T, None if self.precondition is None else Z.T)
+            basis, S = torch.linalg.qr(torch.where(usable, self.past.removed_from((Q - AD @ T.to(AD.dtype)).T).T, Q))
+            is_above = torch.where(usable, torch.linalg.vector_norm(S.double() @ C, dim=0) > self.target, is_above)
             self.count += counted
             counted = is_above
             Q, Z, change_of_basis, still = self._conjugate(basis)
             S = change_of_basis @ S
-            C = S @ C
+            C = S.double() @ C
             D = Z + D @ S.T
             symmetric = symmetric & (still | ~usable)
             definite = definite & still

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from influence_ext.krylov import CGVectors
 from influence_ext.solvers.base import CountedOperator, Outcome, Status, norm
+from influence_ext.solvers.past import Past, worth_keeping
 from influence_ext.solvers.preconditioners import InverseFunction, PreconditionedSolver, Preconditioner, inverse_of
 from influence_ext.solvers.refinement import refined
 
@@ -50,6 +51,11 @@ class CG(PreconditionedSolver):
             of the products; until then they stand still, so solutions, statuses and iterations are the same, and up to
             ``check_every − 1`` products a column are spent on nothing. ``None``: 1 on the CPU, where a look costs nothing, 8 on a
             device.
+        reorthogonalise: Past residuals that are kept for each column, and to which every later residual is made orthogonal again.
+            Rounding loses that orthogonality towards the large eigenvalues, which are then found again and again: on trained networks
+            at λ of 1e-3 to 1e-5 a half to nine tenths of the steps, in float32 more than in float64. 0 keeps none, more than the steps
+            that are taken makes no difference. ``None``: as many as fit into 256 MiB and take no longer than the product, by counted
+            arithmetic; none on a device, where steps with a past cannot be recorded. Cheap steps at reduced precision keep none.
 
     Statistics: ``iterations`` and ``restarts`` per column.
 
@@ -58,7 +64,8 @@ class CG(PreconditionedSolver):
 
     Cost: per step one product for each running column and three fused passes over the vectors, whose scalars stay on their
     device; a host synchronisation every ``check_every`` steps; six ``[V, P]`` buffers, one more with a preconditioner; one
-    product per column to verify.
+    product per column to verify. ``reorthogonalise = m``: up to m vectors a column, 2 m with a preconditioner, and 4 m P operations
+    a column and step, which are bound by memory.
 
     Reference: Hestenes and Stiefel, "Methods of conjugate gradients for solving linear systems" (1952).
     """
@@ -67,6 +74,7 @@ class CG(PreconditionedSolver):
     max_steps: int = 1000
     preconditioner: Preconditioner | InverseFunction | Literal["jacobi"] | None = None
     check_every: int | None = None
+    reorthogonalise: int | None = None
 
     @property
     def _refines(self) -> bool:
@@ -79,6 +87,7 @@ class CG(PreconditionedSolver):
         self._require_count("max_steps", self.max_steps)
         if self.check_every is not None:
             self._require_count("check_every", self.check_every)
+        self._require_kept(self.reorthogonalise)
 
     def _solve(self, operator: CountedOperator, B: Tensor, x0: Tensor | None = None, spent: Sequence[int] | None = None) -> Outcome:
         """``spent``: steps that each column has taken already, of ``max_steps``."""
@@ -97,11 +106,14 @@ class CG(PreconditionedSolver):
         R = B if x0 is None else operator.residual(X, B)
         R_norm = norm(R)
         status = [Status.MAX_STEPS] * num_columns
+        kept = worth_keeping(operator, num_columns, shared=False) if self.reorthogonalise is None else self.reorthogonalise
         pending, first = list(range(num_columns)), True
         while first or pending:
             index = torch.tensor(pending, dtype=torch.long, device=B.device)
             budget = [self.max_steps - iterations[column] for column in pending]
-            descent = _Descent(operator, precondition, R[index], target[index], budget, check_every)
+            # close above its tolerance a residual has no room to halve, and rounding would take what the recurrence reaches just so
+            goal = target if first else torch.minimum(target / 2, R_norm / 4)
+            descent = _Descent(operator, precondition, R[index], goal[index], budget, check_every, kept)
             ended = descent.run()
             X_new = X[index] + descent.change
             R_new = operator.residual(X_new, B[index])
@@ -145,11 +157,13 @@ class _Descent:
         target: Tensor,
         budget: list[int],
         check_every: int,
+        kept: int,
     ):
         self.operator = operator
         self.precondition = precondition
         self.vectors = CGVectors(R, target, budget, operator.lower_bound)
-        self.product = operator.recordable()
+        self.product = None if kept else operator.recordable()  # a recorded step has no past
+        self.pasts = [Past(kept) for _ in budget] if kept else []
         self.change = self.vectors.x
         self.check_every = check_every
         self.max_steps = max(budget, default=0)
@@ -174,7 +188,14 @@ class _Descent:
         if self.product is not None and vectors.replay(self.product, z, times):
             self.operator.replayed(len(vectors.x), times)
             return times
-        vectors.step(self.operator.matmat(vectors.direction(z)))
+        p = vectors.direction(z)
+        if self.pasts:
+            scale = vectors.squares().rsqrt().to(p.dtype)
+            for k, past in enumerate(self.pasts):
+                past.add(vectors.r[k] * scale[k], None if z is None else z[k] * scale[k])
+        vectors.step(self.operator.matmat(p))
+        if self.pasts:
+            vectors.replace_residuals(torch.stack([past.removed_from(r) for past, r in zip(self.pasts, vectors.r, strict=True)]))
         return 1
 
     def _sort_out(self, columns: list[int]) -> list[int]:
@@ -190,4 +211,5 @@ class _Descent:
             if self.vectors.x is not self.change:  # as long as every column is running, the two are one
                 self.change[columns] = self.vectors.x
             self.vectors.select(keep)
+            self.pasts = [self.pasts[k] for k in keep] if self.pasts else []
         return [columns[k] for k in keep]

@@ -215,6 +215,10 @@ class PreconditionedSolver(Solver):
         prepared: Self = replace(solver, preconditioner=recipe.factorise(operator.exact))
         return prepared
 
+    def _require_kept(self, value: int | None) -> None:
+        valid = value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 0)
+        self._require(valid, "reorthogonalise to be None or an integer of at least 0", value, "it is how many past residuals to keep")
+
     @abc.abstractmethod
     def _solve(self, operator: CountedOperator, B: Tensor, x0: Tensor | None = None) -> Outcome:
         """As :meth:`Solver._solve`, from ``x0``."""

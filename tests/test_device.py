@@ -39,8 +39,8 @@ __all__ = [
 
 
 CPU_ONLY = {"all_finite_stub", "convolution_prepared_size_stub", "output_jacobian_stub", "output_jacobian_transposed_stub"}
-"""The first two are called for the CPU whatever a plan's device is: they look at arrays of the host and at its own layout of them. Products take
-the others on the CPU alone."""
+"""The first two look at arrays of the host and at its own layout of them, whatever a plan's device is; the others are for products with
+shortcuts, which only the CPU takes."""
 
 
 PICKS = {"pick_pack_stub", "pick_places_stub", "pick_product_stub", "pick_weights_stub"}

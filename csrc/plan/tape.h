@@ -58,8 +58,8 @@ class Tape {
 
   void set_schedule(ScheduleChoice choice) { choice_ = choice; }
   void set_shortcuts(bool allowed) { shortcuts_allowed_ = allowed; }
-  int64_t sides(const Context& ctx, int64_t V) const;                            // how many of V right-hand sides a sweep takes at once
-  Tiling tiling(const Context& ctx, int64_t V) const;                            // of its sweeps in jvp, vjp and ggn
+  int64_t sides(const Context& ctx, int64_t V) const;                               // how many of V right-hand sides a sweep takes at once
+  Tiling tiling(const Context& ctx, int64_t V) const;                               // of its sweeps in jvp, vjp and ggn
   bool is_whole(const Context& ctx) const { return tiling(ctx, 1, 1).tile >= N_; }  // do sweeps of one right-hand side take all examples at once?
   // Do products onto V vectors take the plan's shortcuts? The first that does makes the Jacobians, once for the life of a linearisation.
   bool takes_shortcuts(const Context& ctx, int64_t V) const;

@@ -128,6 +128,12 @@ class Tape(Replayable):
             raise ArgumentError(f"Tape: expected a schedule among {', '.join(_SCHEDULES)}, got {schedule!r}; choose one.")
         self._native.set_schedule(_SCHEDULES[schedule])
 
+    def without_shortcuts(self) -> Tape:
+        """The same tape, for a product or two: what shortcuts need is made once a point, and pays after several vectors."""
+        if self.chunk is None:  # those that are recomputed take none
+            self._native.set_shortcuts(False)
+        return self
+
     def schedule(self, num_vectors: int) -> str:
         """How a product onto V vectors runs, in words."""
         by_example, tile, threads = self._native.tiling(num_vectors)

@@ -185,6 +185,17 @@ def test_a_memory_budget_spares_them() -> None:
     assert G._tape.cached_bytes == before
 
 
+def test_samples_go_the_plain_way() -> None:
+    model, loss, X, y = problem("tanh")
+    G = ie.GGN(model, loss, (X, y))
+    sample = G.sample(torch.Generator().manual_seed(0), 20)
+    index = torch.randperm(len(X), generator=torch.Generator().manual_seed(0))[:20]
+    V = vectors(G, 8)
+    assert not sample._tape._native.takes_shortcuts(8), "each serves one product of a stochastic solver"
+    assert G._tape._native.takes_shortcuts(8)
+    assert_close(sample.matmat(V), oracle(model, loss, X[index], y[index], V))
+
+
 def test_where_they_do_not_pay() -> None:
     many = nn.Sequential(nn.Linear(6, 20), nn.Tanh(), nn.Linear(20, 50), nn.Tanh(), nn.Linear(50, 40)).double()
     G = ie.GGN(many, nn.MSELoss(), (torch.randn(5, 6, dtype=F64), torch.randn(5, 40, dtype=F64)))

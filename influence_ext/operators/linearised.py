@@ -198,7 +198,7 @@ class LinearisedOperator(LinearOperator):
         batch.weights = None if self.weights is None else self.weights[index]
         batch._tape = self._tape.plan.linearize(
             batch.examples.X, self._tape.theta, second_order=self._second_order, precision=self.precision
-        )
+        ).without_shortcuts()
         batch._tape.replayed(self._tape.graphs)
         # c/|B| instead of c/N for a mean loss, N/|B| instead of 1 for a sum: the same factor N/|B| on c.
         batch._factor = self._factor * N / batch_size

@@ -117,7 +117,7 @@ class NativeCurvature(Curvature):
         network, tape = self._network, None
         for index in batches:
             if tape is None:
-                tape = network.linearize(index, theta, second_order=self._second_order)
+                tape = network.linearize(index, theta, second_order=self._second_order).without_shortcuts()
             else:
                 tape.relinearize(theta, network.rows(index))
             if self._second_order:

@@ -73,10 +73,16 @@ def test_the_model_and_the_random_state_are_left_as_found(failure: BaseException
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_the_surrounding_grad_mode_does_not_matter(context: Any) -> None:
     clear_cache()
-    model = Net(lambda n, x: torch.tanh(n.fc(torch.tanh(x))), fc=dense(4, 2))
+    model = Net(lambda n, x: torch.tanh(n.fc(x)), fc=dense(4, 2))
+    half = nn.Linear(4, 2).bfloat16()
+    ids = nn.Embedding(5, 3).double()
     with context():
         graph = capture(model, normal(3, 4))
+        rounded = capture(half, normal(3, 4).bfloat16())
+        rows = capture(ids, torch.tensor([[1], [2], [4]]))
     assert [node.rule for node in graph.nodes] == ["linear", "activation"]
+    assert [node.rule for node in rounded.nodes] == ["linear"]
+    assert [node.rule for node in rows.nodes] == ["embedding"]
 
 
 @pytest.fixture

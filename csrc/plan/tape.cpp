@@ -454,9 +454,11 @@ void Tape<T>::product(const Context& ctx, int64_t V, const T* v, const OutputHes
 
 // By cotangent sweeps of unit vectors at the outputs; where the node that computes a shortcut's value begins, its cotangent is complete.
 template <class T>
-void Tape<T>::keep_jacobians(const Context& ctx) const {
+void Tape<T>::keep_jacobians(const Context& of_product) const {
   const std::lock_guard<std::mutex> guard(keeping_jacobians_);
   if (jacobians_kept_) return;
+  Context ctx = of_product;
+  ctx.precision = Precision::full;  // they belong to the point, which products of every precision share
   const std::vector<Shortcut>& shortcuts = plan_->shortcuts();
   const Schedules& s = plan_->schedules();
   const int64_t C = plan_->output_width();

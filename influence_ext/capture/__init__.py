@@ -90,7 +90,7 @@ def capture(
     key = structure_key(model, inputs, by_name)
     if trainable is None:
         trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    with exclusive:
+    with exclusive, torch.inference_mode(False):  # what is made here is saved for backward passes of any mode
         graph = _cache.get(key)
         if graph is not None:
             _cache.move_to_end(key)

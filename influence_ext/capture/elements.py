@@ -21,6 +21,7 @@ _STRIDED = frozenset(
         *("swapaxes.default", "swapdims.default", "movedim.int", "numpy_T.default", "mT.default", "adjoint.default", "expand.default"),
         *("slice.Tensor", "select.int", "narrow.default", "diagonal.default", "unfold.default", "flatten.using_ints", "unflatten.int"),
         *("split.Tensor", "split_with_sizes.default", "split.sizes", "chunk.default", "unbind.int"),
+        *("tensor_split.sections", "tensor_split.indices"),
     )
 )
 # Operators that copy elements to new places, each from one of the input's.

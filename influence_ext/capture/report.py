@@ -9,6 +9,7 @@ from influence_ext.capture.graph import CapturedGraph, Node
 from influence_ext.capture.layout import Layout
 from influence_ext.capture.lowering import ACTIVATION_KINDS
 
+_MOST_INPUTS = 4  # that a node's note names
 _HEADER = ("node", "operator", "rule", "output", "reads", "note")
 
 
@@ -88,4 +89,5 @@ def _attributes(graph: CapturedGraph, node: Node, names: tuple[str, ...]) -> str
         return f"{a:g} {names[node.inputs[0]]} + {b:g} {names[node.inputs[1]]}"
     if node.rule == "affine":
         return f"a {a:g}, b {b:g}"
-    return f"of {', '.join(names[i] for i in node.inputs)}" if node.inputs else ""
+    more = f" and {len(node.inputs) - _MOST_INPUTS} more" if len(node.inputs) > _MOST_INPUTS else ""
+    return f"of {', '.join(names[i] for i in node.inputs[:_MOST_INPUTS])}{more}" if node.inputs else ""

@@ -181,7 +181,7 @@ def _blocks(plan: Plan) -> dict[int, KroneckerBlock]:
     graph, space = plan.graph, plan.space
     computed_from = {space.canonical(name) for slot in graph.slots if slot.kind == "derived" for name in slot.names()}
     places = [(offset, offset + math.prod(slot.shape)) for offset, slot in zip(plan.slot_offsets, graph.slots, strict=True)]
-    reads = [places[index] for node in graph.nodes for index in node.slots if index >= 0]
+    reads = [places[index] for node in graph.nodes for index in node.slots if index >= 0 and plan.slot_offsets[index] >= 0]
 
     def parameter(index: int) -> int | None:
         """Its offset, if the slot is a trained parameter, or a run of one, that nothing is computed from."""

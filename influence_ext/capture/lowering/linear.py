@@ -48,6 +48,8 @@ def emit_linear(
     if len(size) not in (1, 2) or value.axis == len(value.shape) - 1:
         return None
     in_features = value.shape[-1]
+    if in_features == 0:
+        return None
     out_features = math.prod(size) // in_features
     bias_slot: int | None = -1
     if bias is not None:

@@ -32,6 +32,7 @@ class Tape(Replayable):
     Attributes:
         plan: where it came from.
         num_examples: N.
+        state_bytes: of ``cached_bytes``, what it holds from the start: without the Jacobians of shortcuts.
         theta: ``[P]``, the parameters it stands at.
         precision: how its products multiply float32 matrices.
         curved_nodes: nodes with a second-order term; None if the tape was not made for second-order products.
@@ -47,6 +48,7 @@ class Tape(Replayable):
         self._derived: DerivedPoint | None = None
         self.num_examples: int = native.num_examples
         self._move_to(theta)
+        self.state_bytes = int(native.cached_bytes)
 
     def at_precision(self, precision: Precision) -> Tape:
         """The same point, state shared, whose products multiply float32 matrices otherwise; valid until either is moved.

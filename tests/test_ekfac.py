@@ -298,6 +298,17 @@ def test_as_preconditioner_it_saves_steps_and_leaves_the_answer(kind: type[CG] |
     assert max(solution.stats["iterations"]) < 0.7 * max(plain.stats["iterations"])
 
 
+def test_frozen_layers_below_take_no_bias_away() -> None:
+    """A linear layer under a squared error is exact, whatever lies frozen below it."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(3, 30), nn.Tanh(), nn.Linear(30, 2)).double()
+    X, y = torch.randn(50, 3, dtype=F64), torch.randn(50, 2, dtype=F64)
+    model[0].requires_grad_(False)
+    G = ie.GGN(model, "mse_loss", (X, y), 1e-3)
+    B = rows(4, G.num_parameters)
+    assert torch.allclose(EKFAC().factorise(G)(B), torch.linalg.solve(G.to_dense(), B.T).T, rtol=1e-8, atol=1e-8)
+
+
 def test_float32() -> None:
     model, X, y = ill_conditioned(torch.float32)
     G = ie.GGN(model, "mse_loss", (X, y), 1e-2)

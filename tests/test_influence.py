@@ -226,3 +226,13 @@ def test_scores_survive_saving(tmp_path: Any) -> None:
     loaded = ie.load_scores(path)
     assert torch.equal(loaded.values, scores.values)
     assert torch.equal(torch.as_tensor(loaded.error_bound), torch.as_tensor(scores.error_bound))
+
+
+def test_a_failed_factorisation_is_tried_again() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).double()
+    data = torch.randn(20, 4, dtype=F64), torch.randint(0, 3, (20,))
+    found = ie.Influence(model, nn.CrossEntropyLoss(), data, damping=DAMPING, solver=ie.solvers.Dual(max_roots=5))
+    for _ in range(2):
+        with pytest.raises(ie.errors.ArgumentError, match="at most 5"):
+            found.scores(data)

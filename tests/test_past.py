@@ -6,15 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import influence_ext as ie
 from influence_ext.solvers import CG, BlockCG, Jacobi, Nystrom, Status
 from influence_ext.solvers.past import Past, worth_keeping
 from tests.cases import generator
 from tests.cases.solvers import DenseOperator, RootOperator, error, exact, matrix, rhs, rotated
 
 F64 = torch.float64
-P = 400
+P = 800
 
 
 def as_networks_have() -> DenseOperator:
@@ -145,15 +146,18 @@ def test_the_past_is_a_projection() -> None:
 
 
 def test_what_is_worth_keeping() -> None:
-    operator = RootOperator(
-        torch.zeros(64, 100, dtype=F64), 1.0
-    )  # a product with a vector: 4·64·100 operations; a row 16·100, shared 4·100
-    assert worth_keeping(operator, 1, shared=False) == 16
-    assert worth_keeping(operator, 10, shared=False) == 16
-    assert worth_keeping(operator, 4, shared=True) == 16
-    assert worth_keeping(operator, 8, shared=True) == 8
-    assert worth_keeping(operator, 10, shared=False, num_bytes=3 * 10 * 100 * 8) == 3
-    assert worth_keeping(operator, 0, shared=True) == 16
+    # a product with a vector: 4·640·1000 operations; to take out a row 16·1000, of many vectors 4·1000 each
+    operator = RootOperator(torch.zeros(640, 1000, dtype=F64), 1.0)
+    assert worth_keeping(operator, 1, shared=False) == 160
+    assert worth_keeping(operator, 10, shared=False) == 160
+    assert worth_keeping(operator, 4, shared=True) == 160
+    assert worth_keeping(operator, 8, shared=True) == 80
+    assert worth_keeping(operator, 10, shared=False, num_bytes=3 * 10 * 1000 * 8) == 3
+    assert worth_keeping(operator, 10, shared=False, num_bytes=4 * 10 * 1000 * 8, vectors=2) == 2
+    assert worth_keeping(operator, 0, shared=True) == 160
+    small = RootOperator(torch.zeros(64, 100, dtype=F64), 1.0)
+    assert worth_keeping(small, 1, shared=False) == 0, "calls from Python take longer than such a product"
+    assert worth_keeping(small, 4, shared=True) == 16
 
     class Recorded(RootOperator):
         def recordable(self) -> Any:
@@ -170,3 +174,45 @@ def test_it_is_done_unless_forbidden(kind: type[CG] | type[BlockCG]) -> None:
     default, same, none = (kind(rtol=1e-3, reorthogonalise=m).solve(operator, B) for m in (None, worth, 0))
     assert torch.equal(default.value, same.value)
     assert default.num_products < none.num_products
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_a_block_whose_column_ends_early_goes_on(dtype: torch.dtype) -> None:
+    """An exhausted direction leaves rounding behind, which one pass does not take out of the past's span."""
+    U = rotated(torch.ones(60, dtype=F64), "early")
+    values = torch.logspace(0, 3, 60, dtype=F64)
+    A = U @ torch.diag(values) @ U.T
+    V = torch.linalg.eigh(A).eigenvectors
+    blocks = torch.block_diag(A, torch.diag(torch.linspace(1, 5, 5, dtype=F64)))
+    in_a_block = torch.zeros(3, 65, dtype=F64)
+    in_a_block[0, 62] = 1.0
+    in_a_block[1:, :60] = torch.randn(2, 60, dtype=F64, generator=generator("block"))
+    for matrix_of, B in (
+        (A, torch.stack([torch.randn(60, dtype=F64, generator=generator("any")), V[:, -1], V[:, 3]])),
+        (blocks, in_a_block),
+    ):
+        operator = DenseOperator(matrix_of.to(dtype))
+        rtol = 1e-4 if dtype == torch.float32 else 1e-9
+        kept = BlockCG(rtol=rtol, reorthogonalise=100, on_failure="return").solve(operator, B.to(dtype))
+        plain = BlockCG(rtol=rtol, reorthogonalise=0, on_failure="return").solve(operator, B.to(dtype))
+        assert set(kept.status) == {Status.CONVERGED}
+        assert max(kept.stats["iterations"]) <= max(plain.stats["iterations"]) + 2
+        residual = B - kept.value.double() @ matrix_of
+        assert bool((residual.norm(dim=1) <= 3 * rtol * B.norm(dim=1)).all())
+
+
+def test_scores_of_centred_data_with_an_empty_test_point() -> None:
+    """A linear model on centred inputs: the bias is an eigenvector of its own, and a test point x = 0 asks for nothing else."""
+    torch.manual_seed(0)
+    X = torch.randn(800, 120)
+    X -= X.mean(0)
+    model = nn.Linear(120, 1)
+    y = X[:, :1] + 0.1 * torch.randn(800, 1)
+    G = ie.GGN(model, nn.MSELoss(), (X, y), 1e-2)
+    B = torch.randn(10, G.num_parameters, generator=torch.Generator().manual_seed(1))
+    B[3] = 0
+    B[3, -1] = 1.0  # the bias alone
+    solution = BlockCG(rtol=1e-5).solve(G, B)
+    dense = G.to_dense().double()
+    assert float((solution.value.double() - torch.linalg.solve(dense, B.double().T).T).norm() / B.norm()) < 1e-2
+    assert set(solution.status) == {Status.CONVERGED}

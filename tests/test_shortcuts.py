@@ -185,6 +185,16 @@ def test_a_memory_budget_spares_them() -> None:
     assert G._tape.cached_bytes == before
 
 
+def test_they_belong_to_the_point_whatever_multiplies_first() -> None:
+    model, loss, X, y = problem("deep", N=200)
+    exact = ie.GGN(model, loss, (X, y))
+    rounded = ie.GGN(model.float(), loss, (X.float(), y.float()), precision="bfloat16")
+    V = vectors(exact, 8)
+    assert rounded._tape._native.takes_shortcuts(8)
+    rounded.matmat(V.float())
+    assert_close(rounded.exact.matmat(V.float()), exact.matmat(V))
+
+
 def test_samples_go_the_plain_way() -> None:
     model, loss, X, y = problem("tanh")
     G = ie.GGN(model, loss, (X, y))

@@ -186,12 +186,15 @@ class Influence:
         if self._factorisation is not None:
             return self._factorisation.solve(B)
         if self.solver is None or self._chosen is None:
-            self._chosen = chosen = self.solver or auto(self.operator, num_rhs, at_once=len(B))
+            chosen = self.solver or auto(self.operator, num_rhs, at_once=len(B))
             inner = chosen.solver if isinstance(chosen, AutoChoice) else chosen
+            # Chosen is what could be made: after an exception the next call tries again.
             if isinstance(inner, FactorisingSolver):
                 self._factorisation = inner.factorise(self.operator)
+                self._chosen = chosen
                 return self._factorisation.solve(B)
             self._prepared = inner.prepared(self.operator) if isinstance(inner, (CG, BlockCG)) else chosen
+            self._chosen = chosen
         assert self._prepared is not None
         return self._prepared.solve(self.operator, B)
 

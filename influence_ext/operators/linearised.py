@@ -164,7 +164,7 @@ class LinearisedOperator(LinearOperator):
         V share: what a few vectors more cost less than the first.
         """
         forward = self.num_examples * sum(node.operations for node in self._tape.plan.graph.nodes)
-        return 4.0 * forward * V + 8.0 * self.cached_bytes / self.dtype.itemsize
+        return 4.0 * forward * V + 8.0 * self._tape.state_bytes / self.dtype.itemsize
 
     def damped(self, damping: float) -> Self:
         """The same matrix with another λ; the cached state is shared.

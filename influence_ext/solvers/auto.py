@@ -120,9 +120,12 @@ def auto(
         return kept, min(most, EXPECTED_CG_STEPS - share * (EXPECTED_CG_STEPS - EXPECTED_ORTHOGONAL_STEPS))
 
     kept, steps = past(6, shared=False)
-    kept = 0 if operator.exact is not operator else min(kept, CG.max_steps)
-    options: dict[str, Solver] = {"CG": CG(rtol=cg_rtol, on_failure=on_failure, reorthogonalise=kept)}
+    kept = min(kept, CG.max_steps)
+    keeps = {"CG": kept}
+    options: dict[str, Solver] = {"CG": CG(rtol=cg_rtol, on_failure=on_failure, reorthogonalise=None if memory_budget is None else kept)}
     removing = min(kept, steps) / 2 * orthogonalisation_operations(P, 1)  # a column and step, on average
+    if operator.exact is not operator:  # steps by products at reduced precision keep no past
+        steps, removing = min(2.0 * P, EXPECTED_CG_STEPS), 0.0
     costs: dict[str, float] = {"CG": (steps + 1) * together + steps * num_rhs * (12.0 * P + removing) / product}
     memory = {"CG": int(6 + min(kept, steps)) * vectors}
 
@@ -131,7 +134,8 @@ def auto(
         kept, steps = past(7, shared=True)
         rank = min(P, root.num_roots + 1) if root and root.num_roots else P
         steps = min(steps * V**-BLOCK_EXPONENT, rank / V + 2)
-        options["BlockCG"] = BlockCG(rtol=cg_rtol, on_failure=on_failure, reorthogonalise=kept)
+        keeps["BlockCG"] = kept
+        options["BlockCG"] = BlockCG(rtol=cg_rtol, on_failure=on_failure, reorthogonalise=None if memory_budget is None else kept)
         removing = min(kept, steps) / 2 * V * orthogonalisation_operations(P, V)
         costs["BlockCG"] = (steps + 1) * together + steps * num_rhs * (10.0 * P * V + removing) / product
         memory["BlockCG"] = int(7 + min(kept, steps)) * vectors
@@ -166,9 +170,8 @@ def auto(
     size = f"P = {P} parameters" + (f", R = {root.num_roots} roots" if root else "") + f" and V = {num_rhs} right-hand sides"
     others = [f"{other} about {cost:,.0f}" for other, cost in sorted(costs.items(), key=lambda item: item[1]) if other != name]
     reason = f"{name}: for {size} it costs about {costs[name]:,.0f} products and {memory[name] / 2**20:,.0f} MiB"
-    chosen = options[name]
-    if isinstance(chosen, (CG, BlockCG)):
-        reason += f", with up to {chosen.reorthogonalise} past residuals kept a right-hand side"
+    if name in keeps:
+        reason += f", with up to {keeps[name]} past residuals kept a right-hand side"
     reason += f", against {', '.join(others)}" if others else ""
     reason += f" ({'; '.join(ruled_out)})." if ruled_out else "."
-    return AutoChoice(solver=chosen, reason=reason, costs=costs, memory=memory, on_failure=on_failure)
+    return AutoChoice(solver=options[name], reason=reason, costs=costs, memory=memory, on_failure=on_failure)

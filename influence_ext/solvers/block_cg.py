@@ -79,13 +79,14 @@ class BlockCG(PreconditionedSolver):
         R_norm = norm(R)
         status = [_judge(*facts) for facts in zip(R_norm.tolist(), target.tolist(), strict=True)]
         pending = [column for column in range(num_columns) if status[column] is Status.MAX_STEPS]
-        kept = worth_keeping(operator, num_columns, shared=True) if self.reorthogonalise is None else self.reorthogonalise
+        vectors = 1 if precondition is None else 2
+        kept = worth_keeping(operator, num_columns, True, vectors=vectors) if self.reorthogonalise is None else self.reorthogonalise
         steps_left, rank, first = self.max_steps, 0, True
         while pending:
             index = torch.tensor(pending, dtype=torch.long, device=B.device)
             # close above its tolerance a residual has no room to halve, and rounding would take what the recurrence reaches just so
-            goal = target if first else torch.minimum(target / 2, R_norm / 4)
-            descent = _BlockDescent(operator, precondition, R[index], goal[index], kept)
+            aims = target if first else torch.minimum(target / 2, R_norm / 4)
+            descent = _BlockDescent(operator, precondition, R[index], aims[index], kept)
             if first:
                 rank, first = descent.rank, False
             ended = descent.run(steps_left, self.check_every)
@@ -173,6 +174,10 @@ class _BlockDescent:
             self.change += torch.where(usable, (D @ (T @ C).to(D.dtype)).T, 0.0)
             self.past.add(Q.T, None if self.precondition is None else Z.T)
             basis, S = torch.linalg.qr(torch.where(usable, self.past.removed_from((Q - AD @ T.to(AD.dtype)).T).T, Q))
+            if self.past and bool((S.diagonal().abs() < 1e-2).any()):
+                # what is left of an exhausted direction is rounding, which one pass leaves in the past's span: twice is enough
+                basis, again = torch.linalg.qr(torch.where(usable, self.past.removed_from(basis.T).T, basis))
+                S = again @ S
             is_above = torch.where(usable, torch.linalg.vector_norm(S.double() @ C, dim=0) > self.target, is_above)
             self.count += counted
             counted = is_above

@@ -106,7 +106,8 @@ class CG(PreconditionedSolver):
         R = B if x0 is None else operator.residual(X, B)
         R_norm = norm(R)
         status = [Status.MAX_STEPS] * num_columns
-        kept = worth_keeping(operator, num_columns, shared=False) if self.reorthogonalise is None else self.reorthogonalise
+        vectors = 1 if precondition is None else 2
+        kept = worth_keeping(operator, num_columns, False, vectors=vectors) if self.reorthogonalise is None else self.reorthogonalise
         pending, first = list(range(num_columns)), True
         while first or pending:
             index = torch.tensor(pending, dtype=torch.long, device=B.device)
@@ -128,14 +129,15 @@ class CG(PreconditionedSolver):
             for position, (column, (usable, reached, halved)) in enumerate(zip(pending, facts, strict=True)):
                 iterations[column] += descent.steps[position]
                 status[column] = ended[position]
+                if usable and reached and self.rtol is not None:
+                    status[column] = Status.CONVERGED
+                    continue
                 if ended[position] not in (Status.CONVERGED, Status.MAX_STEPS, Status.STALLED):
                     continue
                 if not usable:
                     status[column] = Status.NON_FINITE
                 elif self.rtol is None:
                     status[column] = Status.TRUNCATED
-                elif reached:
-                    status[column] = Status.CONVERGED
                 elif ended[position] is not Status.MAX_STEPS:
                     status[column] = Status.STALLED
                     if halved:

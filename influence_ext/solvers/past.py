@@ -12,7 +12,9 @@ KEPT_BYTES = 256 * 2**20
 BLOCK_OPERATIONS, VECTOR_OPERATIONS = 4, 16
 """Time to take one kept row out of a vector, in operations for each parameter: many vectors at once, and one (bound by memory)."""
 FIRST_ROWS = 16
-"""Rows that are allocated at first; twice as many whenever they are full."""
+"""Rows that are allocated at first; whenever they are full, as many again as there are."""
+CALL_OPERATIONS = 1e6
+"""What the calls take that make one vector orthogonal, in operations' time: with products below that, a past costs more than it saves."""
 
 
 class Past:
@@ -34,31 +36,41 @@ class Past:
     def __init__(self, most: int):
         self._most = most
         self._count = 0
-        self._rows: list[Tensor] = []  # q, and M⁻¹q if that is another
+        self._room = 0  # in the last chunk
+        self._chunks: list[list[Tensor]] = []  # of rows q, and M⁻¹q if that is another; what lies in a chunk stays where it is
+
+    def __bool__(self) -> bool:
+        return self._count > 0
 
     def add(self, q: Tensor, z: Tensor | None) -> None:
         """Keep ``q``, ``[P]`` or ``[k, P]``, with ``z = M⁻¹q`` (None for M = I), if all of it still finds room."""
-        count = self._count + (len(q) if q.dim() == 2 else 1)
-        if count > self._most:
+        new = len(q) if q.dim() == 2 else 1
+        if self._count + new > self._most:
             return
         given = [q] if z is None else [q, z]
-        if not self._rows or count > len(self._rows[0]):
-            size = min(self._most, max(FIRST_ROWS, 2 * count))
-            larger = [torch.empty(size, q.shape[-1], dtype=q.dtype, device=q.device) for _ in given]
-            for rows, old in zip(larger, self._rows, strict=False):
-                rows[: self._count] = old[: self._count]
-            self._rows = larger
-        for rows, new in zip(self._rows, given, strict=True):
-            rows[self._count : count] = new
-        self._count = count
+        if new > self._room:
+            self._trim()
+            self._room = min(self._most - self._count, max(FIRST_ROWS, new, self._count))
+            self._chunks.append([torch.empty(self._room, q.shape[-1], dtype=q.dtype, device=q.device) for _ in given])
+        for rows, row in zip(self._chunks[-1], given, strict=True):
+            begin = len(rows) - self._room
+            rows[begin : begin + new] = row
+        self._count += new
+        self._room -= new
 
     def removed_from(self, R: Tensor) -> Tensor:
         """``R − (R M⁻¹Qᵀ) Q``, of ``[P]`` or ``[V, P]``."""
-        if not self._count:
-            return R
-        if R.dim() == 1:
-            return torch.addmv(R, self._rows[0][: self._count].T, self._rows[-1][: self._count] @ R, alpha=-1.0)
-        return torch.addmm(R, R @ self._rows[-1][: self._count].T, self._rows[0][: self._count], alpha=-1.0)
+        for position, chunk in enumerate(self._chunks):
+            filled = len(chunk[0]) - (self._room if position == len(self._chunks) - 1 else 0)
+            q, z = chunk[0][:filled], chunk[-1][:filled]
+            R = torch.addmv(R, q.T, z @ R, alpha=-1.0) if R.dim() == 1 else torch.addmm(R, R @ z.T, q, alpha=-1.0)
+        return R
+
+    def _trim(self) -> None:
+        """The last chunk ends where it is filled: what is added next does not fit."""
+        if self._room:
+            self._chunks[-1] = [rows[: len(rows) - self._room] for rows in self._chunks[-1]]
+            self._room = 0
 
 
 def orthogonalisation_operations(num_parameters: int, at_once: int) -> float:
@@ -66,7 +78,7 @@ def orthogonalisation_operations(num_parameters: int, at_once: int) -> float:
     return max(BLOCK_OPERATIONS, VECTOR_OPERATIONS / at_once) * num_parameters
 
 
-def worth_keeping(operator: LinearOperator, num_columns: int, shared: bool, num_bytes: int = KEPT_BYTES) -> int:
+def worth_keeping(operator: LinearOperator, num_columns: int, shared: bool, num_bytes: int = KEPT_BYTES, vectors: int = 1) -> int:
     """How many residuals a column are worth keeping: what fits into ``num_bytes``, and takes no longer than the product does.
 
     None on a device, where it is not measured, and a step with a past cannot be recorded and replayed.
@@ -76,10 +88,13 @@ def worth_keeping(operator: LinearOperator, num_columns: int, shared: bool, num_
         num_columns: Right-hand sides at once.
         shared: Whether all columns are made orthogonal to the residuals of all, as in a block, or each to its own.
         num_bytes: For all columns.
+        vectors: That a row takes: two with a preconditioner.
     """
     P, V = operator.num_parameters, max(1, num_columns)
     if operator.device.type != "cpu" or operator.recordable() is not None:
         return 0
+    if not shared and operator.product_operations(V) / V < CALL_OPERATIONS:
+        return 0
     together = V if shared else 1
     affordable = operator.product_operations(V) / V / (orthogonalisation_operations(P, together) * together)
-    return int(min(P, affordable, num_bytes // (V * P * operator.dtype.itemsize)))
+    return int(min(P, affordable, num_bytes // (vectors * V * P * operator.dtype.itemsize)))

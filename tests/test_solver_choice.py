@@ -81,9 +81,12 @@ def test_auto_knows_what_vectors_share() -> None:
 
 def test_auto_hands_its_options_on() -> None:
     operator = DenseOperator(rotated(torch.linspace(1, 2, 300, dtype=F64), "auto"))
-    assert auto(operator, 1).solver == CG(reorthogonalise=37)  # at 16 P operations each as much as a product, 2 P²
+    assert auto(operator, 1).solver == CG()
+    large = DenseOperator(torch.eye(800, dtype=F64))
+    bounded = auto(large, 1, memory_budget=2**20).solver
+    assert bounded == CG(reorthogonalise=100)  # at 16 P operations each as much as a product, 2 P²; more would fit
     assert "Dual needs an operator with a root" in auto(operator, 1).reason
-    assert auto(operator, 1, rtol=1e-3).solver == CG(rtol=1e-3, reorthogonalise=37)
+    assert auto(operator, 1, rtol=1e-3).solver == CG(rtol=1e-3)
     assert auto(operator, 100, rtol=1e-3, on_failure="return").solver == Direct(rtol=1e-3, on_failure="return")
     single = auto(DenseOperator(operator.A.float()), 1).solver
     assert isinstance(single, CG)

@@ -5,6 +5,9 @@ Lines of 8 lanes, a warp, a block, chunks of one and several blocks; rows and co
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -17,7 +20,7 @@ from influence_ext import reference
 from influence_ext.losses import resolve
 from influence_ext.plan import Plan
 from influence_ext.testing import assert_close
-from tests.emulation import Traffic, emulated_device
+from tests.emulation import ROOT, Traffic, emulated_device
 
 F64 = torch.float64
 LINES = [7, 33, 700, 9001]
@@ -327,3 +330,19 @@ POOLS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
 def test_pooling(id: str, dtype: torch.dtype) -> None:
     pool, shape = POOLS[id]
     check_products(Scaled(shape, pool), random(2, *shape), dtype)
+
+
+REVERSED = """f32 and (test_attention and edges or test_convolutions and edges or test_softmax_of_lines or test_softmax_of_columns
+    or test_cross_entropy and 20001 or test_long_lines and 9001-1)""".replace("\n", " ")
+"""Kernels with barriers of a warp, a block and a cluster."""
+
+
+def test_threads_and_blocks_in_the_opposite_order() -> None:
+    """A missing barrier, or blocks that depend on each other, would show; the emulation reads the order once in a process."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", REVERSED]
+    files = [f"tests/{name}.py" for name in ("test_device_kernels", "test_device_shapes")]
+    environment = {**os.environ, "INFL_EMULATION_ORDER": "reversed"}
+    done = subprocess.run([*command, *files], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout
+    assert " skipped" not in done.stdout

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 import influence_ext as ie
-from influence_ext import plan as plan_module
 from influence_ext import reference
 from influence_ext.plan import Plan
 from influence_ext.tape import Tape
@@ -27,7 +26,8 @@ from tests.test_device_precision import LIMITS, check_errors, error
 @pytest.fixture(autouse=True)
 def _on_the_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The emulated device has tensor cores, though its tensors are the CPU's."""
-    monkeypatch.setattr(plan_module, "check_precision", lambda *_: None)
+    for module in ("plan", "tape"):
+        monkeypatch.setattr(f"influence_ext.{module}.check_precision", lambda *_: None)
     with emulated_device():
         yield
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import jvp, vjp
 
-from influence_ext import plan as plan_module
 from influence_ext.plan import Plan
 from tests.cases import NetworkCase, build, generator
 from tests.cases.eager import flatten, function, trainable, unflatten
@@ -31,7 +30,8 @@ FLOORS = {"tf32": 1e-5, "bfloat16": 1e-4}
 @pytest.fixture(autouse=True)
 def _on_the_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The emulated device has tensor cores, though its tensors are the CPU's."""
-    monkeypatch.setattr(plan_module, "check_precision", lambda *_: None)
+    for module in ("plan", "tape"):
+        monkeypatch.setattr(f"influence_ext.{module}.check_precision", lambda *_: None)
     with emulated_device():
         yield
 

@@ -248,6 +248,75 @@ def test_a_chain_in_one_kernel(dtype: torch.dtype, N: int, V: int) -> None:
     assert error < (2e-6 if dtype == torch.float32 else 1e-12)
 
 
+LONG_LINES = [9001, 50_257, 240_001]
+"""Elements of lines that stay in shared memory, from sm_90 on in that of 8 blocks that read each other's; of the longest not all does."""
+
+
+class Weighted(torch.nn.Module):
+    """The softmax of ``x ∘ w``."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.softmax(x * self.weight, -1)
+
+
+def softmax_product(p: Tensor, u: Tensor) -> Tensor:
+    """``(diag p - p pᵀ) u`` of lines."""
+    return p * (u - (p * u).sum(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("K", LONG_LINES)
+def test_softmax_of_a_long_line(K: int, dtype: torch.dtype) -> None:
+    g = generator(f"a long line of {K}")
+    X, w, V, G = (torch.randn(*shape, generator=g).double() for shape in ((2, K), (K,), (2, K), (2, 2, K)))
+    model = Weighted(w.to(dtype)).cuda()
+    x = X.to(dtype).cuda()
+    tape = Plan.of(model, x).linearize(x)
+    p = torch.softmax(X * w, -1)
+    assert_close(tape.outputs.cpu(), p, scope="layer")
+    assert_close(tape.jvp(V.to(dtype).cuda()).cpu(), softmax_product(p, X * V[:, None]), scope="layer")
+    first = tape.vjp(G.to(dtype).cuda())
+    assert_close(first.cpu(), (X * softmax_product(p, G)).sum(1), scope="layer")
+    assert torch.equal(first, tape.vjp(G.to(dtype).cuda())), "products do not repeat"
+
+
+@pytest.mark.parametrize("K", LONG_LINES)
+def test_cross_entropy_of_a_long_line(K: int, dtype: torch.dtype) -> None:
+    g = generator(f"classes of a long line of {K}")
+    z, u, y = torch.randn(2, K, generator=g).double(), torch.randn(1, 2, K, generator=g).double(), torch.tensor([3, K - 1])
+    make = torch.nn.CrossEntropyLoss(reduction="sum")
+    loss, there, labels = resolve(make), z.to(dtype).cuda(), y.cuda()
+    assert_close(loss.value(there, labels).cpu(), reference.loss_values(make, z, y), scope="layer")
+    assert_close(loss.gradient(there, labels).cpu(), reference.loss_gradient(make, z, y), scope="layer")
+    product = loss.hessian(there, labels).matmat(u.to(dtype).cuda())
+    assert_close(product.cpu(), softmax_product(torch.softmax(z, -1), u), scope="layer")
+
+
+def test_a_replayed_product_of_a_long_line(dtype: torch.dtype) -> None:
+    K = 50_257
+    g = generator("a replayed long line")
+    X, W, b, y = torch.randn(2, 3, generator=g), torch.randn(K, 3, generator=g), torch.randn(K, generator=g), torch.tensor([3, K - 1])
+    model = torch.nn.Linear(3, K)
+    with torch.no_grad():
+        model.weight.copy_(W)
+        model.bias.copy_(b)
+    model, data = model.to(dtype).cuda(), (X.to(dtype).cuda(), y.cuda())
+    replayed, launched = (ie.GGN(model, torch.nn.CrossEntropyLoss(), data, graphs=graphs) for graphs in ("always", "never"))
+    p, x = torch.softmax(X.double() @ W.double().T + b.double(), -1), X.double()
+    for _ in range(4):
+        V = torch.randn(1, replayed.num_parameters, generator=g)
+        weights, biases = V.double()[:, : 3 * K].reshape(1, K, 3), V.double()[:, 3 * K :]
+        h = softmax_product(p, torch.einsum("ni,vki->vnk", x, weights) + biases[:, None]) / 2
+        expected = torch.cat([torch.einsum("vnk,ni->vki", h, x).flatten(1), h.sum(1)], dim=1)
+        product = replayed.matmat(V.to(dtype).cuda())
+        assert torch.equal(product, launched.matmat(V.to(dtype).cuda()))
+        assert_close(product.cpu(), expected, scope="model")
+    assert "replayed as a graph of" in replayed.report()
+
+
 def test_a_tensor_elsewhere_is_refused() -> None:
     model = torch.nn.Linear(3, 2).cuda()
     with pytest.raises(DeviceError, match="parameters' device"):

@@ -7,6 +7,7 @@ environment=$1 requirement=$2
 python="$environment/bin/python"
 # shellcheck source=tools/cuda_environment.sh
 source tools/cuda_environment.sh
+cuda_toolkit cuda-build
 if [ ! -x "$python" ]; then "${PYTHON:-python3}" -m venv "$environment"; fi
 "$python" -m pip install -qq "$requirement" numpy ninja pybind11 "setuptools>=77,<82"
 cuda_environment cuda-build

@@ -1,14 +1,20 @@
-# Sourced by cuda_build.sh and gpu.sh: what a build with CUDA kernels needs of the machine, for the interpreter $python. `cuda_environment WHO` exports
-# CUDA_HOME and CPATH, or says in a sentence what is missing and fails.
+# Sourced by cuda_build.sh and gpu.sh: what a build with CUDA kernels needs of the machine. `cuda_toolkit WHO` looks for the compilers, before anything is
+# downloaded; `cuda_environment WHO` also for what the interpreter $python must have. They export CUDA_HOME and CPATH, or say in a sentence what is
+# missing and fail.
 
 has() { "$python" -c "import $1" 2>/dev/null; } # module
 
-cuda_environment() {
-  local who=$1 version includes
+cuda_toolkit() {
+  local who=$1
   if [ -z "${CUDA_HOME:-}" ] && [ -d /usr/local/cuda ]; then export CUDA_HOME=/usr/local/cuda; fi
   if [ -n "${CUDA_HOME:-}" ]; then PATH=$PATH:$CUDA_HOME/bin; fi
   command -v nvcc >/dev/null || { echo "$who: expected the CUDA toolkit, found no nvcc; install it, or put it on PATH or in CUDA_HOME." >&2; return 1; }
   command -v "${CXX:-c++}" >/dev/null || { echo "$who: expected a C++ compiler, found no '${CXX:-c++}'; install g++ or set CXX." >&2; return 1; }
+}
+
+cuda_environment() {
+  local who=$1 version includes
+  cuda_toolkit "$who" || return 1
   version=$("$python" -c 'import torch; print(torch.version.cuda or "")')
   [ -n "$version" ] || { echo "$who: expected '$python' to have a CUDA build of torch, got one for the CPU; install one with CUDA." >&2; return 1; }
   if [ "$(nvcc --version | sed -n 's/.*release \([0-9]*\)\..*/\1/p')" != "${version%%.*}" ]; then

@@ -59,8 +59,9 @@ device_tests() {
   "$python" -m pytest -q -m "gpu and not slow" $(grep -lE "^pytestmark = pytest.mark.gpu|^@pytest.mark.gpu" tests/test_*.py)
 }
 
-# About fifty tests, since each takes a hundred times as long: rows that go through every kind of kernel, some of them through several blocks.
-readonly SANITIZED="(single or chain or layer-norm-33 or embedding-twice or embedding-large or attention-causal-long or attention-mask-heads) and not f64"
+# About sixty tests, since each takes a hundred times as long: rows that go through every kind of kernel, some of them through several blocks, and lines
+# that clusters of blocks keep in shared memory.
+readonly SANITIZED="(single or chain or layer-norm-33 or embedding-twice or embedding-large or attention-causal-long or attention-mask-heads or long_line) and not f64"
 
 sanitizer() {
   is_built "the step of compute-sanitizer" && has_pytest || return "$LEFT_OUT"

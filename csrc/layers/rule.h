@@ -5,7 +5,7 @@
 //
 // Axes: V right-hand sides first, n examples of a tile, then the node's width. All pointers stand at the tile's first example, all arrays
 // are contiguous. A rule knows no device (it calls kernel stubs), no schedule and no data type. vjp is the transpose of jvp.
-// To add one: copy identity.cpp, fill it in, add a row to capture/lowering.py and to tests/cases/layers.py.
+// To add one: copy identity.cpp, fill it in, add a row to capture/lowering/ and to tests/cases/layers.py.
 #pragma once
 
 #include <cstdint>

@@ -1,8 +1,8 @@
 // One reduction over the classes of each place (row_reduction.h): maximum, sum of exponentials, target mass and value are found together, and nothing
-// is stored beyond the results. Logits and targets are read once where a line of classes stays on the chip (on sm_90 and later up to 464,000 classes
-// of float with labels, half of that with probabilities), so for z, gradient and p with labels 3 K numbers pass; where positions lie beside each
-// other, twice, the second time from the caches as far as they hold. The value alone reads everything once at any size. Bytes a class: z (and target)
-// read, gradient and p written. The divergence takes two such reductions, for it needs a mean first.
+// is stored beyond the results. Logits and targets are read once where a line of classes stays on the chip (on sm_90 and later up to 232,000 classes
+// of float, 116,000 of double), so for z, gradient and p with labels 3 K numbers pass; where positions lie beside each other, twice, the second time
+// from the caches as far as they hold. The value alone reads everything once at any size. Bytes a class: z (and target) read, gradient and p written.
+// The divergence takes two such reductions, for it needs a mean first.
 #include "kernels/cross_entropy.h"
 
 #include <cmath>

@@ -1,6 +1,6 @@
 // What every CUDA kernel file includes: the language (or its emulation on a CPU, for tests), launching with error reports, and registration.
 // No torch header. A file must compile both by nvcc and, with INFL_EMULATED_CUDA, by a C++ compiler: no <<<>>>, shared memory sized at launch only
-// through INFL_DYNAMIC_SHARED, and of the intrinsics those that tests/emulation/cuda.h has.
+// through INFL_DYNAMIC_SHARED, and of the intrinsics those that tests/emulation/emulation/cuda.h has.
 #pragma once
 
 #include <algorithm>
@@ -48,14 +48,6 @@ inline void check(cudaError_t error, const char* who) {
   throw std::runtime_error(message + ".");
 }
 
-// Launches kernel<<<blocks, threads, shared bytes, stream>>>(arguments...), arguments converted to the kernel's parameter types.
-template <class... Parameters, class... Arguments>
-void launch(const Context& ctx, const char* who, void (*kernel)(Parameters...), dim3 blocks, dim3 threads, size_t shared, Arguments... arguments) {
-  if (shared > (48 << 10)) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), who);
-  kernel<<<blocks, threads, shared, static_cast<cudaStream_t>(ctx.stream)>>>(static_cast<Parameters>(arguments)...);
-  check(cudaGetLastError(), who);
-}
-
 // Of the current device.
 inline DeviceLimits device_limits(const char* who) {
   int device = 0;
@@ -69,12 +61,43 @@ inline DeviceLimits device_limits(const char* who) {
           static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor)), attribute(cudaDevAttrClusterLaunch) != 0};
 }
 
+inline cudaFuncAttributes attributes(const void* kernel, const char* who) {
+  cudaFuncAttributes found{};
+  check(cudaFuncGetAttributes(&found, kernel), who);
+  return found;
+}
+
+// Whether the kernel's code on the current device has what `cluster_arrive` and the like do. A device that runs clusters also runs code compiled from
+// PTX of architectures that have none, where they do nothing.
+template <class Kernel>
+bool has_cluster_code(Kernel* kernel, const char* who) {
+  return attributes(reinterpret_cast<const void*>(kernel), who).ptxVersion >= 90;
+}
+
+// Allows blocks of the kernel `shared` bytes beyond the 48 KB that all may have: by allowing all that its static memory leaves, for a number of bytes
+// would be taken back by another host thread whose launch needs fewer.
+template <class Kernel>
+void allow_shared(Kernel* kernel, size_t shared, const char* who) {
+  if (shared <= (48 << 10)) return;
+  const auto* function = reinterpret_cast<const void*>(kernel);
+  const size_t most = device_limits(who).shared_bytes - attributes(function, who).sharedSizeBytes;
+  check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most)), who);
+}
+
+// Launches kernel<<<blocks, threads, shared bytes, stream>>>(arguments...), arguments converted to the kernel's parameter types.
+template <class... Parameters, class... Arguments>
+void launch(const Context& ctx, const char* who, void (*kernel)(Parameters...), dim3 blocks, dim3 threads, size_t shared, Arguments... arguments) {
+  allow_shared(kernel, shared, who);
+  kernel<<<blocks, threads, shared, static_cast<cudaStream_t>(ctx.stream)>>>(static_cast<Parameters>(arguments)...);
+  check(cudaGetLastError(), who);
+}
+
 // As `launch`, with every `cluster` neighbouring blocks as a cluster; for more than one the device must run clusters.
 template <class... Parameters, class... Arguments>
 void launch_clusters(const Context& ctx, const char* who, void (*kernel)(Parameters...), int cluster, dim3 blocks, dim3 threads, size_t shared,
                      Arguments... arguments) {
   if (cluster == 1) return launch(ctx, who, kernel, blocks, threads, shared, arguments...);
-  if (shared > (48 << 10)) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), who);
+  allow_shared(kernel, shared, who);
   cudaLaunchAttribute shape{};
   shape.id = cudaLaunchAttributeClusterDimension;
   shape.val.clusterDim.x = static_cast<unsigned>(cluster);
@@ -90,7 +113,7 @@ void launch_clusters(const Context& ctx, const char* who, void (*kernel)(Paramet
 }
 
 // All threads of the cluster: what each wrote to shared memory before it arrived is seen by all that have waited. Between the two a thread may go on.
-// Only kernels that were launched in clusters of several blocks call them, which never happens before sm_90.
+// Only kernels that were launched in clusters of several blocks call them, which has_cluster_code must allow.
 __device__ inline void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
   __cluster_barrier_arrive();

@@ -412,7 +412,7 @@ bool keep_rows(const Context& ctx, const char* who, int64_t rows, int64_t size, 
   const auto fitting = [](size_t bytes) { return static_cast<int64_t>((bytes - kStates) / sizeof(Item)); };
   const int64_t of_two = fitting(limits.processor_shared_bytes / 2 - kReserved);
   int blocks = 1;
-  if (limits.has_clusters) {
+  if (limits.has_clusters && has_cluster_code(&kept_kernel<Op>, who)) {
     while (blocks < kMaxCluster && (ceil_div(size, blocks) > of_two || rows * blocks < kFilling)) blocks *= 2;
   } else if (rows < kFilling / 2) {
     return false;

@@ -187,6 +187,11 @@ inline DeviceLimits device_limits(const char*) {
   return {limits.shared_bytes, limits.processor_shared_bytes, limits.has_clusters};
 }
 
+template <class Kernel>
+bool has_cluster_code(Kernel*, const char*) {
+  return true;
+}
+
 inline void cluster_arrive() { emulation::cluster_arrival(); }
 inline void cluster_wait() { emulation::cluster_barrier(); }
 template <class T>

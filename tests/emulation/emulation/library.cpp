@@ -84,7 +84,7 @@ struct Fiber {
   void* top = nullptr;
   Place place;
   State state = State::ready;
-  unsigned gathers = 0, arrivals = 0;
+  unsigned gathers = 0, arrivals = 0, waits = 0;  // the last two at the cluster's barrier
 };
 
 // The block in hand, or the cluster of them: block r has the fibers from r * stride on.
@@ -205,7 +205,7 @@ void run_cluster(Block& block, const char* who) {
   };
   each_fiber([](Fiber& fiber) {
     fiber.state = State::ready;
-    fiber.gathers = fiber.arrivals = 0;
+    fiber.gathers = fiber.arrivals = fiber.waits = 0;
   });
   for (;;) {
     bool waits = false;
@@ -225,7 +225,7 @@ void run_cluster(Block& block, const char* who) {
       if (ended) std::fill(block.shared[r].begin(), block.shared[r].end(), 0xff);  // gone with its block
     }
     if (!waits) return;
-    if (fewest != most || fewest == 0) stuck(who, "a cluster's barrier at which not all threads arrive");
+    if (fewest != most) stuck(who, "a cluster's barrier at which not all threads arrive");
     each_fiber([](Fiber& fiber) {
       if (fiber.state == State::at_cluster_barrier) fiber.state = State::ready;
     });
@@ -438,8 +438,15 @@ Limits limits() {
   const bool is_ampere = architecture != nullptr && std::string(architecture) == "80";
   return {static_cast<size_t>(is_ampere ? 163 : 227) << 10, static_cast<size_t>(is_ampere ? 164 : 228) << 10, !is_ampere};
 }
-void cluster_arrival() { ++current(*running_block).arrivals; }
-void cluster_barrier() { leave(*running_block, State::at_cluster_barrier); }
+void cluster_arrival() {
+  Fiber& fiber = current(*running_block);
+  if (++fiber.arrivals > fiber.waits + 1) fail("a second arrival at a cluster's barrier before the wait for the first");
+}
+void cluster_barrier() {
+  Fiber& fiber = current(*running_block);
+  if (++fiber.waits > fiber.arrivals) fail("a wait at a cluster's barrier without an arrival before it");
+  leave(*running_block, State::at_cluster_barrier);
+}
 void block_barrier() { leave(*running_block, State::at_block_barrier); }
 void warp_barrier() { leave(*running_block, State::at_warp_barrier); }
 const Given* gather(const void* own, size_t size) {

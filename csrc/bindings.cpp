@@ -125,7 +125,7 @@ template <class T>
 void bind(py::module_& m, const std::string& suffix) {
   py::class_<Plan<T>, std::shared_ptr<Plan<T>>>(m, ("Plan" + suffix).c_str())
       .def(py::init([](const std::vector<py::dict>& nodes, const std::vector<std::pair<int64_t, int64_t>>& slots, std::vector<int64_t> input_widths,
-                       std::vector<int> aliases, int output, int64_t num_parameters, bool second_order) {
+                       std::vector<int> aliases, int output, int64_t num_parameters, bool second_order, bool on_device) {
              std::vector<Node> parsed;
              std::vector<std::shared_ptr<const Rule<T>>> own_rules;
              for (const py::dict& d : nodes) {
@@ -146,10 +146,10 @@ void bind(py::module_& m, const std::string& suffix) {
              std::vector<Slot> parsed_slots;
              for (const auto& [size, offset] : slots) parsed_slots.push_back({size, offset});
              return std::make_shared<Plan<T>>(std::move(parsed), std::move(parsed_slots), std::move(input_widths), std::move(aliases), output,
-                                              num_parameters, std::move(own_rules), second_order);
+                                              num_parameters, std::move(own_rules), second_order, on_device);
            }),
            py::arg("nodes"), py::arg("slots"), py::arg("input_widths"), py::arg("aliases"), py::arg("output"), py::arg("num_parameters"),
-           py::arg("second_order") = false)
+           py::arg("second_order") = false, py::arg("on_device") = false)
       .def_property_readonly("num_parameters", &Plan<T>::num_parameters)
       .def_property_readonly("output_depends_on_parameters", &Plan<T>::output_depends_on_parameters)
       .def_property_readonly("widest_activation", &Plan<T>::widest_activation)
@@ -378,6 +378,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         emulated_recorder = device.recorder;
       },
       py::arg("library"));
+  m.def("emulates_device", [] { return emulated_runtime != nullptr; });
   bind_graphs(m);
   m.def("rules", &rule_names);
   m.def("losses", &loss_names);

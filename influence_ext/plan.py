@@ -68,7 +68,7 @@ class Plan:
         kind = _C.Plan32 if space.dtype == torch.float32 else _C.Plan64
         size = space.num_parameters if self._derived is None else self._derived.num_parameters
         self._compile = functools.partial(kind, nodes, slots, widths, aliases, graph.output, size)
-        self._native = self._compile()
+        self._natives: dict[tuple[bool, bool], Any] = {}
         if not self._native.output_depends_on_parameters:
             raise UnsupportedModelError(
                 f"{graph.model_name}: expected an output that depends on a trainable parameter, got none among "
@@ -195,9 +195,21 @@ class Plan:
         """Whether nodes read expressions of trained parameters."""
         return self._derived is not None
 
-    @functools.cached_property
+    @property
+    def _native(self) -> Any:
+        return self._compiled(second_order=False)
+
+    @property
     def _second_order_native(self) -> Any:
-        return self._compile(second_order=True)
+        return self._compiled(second_order=True)
+
+    def _compiled(self, second_order: bool) -> Any:
+        """The extension's plan for where tapes are now: the parameters' device, or an emulated one in its place."""
+        on_device = self.space.device.type != "cpu" or _C.emulates_device()
+        key = second_order, on_device
+        if key not in self._natives:
+            self._natives[key] = self._compile(second_order=second_order, on_device=on_device)
+        return self._natives[key]
 
     def _make(self, native: Any, sources: list[Tensor], shortcuts: bool = False) -> Any:
         """A tape of the extension."""

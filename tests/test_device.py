@@ -38,13 +38,13 @@ __all__ = [
 ]
 
 
-CPU_ONLY = {"all_finite_stub", "convolution_prepared_size_stub", "output_jacobian_stub", "output_jacobian_transposed_stub"}
-"""The first two look at arrays of the host and at its own layout of them, whatever a plan's device is; the others are for products with
-shortcuts, which only the CPU takes."""
-
-
-PICKS = {"pick_pack_stub", "pick_places_stub", "pick_product_stub", "pick_weights_stub"}
-"""Of convolutions under a max pool, whose rule composes the same of other kernels where there are none of these."""
+CPU_ONLY = {
+    *("all_finite_stub", "convolution_prepared_size_stub"),
+    *("output_jacobian_stub", "output_jacobian_transposed_stub"),
+    *("pick_pack_stub", "pick_places_stub", "pick_product_stub", "pick_weights_stub"),
+}
+"""The first two look at arrays of the host and at its own layout of them, whatever a plan's device is; the next two are for products with
+shortcuts, which only the CPU takes, and the last for convolutions under a max pool as one node, which only plans for the CPU have."""
 
 
 DEVICE_ONLY = {"mlp_stub"}
@@ -60,7 +60,7 @@ def test_every_kernel_has_a_twin() -> None:
     assert len(set(cpu)) == len(cpu) > 50
     assert len(set(cuda)) == len(cuda), "a kernel has two twins"
     assert set(cuda) - set(cpu) == DEVICE_ONLY
-    assert set(cpu) - set(cuda) == CPU_ONLY | PICKS
+    assert set(cpu) - set(cuda) == CPU_ONLY
 
 
 def in_turn(cases: Iterable[NetworkCase]) -> list[ParameterSet]:

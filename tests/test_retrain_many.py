@@ -84,6 +84,16 @@ def convolutional() -> nn.Module:
     return nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8, 3)).double()
 
 
+def lenet() -> nn.Module:
+    """A convolution under a max pool that is one node with it where there is AVX-512, and another that no pool reads."""
+    layers = nn.Conv2d(1, 6, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 3)
+    return nn.Sequential(*layers).double()
+
+
+def larger_images() -> tuple[Tensor, Tensor]:
+    return torch.randn(N, 1, 12, 12, generator=generator("larger images"), dtype=F64), classes()[1]
+
+
 def normalised() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.GELU(), nn.Linear(4, 1)).double()
 
@@ -164,6 +174,7 @@ ROWS: dict[str, tuple[ie.Recipe, Callable[[], tuple[Tensor, Tensor]]]] = {
     "frozen-first": (replace(SGD, build_model=frozen_first), data),
     "shared-gradient": (replace(SGD, build_model=Sum, weight_decay=0.02), data),
     "convolution": (replace(SGD, build_model=convolutional, loss=nn.CrossEntropyLoss()), images),
+    "lenet": (replace(SGD, build_model=lenet, loss=nn.CrossEntropyLoss()), larger_images),
     "residual-images": (replace(SGD, build_model=ResidualImages, loss=nn.CrossEntropyLoss(), weight_decay=0.02), images),
     "layer-norm": (replace(SGD, build_model=normalised), data),
     "residual": (replace(SGD, build_model=Residual), data),

@@ -34,6 +34,7 @@ ON_THE_DEVICE = [
     "residual",
     "matrix",
     "convolution",
+    "lenet",
     "residual-images",
     "layer-norm",
 ]
@@ -46,7 +47,7 @@ def test_every_trajectory_on_the_device_is_the_one_by_itself(row: str, routes: l
     assert set(routes) == {"NativeStack"}
 
 
-@pytest.mark.parametrize("row", ["sgd-decay", "adam-decay", "embedding", "convolution", "residual-images", "layer-norm"])
+@pytest.mark.parametrize("row", ["sgd-decay", "adam-decay", "embedding", "convolution", "lenet", "residual-images", "layer-norm"])
 def test_a_step_on_the_device_takes_as_many_launches_for_any_number_of_sets(row: str) -> None:
     recipe, examples = ROWS[row]
     run = ie.train(recipe, examples())
@@ -99,7 +100,7 @@ def test_gradients_on_the_device_are_those_of_autograd() -> None:
     assert_close(found, torch.stack(expected))
 
 
-@pytest.mark.parametrize("row", ["sgd-decay", "classes", "sequence", "embedding", "convolution", "residual-images", "layer-norm"])
+@pytest.mark.parametrize("row", ["sgd-decay", "classes", "sequence", "embedding", "convolution", "lenet", "residual-images", "layer-norm"])
 def test_the_memory_of_a_set_on_the_device_is_charged(row: str) -> None:
     recipe, examples = ROWS[row]
     recipe = replace(recipe, batch_size=14)  # and a last batch of 9

@@ -1,6 +1,5 @@
 // convolution_picks: a convolution of which a max pool takes some elements, and their cotangent. Of windows of two by two only a quarter of the
-// convolution's elements reach anything later, and which these are is known from the forward pass. Kernels of the CPU; elsewhere the convolution is
-// multiplied as a whole and its elements are moved (pooling.h).
+// convolution's elements reach anything later, and which these are is known from the forward pass. Kernels of the CPU with vectors of 64 bytes.
 //
 //   product  out[o, q] = (Σ_{c, k} w[o, c, k] x[c, i(o, q) + k − padding] + b[o]) · scale[o, q]      i(o, q): the place that window q chose in plane
 //   o weights  w[o, c, k] = Σ_q g[o, q] x[c, i(o, q) + k − padding]
@@ -13,9 +12,6 @@
 #include "kernels/pooling.h"
 
 namespace infl {
-
-// Where there are these kernels.
-inline bool runs_picks(const Context& ctx) { return !ctx.on_device(); }
 
 inline constexpr int64_t kMostPickRows = 7, kPickWindowRows = 2;
 

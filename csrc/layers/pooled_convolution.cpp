@@ -8,7 +8,7 @@
 //   per_example  as vjp_params, or the convolution's where outer products are asked for
 //   tape         the convolution's; i and d, and the places once more as the kernels read them
 //
-// Where a device has no kernels for that (convolution_picks.h), the convolution is multiplied whole.
+// Kernels for that are the CPU's (convolution_picks.h): only plans for the CPU have such nodes.
 #include "layers/pooled_convolution.h"
 
 #include "kernels/convolution_picks.h"
@@ -44,13 +44,13 @@ class PooledConvolution final : public Rule<T> {
 
   void pack(const Tile<T>& tile) const override {
     convolution(tile).pack(inner(tile));
-    if (!tile.node.needs_tangent[0] || !runs_picks(tile.ctx)) return;
+    if (!tile.node.needs_tangent[0]) return;
     pick_pack_stub<T>(tile.ctx, ConvolutionShape(tile.node.parts[0]).conv, 1, tile.theta[0], 0, picked(tile));
   }
 
   void pack_tangents(const Tile<T>& tile, const ParameterTangents<T>& t_theta, T* packed) const override {
     convolution(tile).pack_tangents(inner(tile), t_theta, packed);
-    if (!tile.node.is_trainable(0) || !runs_picks(tile.ctx)) return;
+    if (!tile.node.is_trainable(0)) return;
     const ConvolutionShape s(tile.node.parts[0]);
     pick_pack_stub<T>(tile.ctx, s.conv, tile.V, t_theta.theta[0], t_theta.stride, packed + tile.V * inner_tangent_packed_size(tile));
   }
@@ -74,7 +74,6 @@ class PooledConvolution final : public Rule<T> {
     const int64_t num = planes(tile, w);
     max_pool_stub<T>(ctx, w, num, activated ? after.data() : whole.data(), y, index(tile));
     if (activated) plane_gather_stub<T>(ctx, 1, num, w.in_plane(), w.out_plane(), index(tile), derivative.data(), factor(tile));
-    if (!runs_picks(ctx)) return;
     const ConvolutionShape s(node.parts[0]);
     pick_places_stub<T>(ctx, s.conv, w, tile.n * s.images, index(tile), places(tile));
   }
@@ -83,62 +82,43 @@ class PooledConvolution final : public Rule<T> {
     const Node& node = tile.node;
     const Windows w = windows(tile.ctx, node);
     const T* d = has_activation(node) ? factor(tile) : nullptr;
-    const int64_t size = tile.n * node.width;
-    if (runs_picks(tile.ctx)) {
-      const ConvolutionShape s(node.parts[0]);
-      ConvolutionProduct<T> p;
-      p.V = tile.V;
-      p.n = tile.n * s.images;
-      p.out = t_y;
-      if (t_x[0]) p.terms[0] = {t_x[0], tile.n * node.input_widths[0], 0, picked(tile), 0};
-      if (t_theta.theta[0]) {
-        const T* packed = t_theta.packed + tile.V * inner_tangent_packed_size(tile);
-        p.terms[1] = {tile.state[0], 0, convolution_prepared_size<T>(node.parts[0], s), packed, pick_packed_size(s.conv)};
-      }
-      p.bias = t_theta.theta[1];
-      p.bias_batch = t_theta.stride;
-      p.scale = d ? d : scale;
-      pick_product_stub<T>(tile.ctx, s.conv, w, places(tile), p);
-      if (d && scale) scale_stub<T>(tile.ctx, tile.V, size, scale, t_y, t_y, false);
-      return;
+    const ConvolutionShape s(node.parts[0]);
+    ConvolutionProduct<T> p;
+    p.V = tile.V;
+    p.n = tile.n * s.images;
+    p.out = t_y;
+    if (t_x[0]) p.terms[0] = {t_x[0], tile.n * node.input_widths[0], 0, picked(tile), 0};
+    if (t_theta.theta[0]) {
+      const T* packed = t_theta.packed + tile.V * inner_tangent_packed_size(tile);
+      p.terms[1] = {tile.state[0], 0, convolution_prepared_size<T>(node.parts[0], s), packed, pick_packed_size(s.conv)};
     }
-    Scratch<T> whole(tile.ctx, tile.V * tile.n * node.parts[0].width);
-    convolution(tile).jvp(inner(tile), t_x, t_theta, nullptr, whole.data());
-    plane_gather_stub<T>(tile.ctx, tile.V, planes(tile, w), w.in_plane(), w.out_plane(), index(tile), whole.data(), t_y);
-    if (d) scale_stub<T>(tile.ctx, tile.V, size, d, t_y, t_y, false);
-    if (scale) scale_stub<T>(tile.ctx, tile.V, size, scale, t_y, t_y, false);
+    p.bias = t_theta.theta[1];
+    p.bias_batch = t_theta.stride;
+    p.scale = d ? d : scale;
+    pick_product_stub<T>(tile.ctx, s.conv, w, places(tile), p);
+    if (d && scale) scale_stub<T>(tile.ctx, tile.V, tile.n * node.width, scale, t_y, t_y, false);
   }
 
-  void vjp_input(const Tile<T>& tile, int i, const T* g_y, const T* scale, T* g_x, bool accumulate) const override {
+  void vjp_input(const Tile<T>& tile, int /*i*/, const T* g_y, const T* scale, T* g_x, bool accumulate) const override {
     const Node& node = tile.node;
-    if (runs_picks(tile.ctx)) {
-      const ConvolutionShape s(node.parts[0]);
-      ConvolutionProduct<T> p;
-      p.up = true;
-      p.V = tile.V;
-      p.n = tile.n * s.images;
-      p.terms[0] = {g_y, tile.n * node.width, 0, tile.packed + convolution_packed_size(s.conv, false), 0};
-      p.scale = scale;
-      p.out = g_x;
-      p.accumulate = accumulate;
-      p.picked = windows(tile.ctx, node).out_plane();
-      p.places = index(tile);
-      p.factor = has_activation(node) ? factor(tile) : nullptr;
-      return convolution_product_stub<T>(tile.ctx, s.conv, p);
-    }
-    Scratch<T> g(tile.ctx, tile.V * tile.n * node.parts[0].width);
-    spread(tile, tile.V, g_y, g.data());
-    convolution(tile).vjp_input(inner(tile), i, g.data(), scale, g_x, accumulate);
+    const ConvolutionShape s(node.parts[0]);
+    ConvolutionProduct<T> p;
+    p.up = true;
+    p.V = tile.V;
+    p.n = tile.n * s.images;
+    p.terms[0] = {g_y, tile.n * node.width, 0, tile.packed + convolution_packed_size(s.conv, false), 0};
+    p.scale = scale;
+    p.out = g_x;
+    p.accumulate = accumulate;
+    p.picked = windows(tile.ctx, node).out_plane();
+    p.places = index(tile);
+    p.factor = has_activation(node) ? factor(tile) : nullptr;
+    convolution_product_stub<T>(tile.ctx, s.conv, p);
   }
 
   void vjp_params(const Tile<T>& tile, const T* g_y, T* const* g_theta, int64_t stride) const override {
-    if (runs_picks(tile.ctx)) {
-      const int64_t images = tile.n * ConvolutionShape(tile.node.parts[0]).images;
-      return add_gradients(tile, g_y, images, g_theta[0], stride, 0, g_theta[1], stride, 0);
-    }
-    Scratch<T> g(tile.ctx, tile.V * tile.n * tile.node.parts[0].width);
-    spread(tile, tile.V, g_y, g.data());
-    convolution(tile).vjp_params(inner(tile), g.data(), g_theta, stride);
+    const int64_t images = tile.n * ConvolutionShape(tile.node.parts[0]).images;
+    add_gradients(tile, g_y, images, g_theta[0], stride, 0, g_theta[1], stride, 0);
   }
 
   void second_order(const Tile<T>& tile, const SecondOrder<T>& order) const override {
@@ -151,7 +131,7 @@ class PooledConvolution final : public Rule<T> {
 
   void per_example(const Tile<T>& tile, const T* g_y, FactorSink<T>& factors) const override {
     const Node& node = tile.node;
-    if (factors.outer() || !runs_picks(tile.ctx)) {
+    if (factors.outer()) {
       T* g = factors.allocate(tile.V * tile.n * node.parts[0].width);
       spread(tile, tile.V, g_y, g);
       return convolution(tile).per_example(inner(tile), g, factors);

@@ -45,7 +45,7 @@ bool has_tangent(const Node& node, const std::vector<bool>& carried, const std::
 
 template <class T>
 Plan<T>::Plan(std::vector<Node> nodes, std::vector<Slot> slots, std::vector<int64_t> input_widths, std::vector<int> aliases, int output,
-              int64_t num_parameters, std::vector<std::shared_ptr<const Rule<T>>> own_rules, bool second_order)
+              int64_t num_parameters, std::vector<std::shared_ptr<const Rule<T>>> own_rules, bool second_order, bool on_device)
     : nodes_(std::move(nodes)),
       slots_(std::move(slots)),
       input_widths_(std::move(input_widths)),
@@ -62,7 +62,7 @@ Plan<T>::Plan(std::vector<Node> nodes, std::vector<Slot> slots, std::vector<int6
     while (canonical_[root] >= 0 && canonical_[root] != root) root = canonical_[root];
     canonical_[value] = root;
   }
-  merge_pools(second_order);
+  if (!on_device) merge_pools(second_order);
   widths_.assign(num_values, 0);
   needs_tangent_.assign(num_values, false);
   producer_.assign(num_values, -1);

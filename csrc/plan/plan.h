@@ -7,7 +7,7 @@
 // An elementwise node next to a linear one is fused into it: its derivative becomes the epilogue of the product, in either direction.
 //
 // A convolution that only a max pool reads, with an activation between them or without, is one node with it where that saves multiplications
-// (layers/pooled_convolution.cpp).
+// (layers/pooled_convolution.cpp). Its kernels are the CPU's, so in a plan for a device it stays a node of its own.
 //
 // Where all nodes that a differentiated parameter influences form one chain of dense and elementwise ones (an MLP), it is listed besides: a device
 // can take tiles of examples through it in one kernel (kernels/mlp.h).
@@ -93,9 +93,10 @@ class Plan {
  public:
   // `aliases` maps a value to the value it re-reads (views), -1 for itself. Values 0..input_widths.size()-1 are the network's inputs.
   // `num_parameters`: length of the flat vectors; parameters that no node reads have a place there too.
-  // `own_rules`: per node a rule that is not in the registry, or null. `second_order`: for second-order products, too.
+  // `own_rules`: per node a rule that is not in the registry, or null. `second_order`: for second-order products, too. `on_device`: for tapes on a
+  // device, else for tapes on the CPU.
   Plan(std::vector<Node> nodes, std::vector<Slot> slots, std::vector<int64_t> input_widths, std::vector<int> aliases, int output,
-       int64_t num_parameters, std::vector<std::shared_ptr<const Rule<T>>> own_rules, bool second_order);
+       int64_t num_parameters, std::vector<std::shared_ptr<const Rule<T>>> own_rules, bool second_order, bool on_device);
 
   const std::vector<Node>& nodes() const { return nodes_; }
   const std::vector<Slot>& slots() const { return slots_; }

@@ -249,8 +249,8 @@ CHANNEL_LANES = (
     conv_row("channels-many", averaged(lambda: nn.Conv2d(6, 16, 5)), "several tiles of examples", normal(6, 9, 9), num_examples=19),
 )  # fmt: skip
 
-# Convolutions of which a max pool takes some elements (takes_picks in csrc/kernels/convolution_picks.h).
-PICKS = (
+# Convolutions of which a max pool takes some elements (takes_picks in csrc/kernels/convolution_picks.h): one node where there is AVX-512.
+POOLED = (
     conv_row("picks", averaged(lambda: nn.Conv2d(1, 6, 5, padding=2), nn.ReLU, halves, lambda: nn.Conv2d(6, 16, 5), nn.ReLU, halves),
              "LeNet's: windows side by side in a vector, and cotangents of the chosen elements", normal(1, 18, 18), num_examples=3),
     conv_row("picks-many", averaged(lambda: nn.Conv2d(2, 12, 5), nn.ReLU, halves), "several tiles of examples", normal(2, 10, 10),
@@ -262,7 +262,7 @@ PICKS = (
              num_examples=2),
     conv_row("picks-deep", averaged(lambda: nn.Conv2d(24, 6, 5), halves), "more terms than are summed in registers", normal(24, 10, 11),
              num_examples=2),
-    conv_row("picks-long", averaged(lambda: nn.Conv2d(1, 3, (2, 3)), nn.ReLU, halves), "lines of several groups, with windows left over",
+    conv_row("picks-long", averaged(lambda: nn.Conv2d(1, 3, (2, 5)), nn.ReLU, halves), "lines of several groups, with windows left over",
              normal(1, 5, 47), num_examples=2),
     conv_row("picks-tall", averaged(lambda: nn.Conv2d(2, 4, (7, 1)), lambda: nn.MaxPool2d((2, 3))), "tall kernels, wide windows",
              normal(2, 10, 13)),
@@ -274,6 +274,10 @@ PICKS = (
              "cotangents with zeros around them and without", normal(1, 8, 7), num_examples=2),
     conv_row("picks-frozen", averaged(lambda: nn.Conv2d(1, 2, 3), lambda: frozen(nn.Conv2d(2, 8, 3), "weight"), nn.ReLU, halves),
              "only the bias is trainable", normal(1, 10, 9), num_examples=2),
+)  # fmt: skip
+
+PICKS = (
+    *POOLED,
     conv_row("picks-shared", lambda: TwoReaders(nn.Conv2d(1, 6, 5), nn.MaxPool2d(2)), "another reader: every element is wanted",
              normal(1, 8, 8)),
 )  # fmt: skip

@@ -11,6 +11,8 @@
 // Kernels for that are the CPU's (convolution_picks.h): only plans for the CPU have such nodes.
 #include "layers/pooled_convolution.h"
 
+#include <algorithm>
+
 #include "kernels/convolution_picks.h"
 #include "kernels/elementwise.h"
 #include "kernels/movement.h"
@@ -21,6 +23,8 @@
 
 namespace infl {
 namespace {
+
+constexpr int64_t kForwardBytes = 8 << 20;
 
 template <class T>
 class PooledConvolution final : public Rule<T> {
@@ -55,27 +59,22 @@ class PooledConvolution final : public Rule<T> {
     pick_pack_stub<T>(tile.ctx, s.conv, tile.V, t_theta.theta[0], t_theta.stride, packed + tile.V * inner_tangent_packed_size(tile));
   }
 
+  // A share of the examples at a time, which bounds what the whole convolution takes for a moment.
   void forward(const Tile<T>& tile, T* y) const override {
     const Node& node = tile.node;
-    const Context& ctx = tile.ctx;
-    const int64_t size = tile.n * node.parts[0].width;
-    const bool activated = has_activation(node);
-    Scratch<T> whole(ctx, size), after(ctx, activated ? size : 0), derivative(ctx, activated ? size : 0);
-    convolution(tile).forward(inner(tile), whole.data());
-    if (activated) {
-      const T* x = whole.data();
-      T* state = derivative.data();
-      Tile<T> activation{ctx, node.parts[1], 1, tile.n};
-      activation.x = &x;
-      activation.state = &state;
-      part_rule(node, 1).forward(activation, after.data());
+    const std::vector<int64_t> widths = storage(node).state_widths;
+    const int64_t example = 3 * node.parts[0].width * static_cast<int64_t>(sizeof(T));
+    const int64_t share = std::clamp<int64_t>(kForwardBytes / example, 1, std::max<int64_t>(tile.n, 1));
+    for (int64_t begin = 0; begin < tile.n; begin += share) {
+      const T* x = tile.x[0] + begin * node.input_widths[0];
+      std::vector<T*> state;
+      for (size_t k = 0; k < widths.size(); ++k) state.push_back(tile.state[k] + begin * widths[k]);
+      Tile<T> part = tile;
+      part.n = std::min(share, tile.n - begin);
+      part.x = &x;
+      part.state = state.data();
+      forward_share(part, y + begin * node.width);
     }
-    const Windows w = windows(ctx, node);
-    const int64_t num = planes(tile, w);
-    max_pool_stub<T>(ctx, w, num, activated ? after.data() : whole.data(), y, index(tile));
-    if (activated) plane_gather_stub<T>(ctx, 1, num, w.in_plane(), w.out_plane(), index(tile), derivative.data(), factor(tile));
-    const ConvolutionShape s(node.parts[0]);
-    pick_places_stub<T>(ctx, s.conv, w, tile.n * s.images, index(tile), places(tile));
   }
 
   void jvp(const Tile<T>& tile, const T* const* t_x, const ParameterTangents<T>& t_theta, const T* scale, T* t_y) const override {
@@ -150,6 +149,29 @@ class PooledConvolution final : public Rule<T> {
   }
 
  private:
+  void forward_share(const Tile<T>& tile, T* y) const {
+    const Node& node = tile.node;
+    const Context& ctx = tile.ctx;
+    const int64_t size = tile.n * node.parts[0].width;
+    const bool activated = has_activation(node);
+    Scratch<T> whole(ctx, size), after(ctx, activated ? size : 0), derivative(ctx, activated ? size : 0);
+    convolution(tile).forward(inner(tile), whole.data());
+    if (activated) {
+      const T* x = whole.data();
+      T* state = derivative.data();
+      Tile<T> activation{ctx, node.parts[1], 1, tile.n};
+      activation.x = &x;
+      activation.state = &state;
+      part_rule(node, 1).forward(activation, after.data());
+    }
+    const Windows w = windows(ctx, node);
+    const int64_t num = planes(tile, w);
+    max_pool_stub<T>(ctx, w, num, activated ? after.data() : whole.data(), y, index(tile));
+    if (activated) plane_gather_stub<T>(ctx, 1, num, w.in_plane(), w.out_plane(), index(tile), derivative.data(), factor(tile));
+    const ConvolutionShape s(node.parts[0]);
+    pick_places_stub<T>(ctx, s.conv, w, tile.n * s.images, index(tile), places(tile));
+  }
+
   static bool has_activation(const Node& node) { return node.parts.size() == 3; }
   static const Rule<T>& part_rule(const Node& node, size_t k) { return *find_rule<T>(node.parts[k].rule); }
   static const Rule<T>& convolution(const Tile<T>& tile) { return part_rule(tile.node, 0); }

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import influence_ext as ie
 from influence_ext.capture import CapturedGraph, capture, clear_cache, format_table
 from influence_ext.capture.lowering import recurrent
 from influence_ext.plan import Plan
@@ -192,6 +193,23 @@ def test_rows_follow_the_buffer_that_picks_them() -> None:
     model.i[0] = 9  # type: ignore[operator, index]
     with pytest.raises(IndexError, match="9"):
         plan.linearize(X)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_steps_that_are_alike_share_a_line_of_the_report(kind: type[nn.RNNBase]) -> None:
+    counts = []
+    for num_steps in (8, 20):
+        model = Net(lambda n, x: n.out(n.rnn(x)[0][:, 0]), rnn=kind(4, 3, bidirectional=True, batch_first=True), out=dense(6, 2)).float()
+        X = torch.randn(3, num_steps, 4)
+        report = Plan.of(model, X).report()
+        lines = ie.Hessian(model, nn.MSELoss(), (X, torch.randn(3, 2))).report().splitlines()
+        assert max(map(len, lines)) < 400
+        name = next(node.name for node in Plan.of(model, X).graph.nodes if node.name.endswith("_inputs")).removesuffix("_inputs")
+        assert f"{name}_1 ... {name}_{num_steps - 1}: as {name}_0" in report.splitlines()
+        assert f"{name}_reverse_{num_steps - 2} ... {name}_reverse_0: as {name}_reverse_{num_steps - 1}" in report.splitlines()
+        assert max(map(len, report.splitlines())) < 250
+        counts.append(len(report.splitlines()))
+    assert counts[0] == counts[1] < 60
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])

@@ -79,7 +79,8 @@ def capture(
             parameters.
 
     Cost: half a second for a small network the first time, seconds for a transformer (one symbolic forward pass; and one of three
-    examples, if torch computes any of it); about a millisecond from the cache.
+    examples, if torch computes any of it); for a recurrent layer about 25 ms a step, in ``torch.export``; about a millisecond from
+    the cache.
     """
     inputs, by_name = named_inputs(X)
     tensors, names = tuple(inputs.values()), tuple(inputs)

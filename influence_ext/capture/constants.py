@@ -63,12 +63,12 @@ class SlotTable:
         self._refuse = refuse
         self._dtype = dtype
         self._index: dict[Any, int] = {}
-        self._found: dict[fx.Node, Elements | None] = {}
+        self._found: dict[tuple[fx.Node, bool], Elements | None] = {}
         self._specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
 
     def matrix(self, weight: fx.Node) -> tuple[int, bool] | None:
         """The slot of a weight, and whether the slot holds its transpose; None (and a problem) where it is random."""
-        found = self._elements(weight)
+        found = self._elements(weight, rows=False)
         if found is not None and found.rows is None and len(found.shape) == 2 and found.view().t().is_contiguous():
             turned = found.shape[::-1]
             if not found.is_run or tuple(found.leaf.meta["val"].shape) == turned != found.shape:  # a single row or column is either
@@ -84,7 +84,7 @@ class SlotTable:
         """
         value = tensor.meta["val"]
         same_shape = shape is None or _without_ones(shape) == _without_ones(tuple(value.shape))
-        if not steps and same_shape and (found := self._elements(tensor)) is not None and found.is_run:
+        if not steps and same_shape and (found := self._elements(tensor, rows=False)) is not None and found.is_run:
             return self._run(found, found.shape)
         chain: list[Step] = []
         if value.is_complex():
@@ -125,7 +125,8 @@ class SlotTable:
         if isinstance(rows.numbers, Tensor):
             numbers: int | None = self.constant((tensor, "rows"), f"{tensor.name}_rows", rows.numbers.to(self._dtype))
         else:
-            numbers = self.slot(rows.numbers, None, [] if rows.count_back_from is None else [(_counted_back, (rows.count_back_from,))])
+            size = found.size // rows.cols
+            numbers = self.slot(rows.numbers, None, [(_row_numbers, (size, rows.count_back_from is not None, self._name(found.leaf)))])
         table = self._plain(found.leaf, found.first, (found.size,))
         return None if numbers is None else Read(table, found.offset, found.strides, numbers, rows.cols, rows.padding)
 
@@ -144,7 +145,7 @@ class SlotTable:
 
     def is_plain(self, constant: fx.Node) -> bool:
         """Whether a tensor is a parameter, a buffer or a lifted tensor, up to a reshape."""
-        found = self._elements(constant)
+        found = self._elements(constant, rows=False)
         return found is not None and found.is_run
 
     @staticmethod
@@ -154,16 +155,16 @@ class SlotTable:
             sample = operator(sample, *operands)
         return tuple(sample.shape)
 
-    def _elements(self, tensor: fx.Node) -> Elements | None:
-        """The elements of a parameter, a buffer or a whole lifted tensor that ``tensor`` consists of."""
+    def _elements(self, tensor: fx.Node, rows: bool = True) -> Elements | None:
+        """The elements of a parameter, a buffer or a whole lifted tensor that ``tensor`` consists of; views alone unless ``rows`` serve."""
         if tensor.meta["val"].dtype != self._dtype:
             return None
-        if tensor not in self._found:
-            found = elements_of(tensor, lambda node: self._kind(node) is not None, self.literal)
+        if (tensor, rows) not in self._found:
+            found = elements_of(tensor, lambda node: self._kind(node) is not None, self.literal if rows else None)
             if found is not None and not self._is_readable(found):
                 found = None
-            self._found[tensor] = found
-        return self._found[tensor]
+            self._found[tensor, rows] = found
+        return self._found[tensor, rows]
 
     def _is_readable(self, found: Elements) -> bool:
         whole = found.rows is None and found.span == math.prod(found.leaf.meta["val"].shape)
@@ -226,8 +227,13 @@ class SlotTable:
         return Expression(node.target, tuple(args), dict(kwargs))
 
 
-def _counted_back(numbers: Tensor, size: int) -> Tensor:
-    """Negative indices into ``size`` rows as those that they stand for."""
+def _row_numbers(numbers: Tensor, size: int, back: bool, table: str) -> Tensor:
+    """Numbers of ``size`` rows of a table; with ``back``, negative ones as those that they stand for."""
+    low = -size if back else 0
+    outside = (numbers < low) | (numbers >= size)
+    if not numbers.is_meta and bool(outside.any()):
+        found = int(numbers[outside][0])
+        raise IndexError(f"{table}: expected row numbers of the table in [{low}, {size}), got {found}; correct the buffer that picks them.")
     return torch.where(numbers < 0, numbers + size, numbers)
 
 

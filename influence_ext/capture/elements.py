@@ -80,13 +80,14 @@ class Elements:
         return torch.empty_strided(self.shape, self.strides, device="meta")
 
 
-def elements_of(tensor: fx.Node, is_leaf: Callable[[fx.Node], bool], literal: Callable[[fx.Node], Tensor | None]) -> Elements | None:
+def elements_of(tensor: fx.Node, is_leaf: Callable[[fx.Node], bool], literal: Callable[[fx.Node], Tensor | None] | None) -> Elements | None:
     """The elements that ``tensor`` consists of; None where it is computed, or they are moved in a way that has neither strides nor rows.
 
     Args:
         tensor: batch-free.
         is_leaf: whether a node is a parameter, a buffer or the like.
-        literal: a tensor's value, if it is known whatever the model's parameters and buffers are.
+        literal: a tensor's value, if it is known whatever the model's parameters and buffers are. None: views alone are looked
+            through, since an index map takes memory for every element.
     """
     chain: list[fx.Node] = []
     leaf = tensor
@@ -103,6 +104,8 @@ def elements_of(tensor: fx.Node, is_leaf: Callable[[fx.Node], bool], literal: Ca
     for link in reversed(chain):
         moved = _viewed(state, link)
         if moved is None or (isinstance(moved, Tensor) and moved is not root and moved._base is not root):
+            if literal is None:
+                return None
             numbers = _numbers(state, link, literal)
             found = None if numbers is None else strides_of(numbers)
             if found is not None and min(found[1], default=0) >= 0:

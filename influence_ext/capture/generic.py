@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,6 +36,18 @@ def differentiable() -> Iterator[None]:
         yield
 
 
+def call(target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """``target(*args, **kwargs)``, with the derivative that torch's reverse mode gives in every mode.
+
+    The padding row of an embedding takes no derivative, which torch's forward mode forgets.
+    """
+    if target is torch.ops.aten.embedding.default and len(args) > 2 and args[2] >= 0:
+        weight, indices, padding = args[:3]
+        rows = target(weight, indices, -1, *args[3:], **kwargs)
+        return torch.where((indices == padding)[..., None], rows.detach(), rows)
+    return target(*args, **kwargs)
+
+
 class Operator:
     """A function of n examples and of parameters. Subclasses say what is computed; the derivatives are here.
 
@@ -52,6 +64,10 @@ class Operator:
     def function(self, n: int) -> Function:
         """What is computed for n examples."""
         raise NotImplementedError
+
+    def without_forward_mode(self) -> None:
+        """From now on take reverse mode applied twice, where torch's forward mode differentiates in another way than its reverse mode."""
+        self._modes, self._second_modes = self._modes[-2:], self._second_modes[-1:]
 
     def forward(self, n: int, x: list[Tensor], theta: list[Tensor]) -> Tensor:
         """``[n, width]``."""
@@ -290,7 +306,7 @@ class NodeOperator(Operator):
                 return argument
 
             for step in self.steps:
-                result = step.target(*fill(step.args), **{key: fill(value) for key, value in step.kwargs.items()})
+                result = call(step.target, fill(step.args), {key: fill(value) for key, value in step.kwargs.items()})
                 known["step"].append(result)
             return self._output.gather(result).reshape(n, -1).to(self._dtype)
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from influence_ext.capture.generic import Operator
+from influence_ext.capture.generic import Operator, call
 from influence_ext.capture.layout import Layout
 from influence_ext.capture.prologue import Prologue
 from influence_ext.params import HALF_DTYPES, widened
@@ -36,7 +36,7 @@ class Expression:
             (leaf,) = self.args
             return leaf if isinstance(leaf, Tensor) else tensors[leaf]
         args = [_evaluate(a, tensors) for a in self.args]
-        return self.operator(*args, **{k: _evaluate(a, tensors) for k, a in self.kwargs.items()})
+        return call(self.operator, args, {k: _evaluate(a, tensors) for k, a in self.kwargs.items()})
 
     def names(self) -> frozenset[str]:
         """Names of the parameters and buffers that are read."""

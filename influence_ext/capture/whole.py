@@ -36,6 +36,8 @@ def whole_model(
     watch = _Watch({**dict(probe.named_parameters(remove_duplicate=False)), **dict(probe.named_buffers(remove_duplicate=False))})
     with watch:
         output = run(tuple(x[:1] for x in inputs))
+    if watch.pads:
+        operator.without_forward_mode()
     problem = watch.problem() or _problem(output, dtype)
     if problem is None and mixes(run, inputs):
         problem = "the model mixes the examples of a batch; keep the examples on the first axis of everything"
@@ -87,6 +89,7 @@ class _Watch(TorchDispatchMode):
 
     Attributes:
         operators: names of all that ran.
+        pads: whether an embedding has a padding row, which takes no derivative in torch's reverse mode but one in its forward mode.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]):
@@ -94,9 +97,11 @@ class _Watch(TorchDispatchMode):
         self._names = {t.untyped_storage()._cdata: name for name, t in tensors.items() if t.numel()}
         self._found: dict[str, str] = {}
         self.operators: set[str] = set()
+        self.pads = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.operators.add(str(func))
+        self.pads |= func is torch.ops.aten.embedding.default and len(args) > 2 and args[2] >= 0
         for argument, value in zip(func._schema.arguments, args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Tensor):
                 name = self._names.get(value.untyped_storage()._cdata)

@@ -10,6 +10,8 @@ from influence_ext.graphs import RecordableProduct
 from influence_ext.losses import OutputHessian
 from influence_ext.operators.linearised import LinearisedOperator
 
+_MOST_CURVED = 20  # nodes that a report names; the steps of an unrolled layer are thousands
+
 
 class Hessian(LinearisedOperator):
     r"""The damped Hessian of the training cost at the model's present parameters.
@@ -50,4 +52,6 @@ class Hessian(LinearisedOperator):
 
     def report(self) -> str:
         """What runs how: the nodes and their rules, schedule, and memory; and which nodes are curved."""
-        return f"{super().report()}\nsecond-order terms: {', '.join(self._tape.curved_nodes or ()) or 'none'}"
+        curved = self._tape.curved_nodes or ()
+        more = f" and {len(curved) - _MOST_CURVED} more" if len(curved) > _MOST_CURVED else ""
+        return f"{super().report()}\nsecond-order terms: {', '.join(curved[:_MOST_CURVED]) or 'none'}{more}"

@@ -1,6 +1,6 @@
 """Parameters that are read in part: slices, rows of tables at places that depend on no input, and several such reads of one parameter.
 
-No row may have an expression of parameters: tests/test_capture.py asks.
+No row but those of PADDED may have an expression of parameters: tests/test_capture.py asks.
 """
 
 from __future__ import annotations
@@ -192,5 +192,36 @@ MODELS = (
     row("reads-vit-early", "broadcast", lambda: ViT(early=True), "their sum", normal(4, 4)),
     row("reads-relative-bias", "affine", RelativeBias, "relative positions", normal(4, 3)),
 )
+
+
+class Perturbed(nn.Module):
+    """Derivatives inside the forward pass, which torch.export cannot trace: the model runs as a whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.out = nn.Embedding(5, 3, padding_idx=0), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, 3]`` of tokens ``[N, T]``."""
+        ones = torch.ones(3, dtype=self.out.weight.dtype)
+        y: Tensor = torch.func.vmap(lambda t: torch.func.grad(lambda q: self.out(self.words(t).tanh() * q).tanh().sum())(ones))(x)
+        return y
+
+
+# Expressions of parameters and generic nodes, which torch differentiates: its forward mode forgets that a padding row takes no derivative.
+PADDED = (
+    expression("padded-product", "affine",
+               lambda m, x: (m.fc(x) * (F.embedding(m.i, m.w, padding_idx=1) * F.embedding(m.i, m.w[1:]))).tanh(),
+               "a product of two reads, one of them padded", normal(5, 3), fc=fc(), w=lambda: parameter(10, 3),
+               i=lambda: numbers(3, 1, 1, 8, 0)),
+    expression("padded-turned", "affine",
+               lambda m, x: (m.fc(x) * F.embedding(torch.tensor([3, 1, 1, 8, 0]), m.w, padding_idx=1).t().reshape(5, 3)).tanh(),
+               "constant indices, then moved", normal(5, 3), fc=fc(), w=lambda: parameter(10, 3)),
+    expression("padded-scaled", "affine", lambda m, x: (m.fc(x) + F.embedding(m.i, m.w, padding_idx=1) * 1.7).tanh(), "a scaled read",
+               normal(5, 3), fc=fc(), w=lambda: parameter(10, 3), i=lambda: numbers(3, 1, 1, 8, 0)),
+    expression("padded-weight", "linear", lambda m, x: F.linear(x, F.embedding(m.i, m.w, padding_idx=1)).tanh(), "rows as a weight",
+               w=lambda: parameter(10, 3), i=lambda: numbers(3, 1, 1, 8, 0)),
+    row("padded-whole", "generic", Perturbed, "a model that runs as a whole", tokens(5, 4)),
+)  # fmt: skip
 
 READS = SLICES + TABLES + MODELS

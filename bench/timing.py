@@ -49,7 +49,7 @@ def interleave(
     repeats: dict[str, int] = {}
     round_seconds = 0.0
     for name, call in calls.items():
-        duration = (known or {}).get(name) or max(_time(call, 1, clock, wait), 1e-7)
+        duration = (known or {}).get(name) or _warm(call, min_sample, clock, wait)
         repeats[name] = max(1, math.ceil(min_sample / duration))
         round_seconds += duration * repeats[name]
     rounds = min(max_rounds, max(min_rounds, round(seconds / round_seconds)))
@@ -70,6 +70,15 @@ def interleave(
 def summarise(values: list[float], calls_per_sample: int) -> Timing:
     q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
     return Timing(median, q1, q3, min(values), len(values), calls_per_sample)
+
+
+def _warm(call: Callable[[], Any], min_sample: float, clock: Callable[[], float], wait: Callable[[], None]) -> float:
+    """Seconds of a call among others of its kind. The first after something else says little: it may take a hundred times as long."""
+    _time(call, 1, clock, wait)
+    repeats = 1
+    while (seconds := _time(call, repeats, clock, wait)) < min_sample:
+        repeats *= 2
+    return max(seconds / repeats, 1e-7)
 
 
 def _time(call: Callable[[], Any], repeats: int, clock: Callable[[], float], wait: Callable[[], None]) -> float:

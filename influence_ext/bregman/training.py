@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from influence_ext.bregman.progress import Progress
 from influence_ext.data import Examples, ModelInput, call_model
-from influence_ext.errors import DivergenceError
+from influence_ext.errors import DataError, DivergenceError, InfluenceExtError
 from influence_ext.losses import Loss
 from influence_ext.params import ParameterSpace
 
@@ -79,6 +79,28 @@ def rows(X: ModelInput, index: Tensor | slice) -> ModelInput:
     if isinstance(X, Tensor):
         return X[index]
     return {name: x[index] for name, x in X.items()} if isinstance(X, dict) else tuple(x[index] for x in X)
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, in short."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}".removesuffix(": ").rstrip(".")
+
+
+@contextlib.contextmanager
+def calling_the_network(who: str) -> Iterator[None]:
+    """What a network says of inputs that it does not take becomes an error in the name of ``who``.
+
+    Raises:
+        DataError: the network raised; its own exception is the cause.
+    """
+    try:
+        yield
+    except (InfluenceExtError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise DataError(
+            f"{who}: expected inputs that the network takes, got {first_line(error)}; correct their shape, dtype or values, or the network."
+        ) from error
 
 
 def no_moments(recipe: Recipe, theta: Tensor) -> tuple[Tensor, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -112,6 +113,15 @@ def test_dropout_is_active_in_training() -> None:
     kept = ie.train(replace(BASE, build_model=lambda: build(0.0)), regression())
     assert torch.equal(dropped.initial_params, kept.initial_params)
     assert not torch.allclose(dropped.params, kept.params)
+
+
+def test_threads_train_as_one_does_and_leave_the_random_state_alone() -> None:
+    recipe = replace(BASE, build_model=lambda: nn.Sequential(nn.Linear(3, 20), nn.Dropout(0.5), nn.Linear(20, 1)).double(), lr=0.005)
+    expected, state = ie.train(recipe, regression()).params, torch.get_rng_state()
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: ie.train(recipe, regression()).params, range(8)))
+    assert all(torch.equal(params, expected) for params in found)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_batch_orders_are_permutations_that_differ_by_epoch() -> None:

@@ -224,7 +224,8 @@ def train(recipe: Recipe, data: Any, progress: bool | Progress = False) -> Run:
         DivergenceError: the training loss left the finite numbers.
 
     Cost:
-        ``K`` passes of a plain forward and backward; data stay in memory, parameters and gradients are one flat buffer each.
+        ``K`` passes of a plain forward and backward; data stay in memory, parameters and gradients are one flat buffer each. In several
+        threads epochs take turns, because layers such as dropout draw from the process's generators, which each epoch seeds and puts back.
     """
     if not isinstance(recipe, Recipe):
         raise ArgumentError(f"train: expected a Recipe, got {type(recipe).__name__}; write train(Recipe(...), data).")

@@ -292,7 +292,7 @@ class Branches:
         return self._trained("warm_start", groups, found, None, len(self._later))
 
     def check_proximity(self, damping: float) -> None:
-        """Refuse a proximity term on which SGD's steps cannot but grow, whatever the network.
+        """Refuse a proximity term on which SGD's steps grow along every direction in which the loss is flat or bends upwards.
 
         With momentum m and learning rate η, steps along a curvature κ are stable for ``η κ < 2 (1 + m)``; here ``κ = λ + w``.
         """

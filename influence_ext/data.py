@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -185,6 +186,7 @@ def load(data: Any, who: str = "load", memory_budget: int | None = None) -> Exam
     Raises:
         DataError: no examples, an iterator that can be read only once, a shuffling loader, an element that is not ``(X,
             y)``, or NaN or an infinity (the message names the first example).
+        ArgumentError: a ``memory_budget`` that is no number.
         ShapeError: numbers of examples or shapes that do not fit together.
         DTypeError: an element that is not a dense real tensor, or batches of different dtypes.
         DeviceError: tensors on several devices.
@@ -193,7 +195,10 @@ def load(data: Any, who: str = "load", memory_budget: int | None = None) -> Exam
     """
     if isinstance(data, Examples):
         return data
-    if isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[1], Tensor):
+    if not _is_budget(memory_budget):
+        raise ArgumentError(f"{who}: expected memory_budget to be a number of bytes, got {memory_budget!r}; correct memory_budget.")
+    # Batches are pairs; a pair whose first is none is one (X, y), whatever y is.
+    if isinstance(data, (tuple, list)) and len(data) == 2 and (isinstance(data[1], Tensor) or not isinstance(data[0], (tuple, list))):
         batches = [_parse(data, "data", who)]
     else:
         _check_iterable(data, who)
@@ -204,6 +209,10 @@ def load(data: Any, who: str = "load", memory_budget: int | None = None) -> Exam
     examples = _concatenate(batches, who)
     _check_finite(examples, who)
     return examples
+
+
+def _is_budget(budget: Any) -> bool:
+    return budget is None or isinstance(budget, Real)
 
 
 def _load_within(data: Iterable[Any], who: str, memory_budget: int) -> Examples:

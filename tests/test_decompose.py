@@ -20,7 +20,7 @@ from influence_ext import reference
 from influence_ext.bregman.chart import bar_chart
 from influence_ext.bregman.correlation import correlate, ranks
 from influence_ext.bregman.decompose import KINDS, TERMS, Decomposition, Distance
-from influence_ext.errors import ArgumentError, DataError
+from influence_ext.errors import ArgumentError, DataError, ShapeError
 from influence_ext.losses import HalfMSE
 from influence_ext.testing import assert_close
 from tests.cases import generator
@@ -170,6 +170,13 @@ def test_saved_and_loaded(found: Decomposition, tmp_path: Path) -> None:
         loaded.correlations(data())
 
 
+def test_a_missing_file_is_told_and_a_missing_folder_made(found: Decomposition, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"Decomposition\.load: .* got .*nowhere\.json \(FileNotFoundError\); check the path"):
+        Decomposition.load(tmp_path / "nowhere.json")
+    found.save(tmp_path / "a" / "b" / "terms.json")
+    assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["terms.json"]
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "other"}', '{"format": "influence_ext.decomposition/1"}'])
 def test_other_files_are_refused(text: str, tmp_path: Path) -> None:
     path = tmp_path / "other.json"
@@ -248,7 +255,9 @@ def test_nothing_left_still_prints_and_saves(tmp_path: Path) -> None:
     found.save(tmp_path / "none.json")
     assert json.loads((tmp_path / "none.json").read_text())["summary"]["linearization error"]["output"]["mean"] is None
     found.plot(tmp_path / "none.png")
-    assert "nan" in Decomposition.load(tmp_path / "none.json").table()
+    text = str(Decomposition.load(tmp_path / "none.json"))
+    assert "PBRF - linearized PBRF       not defined" in text
+    assert "nan" not in text
 
 
 def test_plot_writes_a_chart_and_leaves_pyplot_alone(found: Decomposition, tmp_path: Path) -> None:
@@ -340,5 +349,11 @@ def test_arguments_that_make_no_sense(run: ie.Run, found: Decomposition) -> None
     undamped = ie.train(replace(RECIPE, weight_decay=0.0, epochs=1), data())
     with pytest.raises(ArgumentError, match=r"decompose: expected damping \+ weight_decay > 0"):
         ie.decompose(undamped, [[1]], damping=0.0)
+    with pytest.raises(ArgumentError, match=r"decompose: expected solver .* got 'lissa'; pass an instance"):
+        ie.decompose(run, [[1]], DAMPING, solver="lissa")  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match=r"Decomposition\.left_out: expected a term of warm-start gap, .* got 'gap'"):
+        found.left_out("gap")
+    with pytest.raises(ShapeError, match=r"Decomposition\.correlations: expected targets shaped like the outputs"):
+        found.correlations((data()[0], data()[1][:, :1]))
     with pytest.raises(ArgumentError, match=r"Decomposition\.values: expected a term of warm-start gap, .* got 'gap' and 'output'"):
         found.values("gap")

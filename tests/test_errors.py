@@ -90,6 +90,11 @@ def frozen() -> nn.Module:
     return copy.deepcopy(BASE.model).requires_grad_(False)
 
 
+def pbrf(**options: Any) -> Any:
+    """Of one example of the base case."""
+    return ie.pbrf(BASE.model, MSE, BASE.data, remove=[1], damping=0.1, **options)
+
+
 @dataclass(frozen=True)
 class Bad:
     """One mistake, the exception it gets, and what the message must say."""
@@ -225,11 +230,21 @@ ROWS = (
     Bad("damping-negative", lambda: influence(damping=-1.0), errors.ArgumentError, r"damping.*got -1"),
     Bad("damping-nan", lambda: influence(damping=float("nan")), errors.ArgumentError, r"damping.*got nan"),
     Bad("ggn-damping-negative", lambda: ggn(damping=-1.0), errors.ArgumentError, r"GGN: expected damping.*got -1"),
+    Bad("damping-text", lambda: influence(damping="1e-3"), errors.ArgumentError, r"Influence: expected damping.*got '1e-3'"),
+    Bad("solver-name", lambda: influence(solver="cg"), errors.ArgumentError, r"Influence: expected solver to be one of .*got 'cg'"),
+    Bad("budget-text", lambda: influence(memory_budget="1GB"), errors.ArgumentError, r"Influence: expected memory_budget .*got '1GB'"),
+    Bad("targets-numpy", lambda: ggn(data=(X, Y.numpy())), errors.DTypeError, r"GGN: expected y in data to be a tensor, got ndarray"),
+    Bad("loss-and-data-swapped", lambda: ggn(loss=(X, Y), data=MSE), errors.UnsupportedLossError, r"got tuple; use one of these"),
+    Bad("top-of-no-row", lambda: influence().scores(BASE.data).top(2, test=None), errors.ArgumentError, r"Scores\.top: .*got None"),
     Bad("curvature-name", lambda: influence(curvature="fisherman"), errors.ArgumentError, r"curvature.*ggn.*fisherman"),
     Bad("pbrf-remove", lambda: ie.pbrf(BASE.model, MSE, BASE.data, remove=[7], damping=0.1), errors.ArgumentError,
         r"from 0 to 4, got 7"),
     Bad("pbrf-damping", lambda: ie.pbrf(BASE.model, MSE, BASE.data, remove=[1], damping=0.0), errors.ArgumentError,
         r"damping"),
+    Bad("pbrf-rtol", lambda: pbrf(rtol=1.0), errors.ArgumentError, r"pbrf: expected rtol .* between 0 and 1, got 1\.0; .* is 1 where"),
+    Bad("pbrf-rtol-text", lambda: pbrf(rtol="tight"), errors.ArgumentError, r"expected rtol .* got 'tight'"),
+    Bad("pbrf-steps", lambda: pbrf(max_steps=0), errors.ArgumentError, r"expected max_steps to be a whole number of at least 1, got 0"),
+    Bad("pbrf-epsilon", lambda: pbrf(epsilon=float("nan")), errors.ArgumentError, r"expected epsilon .* got nan; leave it out"),
     Bad("pbrf-remove-twice", lambda: ie.linearized_pbrf(BASE.model, MSE, BASE.data, remove=[1, 1], damping=0.1),
         errors.ArgumentError, r"got 1 twice"),
 )  # fmt: skip

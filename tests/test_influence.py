@@ -114,6 +114,16 @@ def test_parameter_change_of_groups(id: str) -> None:
         assert_close(change, singles[group].sum(dim=0), scale=scale, factor=1e2, because=SOLVE)
 
 
+@pytest.mark.parametrize("curvature", ["ggn", "empirical_fisher"])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_nobody_removed_changes_nothing(solver: str, curvature: str) -> None:
+    network = build(NETWORKS["mlp-ce"], F64)
+    inf = influence(network, solver=SOLVERS[solver](), curvature=curvature)
+    assert not inf.parameter_change([]).any()
+    assert inf.self_influence([]).shape == (0,)
+    assert repr(inf).startswith(f"Influence({type(inf.operator).__name__}(P={network.P}, N={network.N}, loss=cross_entropy, damping=0.1), ")
+
+
 @rows
 @pytest.mark.parametrize("rtol", [0.5, 1e-2, 1e-6])
 def test_error_bound_holds(id: str, rtol: float) -> None:

@@ -451,6 +451,8 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "loss": ({"loss": None}, ArgumentError, "expected loss and train_data beside a model"),
     "data": ({"train_data": None}, ArgumentError, "expected loss and train_data beside a model"),
     "model": ({"model_or_run": 3}, ArgumentError, "expected an nn.Module or a Run, got int"),
+    "decay": ({"weight_decay": -1e-3}, ArgumentError, "expected weight_decay to be a number of at least 0, got -0.001"),
+    "decay-text": ({"weight_decay": "1e-3"}, ArgumentError, "expected weight_decay to be a number of at least 0, got '1e-3'"),
 }
 
 
@@ -466,6 +468,8 @@ def test_arguments_that_make_no_sense(function: Callable[..., Any], row: str) ->
 
 def test_unusable_networks_and_data() -> None:
     case, model, X, y = problem("mse")
+    with pytest.raises(ArgumentError, match=r"linearized_pbrf: expected solver .* got the class CG; pass an instance"):
+        ie.linearized_pbrf(model, case.loss, (X, y), [1], solver=ie.solvers.CG)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="expected on_failure to be 'raise' or 'return', got 'warn'"):
         ie.pbrf(model, case.loss, (X, y), [1], on_failure="warn")  # type: ignore[arg-type]
     broken = copy.deepcopy(model)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import influence_ext as ie
-from influence_ext.errors import ArgumentError, DataError, DivergenceError, DTypeError
+from influence_ext.errors import ArgumentError, DataError, DivergenceError, DTypeError, ShapeError
 from influence_ext.testing import assert_close
 from tests.cases import generator
 
@@ -112,6 +115,15 @@ def test_dropout_is_active_in_training() -> None:
     assert not torch.allclose(dropped.params, kept.params)
 
 
+def test_threads_train_as_one_does_and_leave_the_random_state_alone() -> None:
+    recipe = replace(BASE, build_model=lambda: nn.Sequential(nn.Linear(3, 20), nn.Dropout(0.5), nn.Linear(20, 1)).double(), lr=0.005)
+    expected, state = ie.train(recipe, regression()).params, torch.get_rng_state()
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: ie.train(recipe, regression()).params, range(8)))
+    assert all(torch.equal(params, expected) for params in found)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_batch_orders_are_permutations_that_differ_by_epoch() -> None:
     orders = [BASE.batch_order(epoch, N) for epoch in range(6)]
     assert all(torch.equal(order.sort().values, torch.arange(N)) for order in orders)
@@ -189,6 +201,11 @@ ERRORS = {
     "seed": ({"seed": -1}, "expected seed to be a whole number of at least 0, got -1"),
     "schedule": ({"schedule": "linear"}, "expected schedule 'constant', 'cosine' or a function of the epoch, got 'linear'"),
     "build_model": ({"build_model": nn.Linear(2, 2).weight}, "expected build_model to be a function that returns a new network, got Par"),
+    "network": ({"build_model": nn.Linear(2, 2)}, "expected build_model to be a function that returns a new network, got Linear"),
+    "momentum-none": ({"momentum": None}, r"expected momentum to be a number in \[0, 1\), got None"),
+    "betas-number": ({"betas": 0.9}, r"expected betas to be two numbers in \[0, 1\), got 0.9"),
+    "dtype": ({"dtype": torch.bfloat16}, r"expected dtype to be None, torch\.float32 or torch\.float64, got torch\.bfloat16"),
+    "device": ({"device": "gpu"}, "expected device to be None or a device of PyTorch, got 'gpu'"),
 }
 
 
@@ -209,3 +226,57 @@ def test_unusable_training() -> None:
         ie.train(BASE, (X[:0], y[:0]))
     with pytest.raises(DivergenceError, match=r"training: expected finite parameters .* after epoch 1; lower lr \(now 1e\+200\)"):
         ie.train(replace(BASE, lr=1e200), (X, y))
+    with pytest.raises(ArgumentError, match="train: expected a Recipe, got tuple"):
+        ie.train((X, y), BASE)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"train: expected inputs that the network takes, got RuntimeError: mat1 .* cannot be multiplied"):
+        ie.train(BASE, (X[:, :1], y))
+    with pytest.raises(DTypeError, match="train: expected y in data to be a tensor, got ndarray"):
+        ie.train(BASE, (X, y.numpy()))
+    with pytest.raises(DTypeError, match="train: expected a network in float32 or float64, got parameters in half precision"):
+        ie.train(replace(BASE, build_model=lambda: nn.Linear(4, 2).half()), (X.float(), y.float()))
+    with pytest.raises(ShapeError, match=r"train: expected a network that returns one tensor .* got tuple"):
+        ie.train(replace(BASE, build_model=lambda: nn.LSTM(X.shape[1], 2).double()), (X, y))
+    with pytest.raises(ArgumentError, match="expected schedule to return a number of at least 0, got nan for epoch 1"):
+        ie.train(replace(BASE, schedule=lambda epoch: math.nan if epoch else 1.0), (X, y))
+
+
+def test_what_does_not_fit_is_said_before_training_in_the_order_of_the_data() -> None:
+    X, y = torch.randn(9, 4), torch.arange(9) % 3
+    y[7] = 3
+    recipe = ie.Recipe(lambda: nn.Linear(4, 3), nn.CrossEntropyLoss(), epochs=1, batch_size=4)
+    with pytest.raises(DataError, match=r"train: expected class indices in \[0, 3\), got 3 in example 7 \(1 of 9 examples\)"):
+        ie.train(recipe, (X, y))
+
+
+def test_a_callable_says_itself_whether_it_is_a_mean_or_a_sum() -> None:
+    def steep(z: Tensor, t: Tensor) -> Tensor:
+        return (z - t).cosh().log().sum(dim=1).mean()
+
+    def steep_sum(z: Tensor, t: Tensor) -> Tensor:
+        return (z - t).cosh().log().sum()
+
+    data = regression()
+    stated = ie.train(replace(BASE, loss=steep, reduction="mean"), data)
+    assert torch.equal(ie.train(replace(BASE, loss=steep), data).params, stated.params)
+    sums = ie.train(replace(BASE, loss=steep_sum, lr=BASE.lr / len(data[0])), data)
+    assert sums.loss.reduction == "sum"
+    assert_close(sums.params, stated.params)
+    assert_close(ie.retrain(sums, [1], "warm").params, ie.retrain(stated, [1], "warm").params)
+    with pytest.raises(ArgumentError, match="train: expected steep to be a sum over examples as stated, got a mean"):
+        ie.train(replace(BASE, loss=steep, reduction="sum"), data)
+
+
+def test_a_network_that_exists_is_a_starting_point_and_stays_as_it_is() -> None:
+    network = BASE.build_model()
+    before, mode = [p.detach().clone() for p in network.parameters()], network.training
+    recipe = replace(BASE, build_model=lambda: network)
+    first, second = (ie.train(recipe, regression()).params for _ in range(2))
+    assert torch.equal(first, second)
+    assert network.training is mode
+    assert all(torch.equal(was, now) for was, now in zip(before, network.parameters(), strict=True))
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    recipe = replace(BASE, epochs=np.int64(2), lr=np.float32(0.5))
+    assert json.loads(json.dumps(recipe.describe()))["epochs"] == 2
+    assert type(recipe.lr) is float

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch.func import functional_call
 import influence_ext as ie
 from influence_ext import reference
 from influence_ext.bregman import ResponseStatus
-from influence_ext.errors import ArgumentError, NumericalWarning
+from influence_ext.errors import ArgumentError, DataError, NumericalWarning, ShapeError
 from influence_ext.losses import HalfMSE
 from influence_ext.testing import assert_close
 from tests.cases import generator
@@ -25,8 +26,8 @@ N = 23
 REMOVED = [4, 17]
 
 
-def mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 1)).double()
+def mlp(width: int = 6) -> nn.Module:
+    return nn.Sequential(nn.Linear(3, width), nn.Tanh(), nn.Linear(width, 1)).double()
 
 
 def linear() -> nn.Module:
@@ -288,6 +289,11 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "number": ({"remove": 3}, "retrain: expected a list of example indices, got 3"),
     "all": ({"remove": range(N)}, "expected remove to leave at least one training example, got all 23"),
     "epochs": ({"remove": [1], "epochs": 0}, "expected epochs to be a whole number of at least 1, got 0"),
+    "rtol": ({"remove": [1], "converge": True, "rtol": 2.0}, r"retrain: expected rtol to be a number between 0 and 1, got 2\.0"),
+    "steps": (
+        {"remove": [1], "converge": True, "max_steps": 2.5},
+        r"retrain: expected max_steps to be a whole number of at least 1, got 2\.5",
+    ),
     "both": ({"remove": [1], "epochs": 2, "converge": True}, "expected either epochs or converge=True, got both"),
 }
 
@@ -297,6 +303,37 @@ def test_options_that_make_no_sense(row: str) -> None:
     options, message = ERRORS[row]
     with pytest.raises(ArgumentError, match=message):
         ie.retrain(ie.train(SGD, data()), **options)
+
+
+def test_a_proximity_that_sgd_cannot_hold_is_refused_before_training() -> None:
+    run = ie.train(replace(SGD, lr=0.5, momentum=0.5, weight_decay=0.25), data())
+    assert torch.isfinite(ie.proximal_response(run, [1], damping=5.7, epochs=40).params).all()
+    for retrain in (
+        partial(ie.proximal_response, remove=[1]),
+        partial(ie.proximal_response_many, remove=[[1]]),
+        partial(ie.decompose, remove=[[1]]),
+    ):
+        with pytest.raises(ArgumentError, match=r"expected damping \+ weight_decay below 2 \(1 \+ momentum\) / lr = 6, .* got 6; lower"):
+            retrain(run, damping=5.75)
+    assert ie.proximal_response(run, [1], damping=5.75, converge=True).status is ResponseStatus.CONVERGED
+
+
+def test_what_cannot_be_compared_is_refused() -> None:
+    run = ie.train(SGD, data())
+    response = ie.retrain(run, [1], "warm")
+    other = ie.retrain(ie.train(replace(SGD, build_model=lambda: mlp(width=7)), data()), [1], "warm")
+    with pytest.raises(ArgumentError, match=r"Response\.output_distance: expected a response of the same network .* got one with P = "):
+        response.output_distance(other)
+    with pytest.raises(ArgumentError, match=r"Response\.parameter_distance: expected another Response or None, got Tensor"):
+        response.parameter_distance(response.params)  # type: ignore[arg-type]
+    X, y = data()
+    with pytest.raises(DataError, match=r"Response\.loss_change: expected inputs that the network takes, got RuntimeError: mat1"):
+        response.loss_change((X[:, :1], y))
+    with pytest.raises(ShapeError, match=r"Response\.loss_change: expected targets shaped like the outputs \[23, 1\], got \[23\]"):
+        response.loss_change((X, y[:, 0]))
+    run.model.float()
+    with pytest.raises(ArgumentError, match=r"expected run\.model to hold the parameters it was trained to"):
+        ie.retrain(run, [1])
 
 
 def test_only_runs_can_be_retrained() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,9 +14,10 @@ import torch
 from torch import Tensor
 
 from influence_ext import solvers
+from influence_ext.bregman.checks import check_damping
 from influence_ext.bregman.correlation import Correlation, correlate
 from influence_ext.bregman.objective import Reference
-from influence_ext.bregman.pbrf import check_damping, linear_responses, solve_pbrf
+from influence_ext.bregman.pbrf import linear_responses, solve_pbrf
 from influence_ext.bregman.progress import Progress, reporter
 from influence_ext.bregman.recipe import Run
 from influence_ext.bregman.response import Response, TrainedNetwork, in_double
@@ -24,6 +26,7 @@ from influence_ext.context import standalone
 from influence_ext.data import load
 from influence_ext.errors import ArgumentError, DataError
 from influence_ext.plan import Plan
+from influence_ext.solvers.base import check_solver
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,7 +50,7 @@ class Distance:
     parameter: float
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Decomposition:
     """The five terms of every removed set, with how well each branch was solved.
 
@@ -79,6 +82,8 @@ class Decomposition:
 
     def left_out(self, term: str) -> list[int]:
         """Positions of the removed sets where one side of the term has no end point: its search diverged, so no distance is defined."""
+        if term not in TERMS:
+            raise ArgumentError(f"Decomposition.left_out: expected a term of {', '.join(TERMS)}, got {term!r}; correct the name.")
         k = TERMS.index(term)
         return self._failed(KINDS[k], KINDS[k + 1])
 
@@ -96,7 +101,8 @@ class Decomposition:
         header = ["#", "term", "between", "output distance", "parameter distance"]
         lines = [header]
         for k, term in enumerate(TERMS):
-            cells = [f"{self.mean(term, m):.3e} ± {self.spread(term, m):.1e}" for m in MEASURES]
+            defined = len(self.values(term)) > 0
+            cells = [f"{self.mean(term, m):.3e} ± {self.spread(term, m):.1e}" if defined else "not defined" for m in MEASURES]
             lines.append([str(k + 1), term, f"{_words(KINDS[k])} - {_words(KINDS[k + 1])}", *cells])
         widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
         text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
@@ -104,7 +110,11 @@ class Decomposition:
         return "\n".join([self.title(), "", *text, "", *(self._solved(kind) for kind in KINDS), *self._omissions()])
 
     def plot(self, path: str | Path, *, measure: Measure = "output") -> None:
-        """A bar chart of the five terms with their spread over the removed sets, as in the paper; the format follows the suffix."""
+        """A bar chart of the five terms with their spread over the removed sets, as in the paper; the format follows the suffix.
+
+        Folders that are missing are made.
+        """
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         self.figure(measure).savefig(path, dpi=150)
 
     def figure(self, measure: Measure = "output") -> Figure:
@@ -112,6 +122,12 @@ class Decomposition:
         from influence_ext.bregman.chart import bar_chart
 
         return bar_chart(TERMS, [self.values(term, measure).tolist() for term in TERMS], measure, self.title())
+
+    def __repr__(self) -> str:
+        return f"Decomposition({self.title()})"
+
+    def __str__(self) -> str:
+        return self.table()
 
     def title(self) -> str:
         """Network, ``N``, ``P``, λ and the number of removed sets in one line."""
@@ -138,6 +154,7 @@ class Decomposition:
 
         Raises:
             ArgumentError: this decomposition was loaded from a file, which holds no parameters.
+            DataError, ShapeError, DTypeError: the test data are unusable, or do not fit the network or the loss.
 
         Cost:
             One forward pass over the test data per response, one tangent sweep per removed set.
@@ -150,7 +167,8 @@ class Decomposition:
         examples = load(test_data, who="Decomposition.correlations")
         network = self.responses[0]["influence"].network
         exact = in_double(examples)
-        tape = Plan.of(network.exact_model, exact.X).linearize(exact.X, network.exact_theta)
+        tape = Plan.of(network.exact_model, exact.X, who="Decomposition.correlations").linearize(exact.X, network.exact_theta)
+        network.loss.check(tape.outputs, exact.targets, "Decomposition.correlations")
         g = network.loss.gradient(tape.outputs, exact.targets)
         steps = torch.stack([responses["influence"].displacement for responses in self.responses])
         predicted = (tape.jvp(steps) * g).reshape(len(steps), tape.num_examples, -1).sum(dim=2)
@@ -164,7 +182,7 @@ class Decomposition:
         return found
 
     def save(self, path: str | Path) -> None:
-        """Write protocol, terms and quality as JSON."""
+        """Write protocol, terms and quality as JSON; folders that are missing are made. The file appears whole or not at all."""
         content = {
             "format": FORMAT,
             "protocol": self.protocol,
@@ -175,14 +193,21 @@ class Decomposition:
                 term: {m: {"mean": _number(self.mean(term, m)), "spread": self.spread(term, m)} for m in MEASURES} for term in TERMS
             },
         }
-        Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(target.name + ".partial")
+        try:
+            partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> Decomposition:
         """Read what :meth:`save` wrote.
 
         Raises:
-            DataError: the file holds something else.
+            DataError: the file is missing or holds something else.
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -194,9 +219,10 @@ class Decomposition:
                 tuple(content["quality"]),
                 content["protocol"],
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f"Decomposition.load: expected a file written by Decomposition.save ({FORMAT}), got {path}; pass such a file."
+                f"Decomposition.load: expected a file written by Decomposition.save ({FORMAT}), got {path} ({type(error).__name__}); check "
+                "the path."
             ) from error
 
     def _failed(self, *kinds: str) -> list[int]:
@@ -258,7 +284,9 @@ def decompose(
         The decomposition. A branch that misses its goal is reported in ``quality`` and in the table, and the others go on.
 
     Raises:
-        ArgumentError: no set, an empty set, an index out of range or repeated, or ``λ + w`` not positive.
+        ArgumentError: no set, an empty set, an index out of range or repeated, ``λ + w`` not positive or beyond what SGD's steps bear (see
+            :func:`proximal_response`), or an option that makes no sense.
+        DataError, UnsupportedModelError, UnsupportedLossError: see :func:`pbrf`.
         DivergenceError: a retraining branch left the finite numbers.
 
     Cost:
@@ -270,6 +298,7 @@ def decompose(
     """
     groups = removed_sets(run, remove, who="decompose", allow_empty=False)
     check_damping(damping, run.recipe.weight_decay, who="decompose")
+    check_solver(solver, "decompose")
     network = TrainedNetwork.of(run, None, None, who="decompose")
     reference = Reference(network)
     branches = Branches(
@@ -282,6 +311,7 @@ def decompose(
         memory_budget=memory_budget,
         reference=reference,
     )
+    branches.check_proximity(damping)
     solver = solvers.LiSSA() if solver is None else solver
     report, done, total = reporter(progress), 0, len(groups) * len(KINDS)
 
@@ -310,7 +340,7 @@ def decompose(
         "network": type(run.model).__name__,
         "num_examples": network.num_examples,
         "num_parameters": network.space.num_parameters,
-        "damping": damping,
+        "damping": float(damping),
         "solver": type(solver).__name__,
         "converge": converge,
         "epochs": epochs,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from influence_ext import solvers
+from influence_ext.bregman.checks import check_damping, check_search, is_number
 from influence_ext.bregman.minimise import Minimum, minimise
 from influence_ext.bregman.objective import BregmanObjective, Reference
 from influence_ext.bregman.progress import Progress, reporter
@@ -19,6 +19,7 @@ from influence_ext.bregman.recipe import Run
 from influence_ext.bregman.response import Response, ResponseStatus, TrainedNetwork, removed_indices
 from influence_ext.context import standalone
 from influence_ext.errors import ArgumentError, DivergenceError, NumericalWarning
+from influence_ext.solvers.base import check_solver
 
 EXACT = {torch.float64: 1e-9, torch.float32: 1e-5}
 """Relative residual (in float64) up to which a linear response counts as solved exactly, by the network's dtype."""
@@ -69,7 +70,9 @@ def pbrf(
         The response with ``status``, ``gradient_norm``, ``relative_gradient_norm``, ``num_steps`` and ``num_products``.
 
     Raises:
-        ArgumentError: an index out of range or repeated, or ``λ + w`` not positive, where the curvature may be singular.
+        ArgumentError: an index out of range or repeated, all examples removed, ``λ + w`` not positive, where the curvature may be singular,
+            or an option that makes no sense.
+        DataError, ShapeError, DTypeError, UnsupportedModelError, UnsupportedLossError: see :class:`influence_ext.GGN`.
         DivergenceError: the objective has no local minimum near θs.
 
     Cost:
@@ -79,6 +82,10 @@ def pbrf(
     Reference:
         Bae et al., "If Influence Functions are the Answer, Then What is the Question?", NeurIPS 2022, section 4.
     """
+    check_search(rtol, max_steps, who="pbrf")
+    _check_on_failure(on_failure, who="pbrf")
+    if epsilon is not None and not is_number(epsilon):
+        raise ArgumentError(f"pbrf: expected epsilon to be a finite number, got {epsilon!r}; leave it out to remove the examples.")
     network = TrainedNetwork.of(model_or_run, loss, train_data, weight_decay=weight_decay, who="pbrf")
     removed = removed_indices(remove, network.num_examples, who="pbrf")
     check_damping(damping, network.weight_decay, who="pbrf")
@@ -143,7 +150,8 @@ def linearized_pbrf(
         The response; ``relative_residual`` says how exactly it was solved.
 
     Raises:
-        ArgumentError: an index out of range or repeated, or ``λ + w`` not positive.
+        ArgumentError: an index out of range or repeated, all examples removed, ``λ + w`` not positive, or a solver that is none.
+        DataError, ShapeError, DTypeError, UnsupportedModelError, UnsupportedLossError: see :class:`influence_ext.GGN`.
 
     Warns:
         NumericalWarning: the solver missed its tolerance.
@@ -154,6 +162,7 @@ def linearized_pbrf(
     Reference:
         Bae et al. 2022, equation 12.
     """
+    check_solver(solver, "linearized_pbrf")
     network = TrainedNetwork.of(model_or_run, loss, train_data, weight_decay=weight_decay, who="linearized_pbrf")
     removed = removed_indices(remove, network.num_examples, who="linearized_pbrf")
     check_damping(damping, network.weight_decay, who="linearized_pbrf")
@@ -211,21 +220,9 @@ def _solve_exactly(reference: Reference, damping: float, B: Tensor) -> solvers.S
     return solvers.Solution(X, status, residual, num_products)
 
 
-def check_damping(damping: float, weight_decay: float, *, who: str) -> None:
-    """Refuse a damping under which the curvature may be singular."""
-    number = isinstance(damping, (int, float)) and not isinstance(damping, bool) and math.isfinite(damping)
-    if not number or damping < 0 or damping + weight_decay <= 0:
-        raise ArgumentError(
-            f"{who}: expected damping + weight_decay > 0 and damping >= 0, because the Gauss-Newton matrix may be singular, got "
-            f"damping = {damping!r} and weight_decay = {weight_decay!r}; pass a positive damping, for example 1e-3."
-        )
-
-
 def checked(response: Response, on_failure: OnFailure, *, who: str) -> Response:
     """Raise or warn as the response's status demands."""
     status = response.status
-    if on_failure not in ("raise", "return"):
-        raise ArgumentError(f"{who}: expected on_failure to be 'raise' or 'return', got {on_failure!r}; choose one.")
     if status.success:
         return response
     if response.relative_residual is not None:
@@ -237,6 +234,11 @@ def checked(response: Response, on_failure: OnFailure, *, who: str) -> Response:
         raise DivergenceError(f"{who}: expected a local minimum near the trained parameters, got {reached}; {why}.")
     warnings.warn(f"{who}: {reached}; {why}.", NumericalWarning, stacklevel=3)
     return response
+
+
+def _check_on_failure(on_failure: OnFailure, *, who: str) -> None:
+    if on_failure not in ("raise", "return"):
+        raise ArgumentError(f"{who}: expected on_failure to be 'raise' or 'return', got {on_failure!r}; choose one.")
 
 
 def response_at(minimum: Minimum, kind: str, removed: tuple[int, ...], network: TrainedNetwork) -> Response:

@@ -11,13 +11,22 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from influence_ext.bregman.checks import is_count, is_number, is_whole
 from influence_ext.bregman.progress import Progress, reporter
-from influence_ext.bregman.training import Trainer, TrainingPoint, isolated_random_state, seed_everything, seeded
+from influence_ext.bregman.training import (
+    Trainer,
+    TrainingPoint,
+    calling_the_network,
+    isolated_random_state,
+    rows,
+    seed_everything,
+    seeded,
+)
 from influence_ext.context import standalone
-from influence_ext.data import Examples, load
-from influence_ext.errors import ArgumentError, DTypeError
+from influence_ext.data import Examples, call_model, load
+from influence_ext.errors import ArgumentError, DeviceError, DTypeError, ShapeError
 from influence_ext.losses import Loss, resolve
-from influence_ext.params import ParameterSpace
+from influence_ext.params import SUPPORTED_DTYPES, ParameterSpace, is_half
 
 OPTIMIZERS = ("sgd", "adam")
 SCHEDULES = ("constant", "cosine")
@@ -32,8 +41,9 @@ class Recipe:
     its term away and changes the weight of no other.
 
     Args:
-        build_model: Called without arguments with the random generators seeded by ``seed``; returns a new network.
-        loss: An ``nn`` loss module, its functional name or a loss of this library.
+        build_model: Called without arguments with the random generators seeded by ``seed``; returns a new network. What it returns is
+            copied, so a network that exists already (a pretrained one, say) is a starting point that training does not change.
+        loss: An ``nn`` loss module, its functional name, a loss of this library or any callable ``loss(output, target)``.
         optimizer: ``"sgd"`` (with momentum) or ``"adam"``, each with PyTorch's update. Weight decay is the gradient of
             ``(w/2)‖θ‖²`` in both; AdamW's decoupled decay is the gradient of no such term and is therefore refused.
         lr: Learning rate.
@@ -78,7 +88,7 @@ class Recipe:
             )
         if self.optimizer not in OPTIMIZERS:
             raise ArgumentError(f"Recipe: expected optimizer 'sgd' or 'adam', got {self.optimizer!r}; choose one of the two.")
-        if not callable(self.build_model):
+        if not callable(self.build_model) or isinstance(self.build_model, nn.Module):
             raise ArgumentError(
                 f"Recipe: expected build_model to be a function that returns a new network, got {type(self.build_model).__name__}; "
                 "pass a function, for example lambda: nn.Sequential(...)."
@@ -87,19 +97,26 @@ class Recipe:
             raise ArgumentError(
                 f"Recipe: expected schedule 'constant', 'cosine' or a function of the epoch, got {self.schedule!r}; choose one."
             )
-        in_unit = [0 <= b < 1 for b in (self.momentum, *self.betas)]
+        betas = tuple(self.betas) if isinstance(self.betas, (tuple, list)) else ()
         for name, ok, expected in (
-            ("lr", _finite(self.lr) and self.lr > 0, "a positive number"),
-            ("momentum", in_unit[0], "a number in [0, 1)"),
-            ("betas", len(self.betas) == 2 and all(in_unit[1:]), "two numbers in [0, 1)"),
-            ("eps", _finite(self.eps) and self.eps > 0, "a positive number"),
-            ("weight_decay", _finite(self.weight_decay) and self.weight_decay >= 0, "a number of at least 0"),
-            ("epochs", _count(self.epochs), "a whole number of at least 1"),
-            ("batch_size", _count(self.batch_size), "a whole number of at least 1"),
-            ("seed", _integer(self.seed) and self.seed >= 0, "a whole number of at least 0"),
+            ("lr", is_number(self.lr) and self.lr > 0, "a positive number"),
+            ("momentum", _in_unit(self.momentum), "a number in [0, 1)"),
+            ("betas", len(betas) == 2 and all(map(_in_unit, betas)), "two numbers in [0, 1)"),
+            ("eps", is_number(self.eps) and self.eps > 0, "a positive number"),
+            ("weight_decay", is_number(self.weight_decay) and self.weight_decay >= 0, "a number of at least 0"),
+            ("epochs", is_count(self.epochs), "a whole number of at least 1"),
+            ("batch_size", is_count(self.batch_size), "a whole number of at least 1"),
+            ("seed", is_whole(self.seed) and self.seed >= 0, "a whole number of at least 0"),
+            ("dtype", self.dtype is None or self.dtype in SUPPORTED_DTYPES, "None, torch.float32 or torch.float64"),
+            ("device", _is_device(self.device), "None or a device of PyTorch"),
         ):
             if not ok:
                 raise ArgumentError(f"Recipe: expected {name} to be {expected}, got {getattr(self, name)!r}; correct {name}.")
+        for name in ("lr", "momentum", "eps", "weight_decay"):
+            object.__setattr__(self, name, float(getattr(self, name)))
+        for name in ("epochs", "batch_size", "seed"):
+            object.__setattr__(self, name, int(getattr(self, name)))
+        object.__setattr__(self, "betas", tuple(map(float, betas)))
 
     @property
     def branch_epochs(self) -> int:
@@ -109,7 +126,16 @@ class Recipe:
     def lr_factor(self, epoch: int) -> float:
         """The schedule's factor on ``lr`` in ``epoch``, counted from 0; epochs from ``K`` on belong to a branch."""
         if callable(self.schedule):
-            return float(self.schedule(epoch))
+            found = self.schedule(epoch)
+            try:
+                factor = float(found)
+            except (TypeError, ValueError):
+                factor = math.nan
+            if not 0 <= factor < math.inf:
+                raise ArgumentError(
+                    f"Recipe: expected schedule to return a number of at least 0, got {found!r} for epoch {epoch}; correct the function."
+                )
+            return factor
         if self.schedule == "constant":
             return 1.0
         start, total = (0, self.epochs) if epoch < self.epochs else (self.epochs, self.branch_epochs)
@@ -146,6 +172,7 @@ class Run:
         history: ``"loss"``, the mean of ``c N ℓ`` over each epoch while training, and ``"lr"``; one number an epoch.
         initial: θ₀ with its buffers, before the first step.
         final: θs with its buffers and the optimiser's moments, after the last step.
+        loss: The recipe's loss.
     """
 
     model: nn.Module
@@ -154,11 +181,7 @@ class Run:
     history: dict[str, list[float]]
     initial: TrainingPoint
     final: TrainingPoint
-
-    @property
-    def loss(self) -> Loss:
-        """The recipe's loss."""
-        return resolve(self.recipe.loss, self.recipe.reduction)
+    loss: Loss
 
     @property
     def params(self) -> Tensor:
@@ -174,6 +197,13 @@ class Run:
         """``[N]``, the permutation of the training examples that ``epoch`` walks through."""
         return self.recipe.batch_order(epoch, self.data.num_examples)
 
+    def __repr__(self) -> str:
+        first, last = self.history["loss"][0], self.history["loss"][-1]
+        return (
+            f"Run({type(self.model).__name__}: P = {len(self.params)}, N = {self.data.num_examples}, {self.loss.name} {first:.4g} in epoch "
+            f"1, {last:.4g} in epoch {self.recipe.epochs})"
+        )
+
 
 @standalone
 def train(recipe: Recipe, data: Any, progress: bool | Progress = False) -> Run:
@@ -181,33 +211,41 @@ def train(recipe: Recipe, data: Any, progress: bool | Progress = False) -> Run:
 
     Args:
         recipe: What to train and how.
-        data: ``(X, y)``, or a re-iterable of such batches.
+        data: ``(X, y)``, or a re-iterable of such batches. Not copied where it is one ``(X, y)``: leave it as it is while the run is used.
         progress: ``True`` for a line on stderr, or a function ``(label, done, total)``.
 
     Returns:
         The run; ``run.model`` is the trained network in evaluation mode.
 
     Raises:
-        DataError: the data are unusable.
+        ArgumentError: no recipe, or one whose ``build_model`` returns no network.
+        DataError, ShapeError, DTypeError, DeviceError: the data are unusable, or do not fit the network or the loss.
+        UnsupportedLossError: the loss is none, or mixes examples.
         DivergenceError: the training loss left the finite numbers.
 
     Cost:
-        ``K`` passes of a plain forward and backward; data stay in memory, parameters and gradients are one flat buffer each.
+        ``K`` passes of a plain forward and backward; data stay in memory, parameters and gradients are one flat buffer each. In several
+        threads epochs take turns, because layers such as dropout draw from the process's generators, which each epoch seeds and puts back.
     """
+    if not isinstance(recipe, Recipe):
+        raise ArgumentError(f"train: expected a Recipe, got {type(recipe).__name__}; write train(Recipe(...), data).")
     examples = load(data, who="train")
     model = _build(recipe)
     space = ParameterSpace.of(model, who="train")
     examples = _placed(examples, space, recipe.dtype)
-    loss = resolve(recipe.loss, recipe.reduction)
+    loss = resolve(recipe.loss, recipe.reduction, "train")
     trainer = Trainer(recipe, copy.deepcopy(model), loss, examples)
     initial = trainer.starting_point()
+    _check_fit(trainer)
     final, history = trainer.advance(initial, range(recipe.epochs), report=reporter(progress), label="training")
     trainer.write(final, model)
-    return Run(model.eval(), recipe, examples, history, initial, final)
+    return Run(model.eval(), recipe, examples, history, initial, final, loss)
 
 
 def _build(recipe: Recipe) -> nn.Module:
     """A new network of the recipe, its initialisation drawn under ``seed`` with the global generators put back afterwards."""
+    if recipe.device is not None and torch.device(recipe.device).type == "cuda" and not torch.cuda.is_available():
+        raise DeviceError(f"train: expected the recipe's device {recipe.device} to be there, got a PyTorch that finds none; leave it out.")
     with isolated_random_state(recipe.device), torch.enable_grad():
         seed_everything(recipe.seed, -1, recipe.device)
         model = recipe.build_model()
@@ -215,7 +253,29 @@ def _build(recipe: Recipe) -> nn.Module:
         raise ArgumentError(
             f"train: expected build_model to return an nn.Module, got {type(model).__name__}; return the network from the function."
         )
-    return model.to(device=recipe.device, dtype=recipe.dtype)
+    model = copy.deepcopy(model).to(device=recipe.device, dtype=recipe.dtype)
+    if is_half(model):
+        raise DTypeError(
+            "train: expected a network in float32 or float64, got parameters in half precision, in which the small differences of "
+            "responses drown; set dtype=torch.float32 in the recipe."
+        )
+    return model
+
+
+def _check_fit(trainer: Trainer) -> None:
+    """Whether network, loss and data fit each other, on the outputs of one batch, which stand in for those of all."""
+    examples, N = trainer.examples, trainer.examples.num_examples
+    size = min(trainer.recipe.batch_size, N)
+    trainer.model.eval()
+    with isolated_random_state(trainer.space.device), torch.no_grad(), calling_the_network("train"):
+        z = call_model(trainer.model, rows(examples.X, slice(0, size)))
+    if not isinstance(z, torch.Tensor) or z.shape[:1] != (size,):
+        found = list(z.shape) if isinstance(z, torch.Tensor) else type(z).__name__
+        raise ShapeError(
+            f"train: expected a network that returns one tensor with an output for each of {size} examples, got {found}; wrap it in a "
+            "module that does."
+        )
+    trainer.loss.check(z[torch.arange(N, device=z.device) % size], examples.targets, "train")
 
 
 def _placed(examples: Examples, space: ParameterSpace, dtype: torch.dtype | None) -> Examples:
@@ -234,13 +294,12 @@ def _placed(examples: Examples, space: ParameterSpace, dtype: torch.dtype | None
     return placed
 
 
-def _finite(x: Any) -> bool:
-    return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
+def _in_unit(x: Any) -> bool:
+    return is_number(x) and 0 <= x < 1
 
 
-def _integer(x: Any) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool)
-
-
-def _count(x: Any) -> bool:
-    return _integer(x) and x >= 1
+def _is_device(device: Any) -> bool:
+    try:
+        return device is None or torch.device(device) is not None
+    except (RuntimeError, TypeError):
+        return False

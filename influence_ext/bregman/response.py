@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from influence_ext.bregman.recipe import Run
-from influence_ext.bregman.training import CHUNK
+from influence_ext.bregman.training import CHUNK, calling_the_network
 from influence_ext.context import exclusive, standalone
 from influence_ext.data import Examples, check_indices, load
 from influence_ext.errors import ArgumentError
@@ -102,7 +102,7 @@ class TrainedNetwork:
                 run.recipe.weight_decay if weight_decay is None else weight_decay,
                 who,
             )
-            if not torch.equal(network.theta, run.params):
+            if network.theta.dtype != run.params.dtype or not torch.equal(network.theta, run.params):
                 raise ArgumentError(
                     f"{who}: expected run.model to hold the parameters it was trained to, got a model changed since; pass a deepcopy "
                     "of the changed model with its loss and data instead of the run."
@@ -263,18 +263,48 @@ class Response:
 
     @standalone
     def loss_change(self, test_data: Any) -> Tensor:
-        """``ℓ_t(response) − ℓ_t(θs)`` of every test example: ``[n_test]`` in float64; positive means that the test loss rose."""
-        examples = load(test_data, who="Response.loss_change")
-        network = self.network
-        return network.losses_at(self.exact_params, examples, self.buffers) - network.losses_at(network.exact_theta, examples)
+        """``ℓ_t(response) − ℓ_t(θs)`` of every test example: ``[n_test]`` in float64; positive means that the test loss rose.
+
+        Raises:
+            DataError, ShapeError, DTypeError: the test data are unusable, or do not fit the network or the loss.
+
+        Cost: two forward passes over the test data in float64.
+        """
+        who, network = "Response.loss_change", self.network
+        examples = load(test_data, who=who)
+        with calling_the_network(who):
+            z = network.outputs_at(network.exact_theta, examples=examples)
+        targets = in_double(examples).targets
+        network.loss.check(z, targets, who)
+        return network.losses_at(self.exact_params, examples, self.buffers) - network.loss.value(z, targets)
 
     def output_distance(self, other: Response | None = None) -> float:
-        """``(1/N) Σ_i ‖f(θ, x_i) − f(θ', x_i)‖₂`` to another response, or to θs."""
+        """``(1/N) Σ_i ‖f(θ, x_i) − f(θ', x_i)‖₂`` to another response, or to θs.
+
+        Raises:
+            ArgumentError: the other is no response, or one of another network or other data.
+        """
+        self._check_comparable(other, "Response.output_distance")
         return output_distance(self.outputs, self.network.outputs if other is None else other.outputs)
 
     def parameter_distance(self, other: Response | None = None) -> float:
-        """``‖θ − θ'‖₂`` to another response, or to θs."""
+        """``‖θ − θ'‖₂`` to another response, or to θs. Raises as :meth:`output_distance`."""
+        self._check_comparable(other, "Response.parameter_distance")
         return float((self.exact_params - (self.network.exact_theta if other is None else other.exact_params)).norm())
+
+    def _check_comparable(self, other: Response | None, who: str) -> None:
+        mine = self.network
+        if other is None:
+            return
+        if not isinstance(other, Response):
+            raise ArgumentError(f"{who}: expected another Response or None, got {type(other).__name__}; None measures from θs.")
+        theirs = other.network
+        if mine.space.shapes != theirs.space.shapes or mine.num_examples != theirs.num_examples:
+            sizes = [f"P = {of.space.num_parameters}, N = {of.num_examples}" for of in (mine, theirs)]
+            raise ArgumentError(
+                f"{who}: expected a response of the same network on the same data ({sizes[0]}), got one with {sizes[1]}; compare "
+                "responses of one network."
+            )
 
     def summary(self) -> str:
         """One line: kind, status and how well it was solved."""

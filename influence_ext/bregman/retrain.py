@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -11,9 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from influence_ext.bregman.checks import check_damping, check_search, is_count
 from influence_ext.bregman.minimise import minimise
 from influence_ext.bregman.objective import BregmanObjective, Reference
-from influence_ext.bregman.pbrf import check_damping, checked, default_rtol, response_at
+from influence_ext.bregman.pbrf import checked, default_rtol, response_at
 from influence_ext.bregman.progress import Progress, portion, reporter
 from influence_ext.bregman.recipe import Run
 from influence_ext.bregman.response import LateNorms, Norms, Response, ResponseStatus, TrainedNetwork, removed_indices
@@ -149,7 +151,8 @@ def proximal_response(
     Args:
         run: The base run.
         remove: Indices of the training examples removed together.
-        damping: λ. The weight decay stays where the training has it, in ``(w/2)‖θ‖²``.
+        damping: λ. The weight decay stays where the training has it, in ``(w/2)‖θ‖²``. With SGD and ``epochs``, ``λ + w`` has to be below
+            ``2 (1 + momentum) / lr``, where its steps are stable.
         epochs: Epochs from θs; ``None`` is ``K/2``, rounded up.
         converge: Solve to convergence instead of those epochs.
         rtol: Goal of ``converge`` for the relative gradient norm; ``None`` is 1e-6 in float64 and 1e-4 in float32.
@@ -167,7 +170,7 @@ def proximal_response(
         Bae et al. 2022, section 3.
     """
     branches = Branches(run, who="proximal_response", epochs=epochs, converge=converge, rtol=rtol, max_steps=max_steps)
-    check_damping(damping, run.recipe.weight_decay, who="proximal_response")
+    branches.check_proximity(damping)
     removed = removed_indices(remove, run.data.num_examples, who="proximal_response")
     return checked(branches.proximal([removed], damping, reporter(progress))[0], "raise", who="proximal_response")
 
@@ -212,7 +215,7 @@ def proximal_response_many(
     branches = Branches(
         run, who="proximal_response_many", epochs=epochs, converge=converge, rtol=rtol, max_steps=max_steps, memory_budget=memory_budget
     )
-    check_damping(damping, run.recipe.weight_decay, who="proximal_response_many")
+    branches.check_proximity(damping)
     responses = branches.proximal(groups, damping, reporter(progress))
     return [checked(response, "raise", who="proximal_response_many") for response in responses]
 
@@ -245,20 +248,21 @@ class Branches:
     ):
         if not isinstance(run, Run):
             raise ArgumentError(f"{who}: expected a Run, got {type(run).__name__}; train the network with train(recipe, data).")
-        if epochs is not None and (isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1):
+        check_search(rtol, max_steps, who=who)
+        if epochs is not None and not is_count(epochs):
             raise ArgumentError(f"{who}: expected epochs to be a whole number of at least 1, got {epochs!r}; correct epochs.")
         if epochs is not None and converge:
             raise ArgumentError(f"{who}: expected either epochs or converge=True, got both; leave out one.")
-        if memory_budget is not None and (isinstance(memory_budget, bool) or not isinstance(memory_budget, int) or memory_budget < 1):
+        if memory_budget is not None and not is_count(memory_budget):
             raise ArgumentError(f"{who}: expected memory_budget to be a number of bytes of at least 1, got {memory_budget!r}; correct it.")
-        self.run = run
+        self.run, self._who = run, who
         self.network = TrainedNetwork.of(run, None, None, who=who) if reference is None else reference.network
         if converge and self.network.buffers_move(run.initial.buffers):
             raise ArgumentError(
                 f"{who}: expected a network without running statistics for converge=True, got buffers that training changes; use epochs."
             )
         K = run.recipe.epochs
-        self._first, self._later = range(K), range(K, K + (run.recipe.branch_epochs if epochs is None else epochs))
+        self._first, self._later = range(K), range(K, K + (run.recipe.branch_epochs if epochs is None else int(epochs)))
         self._converge, self._rtol, self._max_steps = converge, rtol, max_steps
         self._reference = reference
         self._trainer = Trainer(run.recipe, copy.deepcopy(run.model), run.loss, run.data)
@@ -286,6 +290,21 @@ class Branches:
             return self._converged("warm_start", groups, 0.0, [torch.zeros_like(self.network.exact_theta)] * len(groups), report)
         found = self._trainers.advance(self.run.final, self._later, groups, report=report, label="warm start")
         return self._trained("warm_start", groups, found, None, len(self._later))
+
+    def check_proximity(self, damping: float) -> None:
+        """Refuse a proximity term on which SGD's steps grow along every direction in which the loss is flat or bends upwards.
+
+        With momentum m and learning rate η, steps along a curvature κ are stable for ``η κ < 2 (1 + m)``; here ``κ = λ + w``.
+        """
+        recipe = self.run.recipe
+        check_damping(damping, recipe.weight_decay, who=self._who)
+        lr = recipe.lr * max(map(recipe.lr_factor, self._later))
+        most = 2 * (1 + recipe.momentum) / lr if lr else math.inf
+        if recipe.optimizer == "sgd" and not self._converge and damping + recipe.weight_decay >= most:
+            raise ArgumentError(
+                f"{self._who}: expected damping + weight_decay below 2 (1 + momentum) / lr = {most:.3g}, beyond which SGD's steps on the "
+                f"proximity term grow without end, got {damping + recipe.weight_decay:g}; lower damping, or pass converge=True."
+            )
 
     def proximal(self, groups: Sequence[tuple[int, ...]], damping: float, report: Progress) -> list[Response]:
         """From θs on, held back by ``(λ/2)‖θ − θs‖²``, once without each of ``groups``."""
@@ -352,7 +371,7 @@ def removed_sets(run: Run, remove: Iterable[Iterable[int]], *, who: str, allow_e
     """
     if not isinstance(run, Run):
         raise ArgumentError(f"{who}: expected a Run, got {type(run).__name__}; train the network with train(recipe, data).")
-    sets: Sequence[Any] = list(remove)
+    sets: Sequence[Any] = list(remove) if isinstance(remove, Iterable) else [remove]
     if not sets or not all(isinstance(group, Iterable) for group in sets):
         raise ArgumentError(
             f"{who}: expected remove to be a list of removed sets, each a list of indices, got "

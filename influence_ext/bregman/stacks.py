@@ -15,7 +15,7 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from influence_ext.bregman.recipe import Recipe
-from influence_ext.bregman.training import Proximity, Trainer, TrainingPoint, descend, isolated_random_state, no_moments, rows
+from influence_ext.bregman.training import Proximity, Trainer, TrainingPoint, descend, first_line, isolated_random_state, no_moments, rows
 from influence_ext.data import ModelInput, call_arguments
 from influence_ext.ensemble import Ensemble
 
@@ -270,8 +270,3 @@ class _Linear(torch.autograd.Function):
         x = x.movedim(in_dims[0], 0)
         z = weight @ x.reshape(k, -1, features).mT
         return z.mT.unflatten(1, x.shape[1:-1]) if x.dim() > 2 else z[:, :, 0], 0
-
-
-def first_line(error: Exception) -> str:
-    """What an exception says, in short."""
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}".removesuffix(": ").rstrip(".")

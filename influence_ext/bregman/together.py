@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.func import functional_call
 
 from influence_ext.bregman.progress import Progress, onward
-from influence_ext.bregman.stacks import MappedStack, NativeStack, Problem, Stack, first_line, kept_examples, outputs
-from influence_ext.bregman.training import Proximity, Trainer, TrainingPoint, isolated_random_state, rows
+from influence_ext.bregman.stacks import MappedStack, NativeStack, Problem, Stack, kept_examples, outputs
+from influence_ext.bregman.training import Proximity, Trainer, TrainingPoint, first_line, isolated_random_state, rows
 from influence_ext.data import ModelInput, call_arguments
 from influence_ext.ensemble import Ensemble
 from influence_ext.errors import InfluenceExtError

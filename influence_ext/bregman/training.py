@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from influence_ext.bregman.progress import Progress
 from influence_ext.data import Examples, ModelInput, call_model
-from influence_ext.errors import DivergenceError
+from influence_ext.errors import DataError, DivergenceError, InfluenceExtError
 from influence_ext.losses import Loss
 from influence_ext.params import ParameterSpace
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 CHUNK = 4096
 """Examples in one forward pass outside training; the same everywhere, so that equal parameters give equal outputs."""
+
+_generators = threading.RLock()
 
 
 def seeded(seed: int, epoch: int) -> torch.Generator:
@@ -60,9 +63,13 @@ class Proximity:
 
 @contextlib.contextmanager
 def isolated_random_state(device: torch.device | str | None) -> Iterator[None]:
-    """Puts the generators of the CPU and of ``device`` back on leaving, also after an exception."""
+    """Puts the generators of the CPU and of ``device`` back on leaving, also after an exception.
+
+    Generators belong to the process, and layers such as dropout draw from them, so one thread at a time: another's draws would change this
+    one's, and what the last to leave puts back would be the first one's seed.
+    """
     cuda = torch.device(device) if device is not None else torch.device("cpu")
-    with torch.random.fork_rng(devices=[cuda.index or 0] if cuda.type == "cuda" else []):
+    with _generators, torch.random.fork_rng(devices=[cuda.index or 0] if cuda.type == "cuda" else []):
         yield
 
 
@@ -79,6 +86,28 @@ def rows(X: ModelInput, index: Tensor | slice) -> ModelInput:
     if isinstance(X, Tensor):
         return X[index]
     return {name: x[index] for name, x in X.items()} if isinstance(X, dict) else tuple(x[index] for x in X)
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, in short."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}".removesuffix(": ").rstrip(".")
+
+
+@contextlib.contextmanager
+def calling_the_network(who: str) -> Iterator[None]:
+    """What a network says of inputs that it does not take becomes an error in the name of ``who``.
+
+    Raises:
+        DataError: the network raised; its own exception is the cause.
+    """
+    try:
+        yield
+    except (InfluenceExtError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise DataError(
+            f"{who}: expected inputs that the network takes, got {first_line(error)}; correct their shape, dtype or values, or the network."
+        ) from error
 
 
 def no_moments(recipe: Recipe, theta: Tensor) -> tuple[Tensor, ...]:
@@ -173,12 +202,12 @@ class Trainer:
         kept[list(removed)] = False
         history: dict[str, list[float]] = {"loss": [], "lr": []}
         self.model.train()
-        with isolated_random_state(theta.device), torch.enable_grad():
-            for done, epoch in enumerate(epochs):
-                report(label, done, len(epochs))
-                lr = recipe.lr * recipe.lr_factor(epoch)
+        for done, epoch in enumerate(epochs):
+            report(label, done, len(epochs))
+            lr = recipe.lr * recipe.lr_factor(epoch)
+            total = torch.zeros((), dtype=torch.float64, device=theta.device)
+            with isolated_random_state(theta.device), torch.enable_grad():
                 seed_everything(recipe.seed, epoch, theta.device)
-                total = torch.zeros((), dtype=torch.float64, device=theta.device)
                 for batch in recipe.batch_order(epoch, N).split(recipe.batch_size):
                     grad.zero_()
                     index = batch[kept[batch]].to(theta.device)
@@ -194,14 +223,14 @@ class Trainer:
                         grad.add_(theta - proximity.anchor, alpha=proximity.damping)
                     num_steps += 1
                     descend(recipe, theta, grad, moments, num_steps, lr)
-                loss = total.item() * scale / N
-                history["loss"].append(loss)
-                history["lr"].append(lr)
-                if not (torch.isfinite(total).item() and torch.isfinite(theta).all().item()):
-                    raise DivergenceError(
-                        f"{label}: expected finite parameters and a finite training loss, got loss = {loss:.3g} after epoch "
-                        f"{epoch + 1}; lower lr (now {lr:g}) or standardise the inputs."
-                    )
+            loss = total.item() * scale / N
+            history["loss"].append(loss)
+            history["lr"].append(lr)
+            if not (torch.isfinite(total).item() and torch.isfinite(theta).all().item()):
+                raise DivergenceError(
+                    f"{label}: expected finite parameters and a finite training loss, got loss = {loss:.3g} after epoch "
+                    f"{epoch + 1}; lower lr (now {lr:g}) or standardise the inputs."
+                )
         report(label, len(epochs), len(epochs))
         return TrainingPoint(theta.clone(), self.buffers(), moments, num_steps), history
 

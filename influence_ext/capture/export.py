@@ -275,7 +275,7 @@ def _place(reason: Exception) -> str:
 
 
 def _failure_text(who: str, model: nn.Module, reason: Exception, found: list[Problem]) -> str:
-    first_line = _first_line(reason)
+    first_line = _first_line(reason).rstrip(".")
     text = (
         f"{who}: expected a model that torch.export can trace, got {type(reason).__name__} from {type(model).__name__}{_place(reason)}: "
         f"{first_line}; "

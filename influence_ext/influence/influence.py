@@ -15,9 +15,11 @@ from influence_ext.influence.scores import Scores
 from influence_ext.losses import Loss, LossLike
 from influence_ext.operators.fisher import EmpiricalFisher
 from influence_ext.operators.ggn import GGN
+from influence_ext.operators.linearised import check_damping
 from influence_ext.operators.per_example import ExampleGradients
 from influence_ext.params import Selection
 from influence_ext.solvers import CG, AutoChoice, BlockCG, Factorisation, FactorisingSolver, Solution, Solver, auto
+from influence_ext.solvers.base import check_solver
 
 BLOCK_BYTES = 256 * 2**20
 """Right-hand sides solved for at a time take about this much memory."""
@@ -48,7 +50,7 @@ class Influence:
         memory_budget: see :class:`influence_ext.GGN`.
 
     Raises:
-        ArgumentError: damping ≤ 0, or another curvature.
+        ArgumentError: damping ≤ 0, another curvature, or a solver that is none.
         DataError, ShapeError, DTypeError, UnsupportedModelError, UnsupportedLossError: see :class:`influence_ext.GGN`.
 
     Reference: Koh and Liang 2017; Bae et al. 2022, "If Influence Functions are the Answer, Then What is the Question?".
@@ -67,15 +69,16 @@ class Influence:
         params: Selection | None = None,
         memory_budget: int | None = None,
     ):
-        if curvature not in CURVATURES:
+        if curvature not in tuple(CURVATURES):
             raise ArgumentError(
                 f"Influence: expected curvature among {', '.join(map(repr, CURVATURES))}, got {curvature!r}; 'ggn' is that of the PBRF."
             )
-        if not damping > 0:
-            raise ArgumentError(f"Influence: expected damping > 0, got {damping}; the GGN of a network is singular, try 1e-3.")
+        self.damping = check_damping(damping, "Influence")
+        if self.damping == 0:
+            raise ArgumentError("Influence: expected damping > 0, got 0; the GGN of a network is singular, try 1e-3.")
+        check_solver(solver, "Influence")
         examples = load(train_data, "Influence", memory_budget)
-        self.operator = CURVATURES[curvature](model, loss, examples, damping, params=params, memory_budget=memory_budget)
-        self.damping = float(damping)
+        self.operator = CURVATURES[curvature](model, loss, examples, self.damping, params=params, memory_budget=memory_budget)
         self.factor = self.operator.loss.factor(self.operator.examples.targets)
         self.solver = solver
         self._chosen: Solver | None = None
@@ -96,6 +99,10 @@ class Influence:
         if isinstance(self._chosen, AutoChoice):
             return self._chosen.reason
         return repr(self.solver) if self.solver else "chosen at the first solve"
+
+    def __repr__(self) -> str:
+        solver = self._chosen or self.solver
+        return f"Influence({self.operator!r}, solver={solver.name if solver else 'chosen at the first solve'})"
 
     @standalone
     def scores(self, test_data: Any) -> Scores:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,10 @@ class Scores:
             ArgumentError: ``test`` or ``k`` out of range.
         """
         num_test, num_train = self.values.shape
-        if not 0 <= test < num_test:
-            raise ArgumentError(f"Scores.top: expected test in [0, {num_test}), got {test}; choose a row of values.")
-        if not 1 <= k <= num_train:
-            raise ArgumentError(f"Scores.top: expected k in [1, {num_train}], got {k}; there are {num_train} training examples.")
+        if not _is_whole(test, 0, num_test - 1):
+            raise ArgumentError(f"Scores.top: expected test in [0, {num_test}), got {test!r}; choose a row of values.")
+        if not _is_whole(k, 1, num_train):
+            raise ArgumentError(f"Scores.top: expected k in [1, {num_train}], got {k!r}; there are {num_train} training examples.")
         found = torch.topk(self.values[test], k, largest=not harmful)
         return list(zip(found.indices.tolist(), found.values.tolist(), strict=True))
 
@@ -83,6 +84,10 @@ class Scores:
     def __repr__(self) -> str:
         worst = f"{float(self.residual_norm.max()):.1e}" if len(self.residual_norm) else "-"
         return f"Scores({self.values.shape[0]} test x {self.values.shape[1]} train, worst residual {worst})"
+
+
+def _is_whole(x: Any, least: int, most: int) -> bool:
+    return isinstance(x, Integral) and least <= int(x) <= most
 
 
 def load_scores(path: str | os.PathLike[str]) -> Scores:

@@ -191,9 +191,10 @@ def resolve(loss: LossLike | Loss, reduction: str | None = None, who: str = "los
         chosen = check_reduction(reduction or options.pop("reduction", "mean"), label, who)
         return entry.make(name, chosen, {**entry.options, **options})
     if isinstance(loss, str) or not callable(loss):
+        found_text = repr(loss) if loss is None or isinstance(loss, (str, int, float)) else type(loss).__name__
         raise UnsupportedLossError(
-            f"{who}: expected a loss as nn module, functional, name ({', '.join(NATIVE)}) or callable loss(output, target), got {loss!r}; "
-            "use one of these."
+            f"{who}: expected a loss as nn module, functional, name ({', '.join(NATIVE)}) or callable loss(output, target), got "
+            f"{found_text}; use one of these."
         )
     function = loss.func if isinstance(loss, partial) else loss
     name = getattr(function, "__name__", type(function).__name__).replace("<lambda>", "callable")

@@ -40,9 +40,9 @@ class _OuterProducts(KroneckerFactored, CurvatureOperator):
     def root_matmat(self, V: Tensor) -> Tensor:
         """``U v``: ``[V, P] -> [V, R]`` with ``R = K·N``, draws first. Cost: V tangent sweeps."""
         self._check(V, "[V, P]", V.dim() == 2 and V.shape[1] == self.num_parameters)
-        tangents = self._tape.jvp(V.detach().contiguous()).reshape(V.shape[0], self.num_examples, -1)
         rows = self._rows.reshape(self._num_draws, self.num_examples, -1)
-        return torch.einsum("vnc,knc->vkn", tangents, rows).reshape(V.shape[0], -1)
+        tangents = self._tape.jvp(V.detach().contiguous()).reshape(V.shape[0], *rows.shape[1:])
+        return torch.einsum("vnc,knc->vkn", tangents, rows).reshape(V.shape[0], self.num_roots)
 
     @standalone
     def root_rmatmat(self, Y: Tensor) -> Tensor:

@@ -59,13 +59,17 @@ class GGN(KroneckerFactored, CurvatureOperator):
         """``U v``: ``[V, P] -> [V, R]`` with ``R = C·N`` ordered output first, ``U = [√c S_nᵀ J_n]``."""
         self._check(V, "[V, P]", V.dim() == 2 and V.shape[1] == self.num_parameters)
         outputs = self._hessian.root_rmatmat(self._tape.jvp(V.detach().contiguous()))
-        return outputs.reshape(V.shape[0], self.num_examples, -1).transpose(1, 2).reshape(V.shape[0], -1)
+        return (
+            outputs.reshape(V.shape[0], self.num_examples, self.num_roots // self.num_examples)
+            .transpose(1, 2)
+            .reshape(V.shape[0], self.num_roots)
+        )
 
     @standalone
     def root_rmatmat(self, Y: Tensor) -> Tensor:
         """``Uᵀ y``: ``[V, R] -> [V, P]``."""
         N = self.num_examples
-        cotangents = Y.detach().reshape(Y.shape[0], -1, N).transpose(1, 2).contiguous()
+        cotangents = Y.detach().reshape(Y.shape[0], self.num_roots // N, N).transpose(1, 2).contiguous()
         cotangents = cotangents.view(Y.shape[0], N, *self._tape.plan.output_shape)
         return self._tape.vjp(self._hessian.root_matmat(cotangents))
 

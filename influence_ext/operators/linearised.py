@@ -244,13 +244,16 @@ class LinearisedOperator(LinearOperator):
         return f"{type(self).__name__}(P={self.num_parameters}, N={self.num_examples}, loss={self.loss.name}, damping={self.damping:g})"
 
 
-def check_damping(damping: float, who: str) -> float:
+def check_damping(damping: Any, who: str) -> float:
     """λ as a float.
 
     Raises:
         ArgumentError: it is negative, infinite or not a number.
     """
-    damping = float(damping)
-    if not damping >= 0 or damping == float("inf"):
-        raise ArgumentError(f"{who}: expected damping >= 0 and finite, got {damping}; for instance damping=1e-3.")
-    return damping
+    try:
+        value = float("nan") if isinstance(damping, str) else float(damping)
+    except (TypeError, ValueError):
+        value = float("nan")
+    if not 0 <= value < float("inf"):
+        raise ArgumentError(f"{who}: expected damping >= 0 and finite, got {damping!r}; for instance damping=1e-3.")
+    return value

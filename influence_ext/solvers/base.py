@@ -294,6 +294,17 @@ class Solver(abc.ABC):
         self._require(rtol is None or 0 < rtol < 1, "rtol to be between 0 and 1", rtol, fix)
 
 
+def check_solver(solver: Any, who: str) -> None:
+    """Refuse what is neither None nor one of this package's solvers.
+
+    Raises:
+        ArgumentError: the name of a solver, its class, or something else.
+    """
+    if solver is not None and not isinstance(solver, Solver):
+        found = f"the class {solver.__name__}" if isinstance(solver, type) else repr(solver)
+        raise ArgumentError(f"{who}: expected solver to be one of influence_ext.solvers, got {found}; pass an instance, for example CG().")
+
+
 @standalone
 def run(solver: Solver, operator: LinearOperator, B: Tensor, method: Callable[..., Outcome], x0: Tensor | None = None) -> Solution:
     """Check the input, call ``method(operator, B)`` (or ``B, x0``) on the non-zero rows, put the answer together.

@@ -18,10 +18,7 @@ using Places = decltype(Vec<T>{} < Vec<T>{});  // integers of the lanes' size
 
 template <class T>
 Places<T> load_places(const T* p) {
-  const Vec<T> bits = load(p);
-  Places<T> places;
-  std::memcpy(&places, &bits, sizeof(places));
-  return places;
+  return reinterpret_cast<Places<T>>(load(p));
 }
 
 // Vectors of one line of windows that read the same columns of x.
@@ -47,23 +44,26 @@ std::vector<PickGroup> pick_groups(const PickLanes<T>& lanes, const Windows& w, 
 
 template <class T>
 void pick_places(const Context& ctx, const Convolution& conv, const Windows& w, int64_t n, const T* index, T* places) {
-  using Integer = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  constexpr int L = kLanes<T>;
   const PickLanes<T> lanes(conv.y_channels);
   const auto groups = pick_groups(lanes, w, kPickVectors);
-  const int64_t vectors = lanes.line_vectors(w), size = pick_places_size<T>(conv, w);
+  const int64_t plane = w.out_plane(), size = pick_places_size<T>(conv, w);
   parallel_for(threads_for(ctx, n * size), n, [&](int64_t i) {
+    T* turned = scratch<T>((plane + L) * lanes.slot + L * L, 0);
+    T* to = places + i * size;
     for (int64_t b = 0; b < lanes.blocks; ++b) {
+      const int64_t o = b * L;
+      turn_channels<T>(std::min<int64_t>(L, conv.y_channels - o), plane, index + (i * conv.y_channels + o) * plane, turned, lanes.slot);
       for (int64_t h = 0; h < w.out[1]; ++h) {
+        // A window has two lines, so a comparison tells which; places are exact as numbers of T.
+        const T upper = static_cast<T>(w.begin[1][h] * w.in[2]), lower = static_cast<T>((w.begin[1][h] + 1) * w.in[2]);
         for (const PickGroup& group : groups) {
-          for (size_t j = 0; j < group.windows.size(); ++j) {
-            Integer at[kLanes<T>] = {};
-            for (int64_t lane = 0; lane < lanes.lanes; ++lane) {
-              const int64_t o = b * lanes.lanes + lane % lanes.slot, q = lane / lanes.slot;
-              if (o >= conv.y_channels || q >= group.counts[j]) continue;
-              const auto place = static_cast<int64_t>(index[((i * conv.y_channels + o) * w.out[1] + h) * w.out[2] + group.windows[j] + q]);
-              at[lane] = static_cast<Integer>((place / w.in[2] - w.begin[1][h]) * lanes.lanes + place % w.in[2] - group.column);
-            }
-            std::memcpy(places + i * size + ((b * w.out[1] + h) * vectors + group.vector + static_cast<int64_t>(j)) * lanes.lanes, at, sizeof(at));
+          const T column = static_cast<T>(group.column);
+          for (size_t j = 0; j < group.windows.size(); ++j, to += L) {
+            const Vec<T> place = load_lanes(turned + (h * w.out[2] + group.windows[j]) * lanes.slot, group.counts[j] * lanes.slot);
+            const Vec<T> at = place - column - (place >= lower ? Vec<T>{} + (lower - L) : Vec<T>{} + upper);
+            const auto used = __builtin_convertvector(at > T(0) ? at : Vec<T>{}, Places<T>);  // lanes without a window or channel: the first place
+            store(to, reinterpret_cast<Vec<T>>(used));
           }
         }
       }

@@ -153,23 +153,39 @@ class PooledConvolution final : public Rule<T> {
     const Node& node = tile.node;
     const Context& ctx = tile.ctx;
     const int64_t size = tile.n * node.parts[0].width;
-    const bool activated = has_activation(node);
-    Scratch<T> whole(ctx, size), after(ctx, activated ? size : 0), derivative(ctx, activated ? size : 0);
-    convolution(tile).forward(inner(tile), whole.data());
-    if (activated) {
-      const T* x = whole.data();
-      T* state = derivative.data();
-      Tile<T> activation{ctx, node.parts[1], 1, tile.n};
-      activation.x = &x;
-      activation.state = &state;
-      part_rule(node, 1).forward(activation, after.data());
-    }
     const Windows w = windows(ctx, node);
     const int64_t num = planes(tile, w);
-    max_pool_stub<T>(ctx, w, num, activated ? after.data() : whole.data(), y, index(tile));
-    if (activated) plane_gather_stub<T>(ctx, 1, num, w.in_plane(), w.out_plane(), index(tile), derivative.data(), factor(tile));
+    Scratch<T> whole(ctx, size);
+    convolution(tile).forward(inner(tile), whole.data());
+    if (!has_activation(node)) {
+      max_pool_stub<T>(ctx, w, num, whole.data(), y, index(tile));
+    } else if (pools_first(node)) {
+      Scratch<T> taken(ctx, tile.n * node.width);
+      max_pool_stub<T>(ctx, w, num, whole.data(), taken.data(), index(tile));
+      activate(tile, tile.n * node.width, taken.data(), y, factor(tile));
+    } else {
+      Scratch<T> after(ctx, size), derivative(ctx, size);
+      activate(tile, size, whole.data(), after.data(), derivative.data());
+      max_pool_stub<T>(ctx, w, num, after.data(), y, index(tile));
+      plane_gather_stub<T>(ctx, 1, num, w.in_plane(), w.out_plane(), index(tile), derivative.data(), factor(tile));
+    }
     const ConvolutionShape s(node.parts[0]);
     pick_places_stub<T>(ctx, s.conv, w, tile.n * s.images, index(tile), places(tile));
+  }
+
+  // max φ(z) = φ(max z) of a φ that never falls: a quarter of the elements is left for it. Where it is constant the pool may choose another of
+  // equals, whose derivative is 0 like theirs.
+  static bool pools_first(const Node& node) {
+    const Activation kind = activation(node);
+    return kind == Activation::relu || kind == Activation::hardtanh;
+  }
+
+  static Activation activation(const Node& node) { return static_cast<Activation>(node.parts[1].attribute("kind")); }
+
+  static void activate(const Tile<T>& tile, int64_t size, const T* x, T* y, T* derivative) {
+    const Node& part = tile.node.parts[1];
+    const T a = static_cast<T>(part.number("a")), b = static_cast<T>(part.number("b"));
+    activation_stub<T>(tile.ctx, activation(tile.node), a, b, size, x, y, derivative);
   }
 
   static bool has_activation(const Node& node) { return node.parts.size() == 3; }

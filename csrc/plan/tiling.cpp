@@ -124,17 +124,14 @@ bool Tape<T>::takes_shortcuts(const Context& ctx, int64_t V) const {
   return bytes <= kJacobianBytes && plan_->output_width() * saved < kPaysBackWithin * 2 * (saved - spent);
 }
 
-template Tiling Tape<float>::tiling(const Context&, int64_t) const;
-template Tiling Tape<float>::tiling(const Context&, int64_t, int64_t, bool) const;
-template bool Tape<float>::takes_shortcuts(const Context&, int64_t) const;
-template int64_t Tape<float>::sides(const Context&, int64_t) const;
-template int64_t Tape<float>::cached_bytes() const;
-template int64_t Tape<float>::workspace_bytes(const Context&, int64_t) const;
-template Tiling Tape<double>::tiling(const Context&, int64_t) const;
-template Tiling Tape<double>::tiling(const Context&, int64_t, int64_t, bool) const;
-template bool Tape<double>::takes_shortcuts(const Context&, int64_t) const;
-template int64_t Tape<double>::sides(const Context&, int64_t) const;
-template int64_t Tape<double>::cached_bytes() const;
-template int64_t Tape<double>::workspace_bytes(const Context&, int64_t) const;
+#define INFL_TILING(T)                                                           \
+  template Tiling Tape<T>::tiling(const Context&, int64_t) const;                \
+  template Tiling Tape<T>::tiling(const Context&, int64_t, int64_t, bool) const; \
+  template bool Tape<T>::takes_shortcuts(const Context&, int64_t) const;         \
+  template int64_t Tape<T>::sides(const Context&, int64_t) const;                \
+  template int64_t Tape<T>::cached_bytes() const;                                \
+  template int64_t Tape<T>::workspace_bytes(const Context&, int64_t) const;
+INFL_TILING(float)
+INFL_TILING(double)
 
 }  // namespace infl

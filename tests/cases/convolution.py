@@ -258,6 +258,8 @@ POOLED = (
     conv_row("picks-plain", averaged(lambda: nn.Conv2d(2, 5, 3), halves), "an activation behind the pool alone", normal(2, 8, 9)),
     conv_row("picks-curved", averaged(lambda: nn.Conv2d(2, 5, 3), nn.Tanh, halves), "an activation with second derivatives",
              normal(2, 8, 9)),
+    conv_row("picks-saturated", averaged(lambda: nn.Conv2d(2, 5, 3), lambda: nn.Hardtanh(-0.1, 0.1), halves),
+             "windows where several elements, or all, are at a bound", normal(2, 8, 9)),
     conv_row("picks-blocks", averaged(lambda: nn.Conv2d(2, 21, 5), nn.ReLU, halves), "more channels than lanes", normal(2, 9, 12),
              num_examples=2),
     conv_row("picks-deep", averaged(lambda: nn.Conv2d(24, 6, 5), halves), "more terms than are summed in registers", normal(24, 10, 11),

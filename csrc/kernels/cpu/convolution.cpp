@@ -75,10 +75,7 @@ struct TileJob {
 template <class T, int R, int NV>
 __attribute__((noinline)) void tile_fn(const TileJob<T>& job) {
   Vec<T> acc[R][NV];
-#pragma GCC unroll 12
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int j = 0; j < NV; ++j) acc[r][j] = Vec<T>{};
+  clear(acc);
   const T* a = job.a;
   const int64_t a_rows = job.a_rows, taps = job.taps, step = job.x_step;
   for (int64_t c = 0; c < job.channels; ++c) {

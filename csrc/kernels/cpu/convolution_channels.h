@@ -7,8 +7,6 @@
 // kernel width times as many channels), then along the lines, where the results of the columns are added up.
 #pragma once
 
-#include <utility>
-
 #include "kernels/convolution_lanes.h"
 #include "kernels/cpu/convolution_geometry.h"
 #include "kernels/cpu/transpose.h"
@@ -77,10 +75,7 @@ struct ChannelTerm {
 template <class T, int P, int NV>
 __attribute__((noinline)) void channel_tile(const ChannelTerm<T>* terms, int num_terms, T* out, int64_t out_row, bool add) {
   Vec<T> acc[P][NV];
-#pragma GCC unroll 24
-  for (int p = 0; p < P; ++p)
-#pragma GCC unroll 2
-    for (int j = 0; j < NV; ++j) acc[p][j] = Vec<T>{};
+  clear(acc);
   for (int i = 0; i < num_terms; ++i) {
     const ChannelTerm<T> term = terms[i];
     for (int64_t c = 0; c < term.channels; ++c) {
@@ -116,15 +111,9 @@ using ChannelFn = void (*)(const ChannelTerm<T>*, int, T*, int64_t, bool);
 template <int NV>
 inline constexpr int kMostPositions = (INFL_VECTOR_BYTES == 64 ? 24 : 12) / NV;
 
-template <class T, int NV, int... P>
-ChannelFn<T> channel_tile_for(int64_t positions, std::integer_sequence<int, P...>) {
-  static constexpr ChannelFn<T> table[] = {channel_tile<T, P + 1, NV>...};
-  return table[positions - 1];
-}
-
 template <class T, int NV>
 ChannelFn<T> channel_tile_for(int64_t positions) {
-  return channel_tile_for<T, NV>(positions, std::make_integer_sequence<int, kMostPositions<NV>>{});
+  return of_size<kMostPositions<NV>>(positions, []<int P>(Size<P>) { return &channel_tile<T, P, NV>; });
 }
 
 // What is done with complete sums on their way to `lanes` elements of the output.

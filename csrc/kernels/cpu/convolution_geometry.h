@@ -10,10 +10,7 @@
 
 #include "kernels/convolution.h"
 #include "kernels/cpu/parallel.h"
-
-#if INFL_VECTOR_BYTES == 64
-#include <immintrin.h>
-#endif
+#include "kernels/cpu/tiles.h"
 
 namespace infl {
 namespace INFL_ISA {
@@ -27,35 +24,6 @@ T* scratch(int64_t size, int which) {
   const auto address = reinterpret_cast<uintptr_t>(buffer.data());
   return buffer.data() + (((address + 63) & ~uintptr_t{63}) - address) / sizeof(T);
 }
-
-// The first `lanes` elements of a vector, the others zero; and only those written.
-#if INFL_VECTOR_BYTES == 64
-inline Vec<float> load_lanes(const float* p, int64_t lanes) {
-  return reinterpret_cast<Vec<float>>(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << lanes) - 1), p));
-}
-inline Vec<double> load_lanes(const double* p, int64_t lanes) {
-  return reinterpret_cast<Vec<double>>(_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << lanes) - 1), p));
-}
-inline void store_lanes(float* p, Vec<float> v, int64_t lanes) {
-  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << lanes) - 1), reinterpret_cast<__m512>(v));
-}
-inline void store_lanes(double* p, Vec<double> v, int64_t lanes) {
-  _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << lanes) - 1), reinterpret_cast<__m512d>(v));
-}
-#else
-template <class T>
-inline Vec<T> load_lanes(const T* p, int64_t lanes) {
-  T buffer[kLanes<T>] = {};
-  for (int64_t i = 0; i < lanes; ++i) buffer[i] = p[i];
-  return load(buffer);
-}
-template <class T>
-inline void store_lanes(T* p, Vec<T> v, int64_t lanes) {
-  T buffer[kLanes<T>];
-  store(buffer, v);
-  for (int64_t i = 0; i < lanes; ++i) p[i] = buffer[i];
-}
-#endif
 
 inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -3,8 +3,6 @@
 // together, hold it, and one instruction with two sources picks it for each lane. x is read from its padded copy.
 #pragma once
 
-#include <utility>
-
 #include "kernels/convolution_picks.h"
 #include "kernels/cpu/convolution_channels.h"
 #include "kernels/cpu/convolution_weights_channels.h"
@@ -20,10 +18,7 @@ using Places = decltype(Vec<T>{} < Vec<T>{});  // integers of the lanes' size
 
 template <class T>
 Places<T> load_places(const T* p) {
-  const Vec<T> bits = load(p);
-  Places<T> places;
-  std::memcpy(&places, &bits, sizeof(places));
-  return places;
+  return reinterpret_cast<Places<T>>(load(p));
 }
 
 // Vectors of one line of windows that read the same columns of x.
@@ -49,23 +44,26 @@ std::vector<PickGroup> pick_groups(const PickLanes<T>& lanes, const Windows& w, 
 
 template <class T>
 void pick_places(const Context& ctx, const Convolution& conv, const Windows& w, int64_t n, const T* index, T* places) {
-  using Integer = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  constexpr int L = kLanes<T>;
   const PickLanes<T> lanes(conv.y_channels);
   const auto groups = pick_groups(lanes, w, kPickVectors);
-  const int64_t vectors = lanes.line_vectors(w), size = pick_places_size<T>(conv, w);
+  const int64_t plane = w.out_plane(), size = pick_places_size<T>(conv, w);
   parallel_for(threads_for(ctx, n * size), n, [&](int64_t i) {
+    T* turned = scratch<T>((plane + L) * lanes.slot + L * L, 0);
+    T* to = places + i * size;
     for (int64_t b = 0; b < lanes.blocks; ++b) {
+      const int64_t o = b * L;
+      turn_channels<T>(std::min<int64_t>(L, conv.y_channels - o), plane, index + (i * conv.y_channels + o) * plane, turned, lanes.slot);
       for (int64_t h = 0; h < w.out[1]; ++h) {
+        // A window has two lines, so a comparison tells which; places are exact as numbers of T.
+        const T upper = static_cast<T>(w.begin[1][h] * w.in[2]), lower = static_cast<T>((w.begin[1][h] + 1) * w.in[2]);
         for (const PickGroup& group : groups) {
-          for (size_t j = 0; j < group.windows.size(); ++j) {
-            Integer at[kLanes<T>] = {};
-            for (int64_t lane = 0; lane < lanes.lanes; ++lane) {
-              const int64_t o = b * lanes.lanes + lane % lanes.slot, q = lane / lanes.slot;
-              if (o >= conv.y_channels || q >= group.counts[j]) continue;
-              const auto place = static_cast<int64_t>(index[((i * conv.y_channels + o) * w.out[1] + h) * w.out[2] + group.windows[j] + q]);
-              at[lane] = static_cast<Integer>((place / w.in[2] - w.begin[1][h]) * lanes.lanes + place % w.in[2] - group.column);
-            }
-            std::memcpy(places + i * size + ((b * w.out[1] + h) * vectors + group.vector + static_cast<int64_t>(j)) * lanes.lanes, at, sizeof(at));
+          const T column = static_cast<T>(group.column);
+          for (size_t j = 0; j < group.windows.size(); ++j, to += L) {
+            const Vec<T> place = load_lanes(turned + (h * w.out[2] + group.windows[j]) * lanes.slot, group.counts[j] * lanes.slot);
+            const Vec<T> at = place - column - (place >= lower ? Vec<T>{} + (lower - L) : Vec<T>{} + upper);
+            const auto used = __builtin_convertvector(at > T(0) ? at : Vec<T>{}, Places<T>);  // lanes without a window or channel: the first place
+            store(to, reinterpret_cast<Vec<T>>(used));
           }
         }
       }
@@ -143,10 +141,9 @@ __attribute__((noinline)) void pick_tile(const PickJob<T>& job, const PickTerm<T
 template <class T>
 using PickFn = void (*)(const PickJob<T>&, const PickTerm<T>*, int, bool);
 
-template <class T, int... W>
-PickFn<T> pick_tile_for(size_t vectors, std::integer_sequence<int, W...>) {
-  static constexpr PickFn<T> table[] = {pick_tile<T, W + 1>...};
-  return table[vectors - 1];
+template <class T>
+PickFn<T> pick_tile_for(size_t vectors) {
+  return of_size<kPickVectors>(static_cast<int64_t>(vectors), []<int W>(Size<W>) { return &pick_tile<T, W>; });
 }
 
 template <class T>
@@ -188,7 +185,7 @@ struct PickProduct {
               terms[t] = {operands[t].x + c * geometry.channel + w.begin[1][h] * geometry.line + group.column,
                           operands[t].a + b * block_size + c * taps * L, std::min(run, conv.x_channels - c)};
             }
-            pick_tile_for<T>(group.windows.size(), std::make_integer_sequence<int, kPickVectors>{})(job, terms, num_terms, c > 0);
+            pick_tile_for<T>(group.windows.size())(job, terms, num_terms, c > 0);
           }
         }
       }
@@ -228,10 +225,7 @@ struct PickSums {
 template <class T, int R, int C>
 __attribute__((noinline)) void pick_sums_tile(const PickSums<T>& job) {
   Vec<T> acc[C][R];
-#pragma GCC unroll 8
-  for (int k = 0; k < C; ++k)
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) acc[k][r] = Vec<T>{};
+  clear(acc);
   for (int64_t n = 0; n < job.examples; ++n) {
     for (int64_t h = 0; h < job.lines; ++h) {
       for (int64_t i = 0; i < job.num_groups; ++i) {
@@ -274,21 +268,14 @@ inline constexpr int kPickColumns = R <= 2   ? 4
                                     : R <= 5 ? 2
                                              : 1;
 
-template <class T, int R, int... C>
-PickSumsFn<T> pick_sums_for(int64_t columns, int64_t& taken, std::integer_sequence<int, C...>) {
-  static constexpr PickSumsFn<T> table[] = {pick_sums_tile<T, R, C + 1>...};
-  taken = std::min<int64_t>(columns, kPickColumns<R>);
-  return table[taken - 1];
-}
-
 // The tile for the first of `columns` columns of `rows` rows: its function, and how many it takes.
-template <class T, int... R>
-PickSumsFn<T> pick_sums_for(int64_t rows, int64_t columns, int64_t& taken, std::integer_sequence<int, R...>) {
-  PickSumsFn<T> fn = nullptr;
-  ((rows == R + 1 ? static_cast<void>(fn = pick_sums_for<T, R + 1>(columns, taken, std::make_integer_sequence<int, kPickColumns<R + 1>>{}))
-                  : static_cast<void>(0)),
-   ...);
-  return fn;
+template <class T>
+PickSumsFn<T> pick_sums_for(int64_t rows, int64_t columns, int64_t& taken) {
+  taken = std::min<int64_t>(columns, of_size<kMostPickRows>(rows, []<int R>(Size<R>) { return kPickColumns<R>; }));
+  const auto of_rows = of_size<kMostPickRows>(rows, []<int R>(Size<R>) {
+    return +[](int64_t num) { return of_size<kPickColumns<R>>(num, []<int C>(Size<C>) { return &pick_sums_tile<T, R, C>; }); };
+  });
+  return of_rows(taken);
 }
 
 template <class T>
@@ -348,7 +335,7 @@ void pick_weights(const Context& ctx, const Convolution& conv, const Windows& w,
             job.sums = sums + b * sums_block + (c * taps + k) * L;
             job.row = conv.kernel[2] * L;
             int64_t taken = 0;
-            pick_sums_for<T>(conv.kernel[1], conv.kernel[2] - k, taken, std::make_integer_sequence<int, kMostPickRows>{})(job);
+            pick_sums_for<T>(conv.kernel[1], conv.kernel[2] - k, taken)(job);
             k += taken;
           }
         }

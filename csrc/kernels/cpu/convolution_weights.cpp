@@ -48,10 +48,7 @@ T lane_sum(Vec<T> v) {
 template <class T, int R, int C>
 __attribute__((noinline)) void dot_fn(const DotJob<T>& job) {
   Vec<T> acc[R][C];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) acc[r][c] = Vec<T>{};
+  clear(acc);
   const int64_t y_channel = job.y_channel, length = job.vectors * kLanes<T>;
   for (int64_t n = 0; n < job.examples; ++n) {
     for (int64_t d = 0; d < job.planes; ++d) {
@@ -91,23 +88,20 @@ __attribute__((noinline)) void dot_fn(const DotJob<T>& job) {
 template <class T>
 using DotFn = void (*)(const DotJob<T>&);
 
-template <class T, int R, int... C>
-DotFn<T> dot_for(int64_t cols, std::integer_sequence<int, C...>) {
-  static constexpr DotFn<T> table[] = {dot_fn<T, R, C + 1>...};
-  return table[cols - 1];
+template <class T, int R, int most>
+DotFn<T> dot_for(int64_t cols) {
+  return of_size<most>(cols, []<int C>(Size<C>) { return &dot_fn<T, R, C>; });
 }
 
 template <class T>
 DotFn<T> dot_for(int64_t rows, int64_t cols) {
-  constexpr std::make_integer_sequence<int, kDotCols> wide{};
 #if INFL_VECTOR_BYTES == 64
-  constexpr std::make_integer_sequence<int, kTallCols> tall{};
-  if (rows == 6) return dot_for<T, 6>(cols, tall);
-  if (rows == 5) return dot_for<T, 5>(cols, tall);
-  if (rows == 4) return dot_for<T, 4>(cols, wide);
-  if (rows == 3) return dot_for<T, 3>(cols, wide);
+  if (rows == 6) return dot_for<T, 6, kTallCols>(cols);
+  if (rows == 5) return dot_for<T, 5, kTallCols>(cols);
+  if (rows == 4) return dot_for<T, 4, kDotCols>(cols);
+  if (rows == 3) return dot_for<T, 3, kDotCols>(cols);
 #endif
-  return rows == 2 ? dot_for<T, 2>(cols, wide) : dot_for<T, 1>(cols, wide);
+  return rows == 2 ? dot_for<T, 2, kDotCols>(cols) : dot_for<T, 1, kDotCols>(cols);
 }
 
 // Where lane-padded lines of y lie; in place if y's own lines are whole vectors.

@@ -3,8 +3,6 @@
 // Lanes are full whatever the length of a line, and no sums over lanes remain.
 #pragma once
 
-#include <utility>
-
 #include "kernels/convolution_lanes.h"
 #include "kernels/cpu/convolution_geometry.h"
 #include "kernels/cpu/transpose.h"
@@ -69,10 +67,7 @@ struct TapJob {
 template <class T, int W, int J>
 __attribute__((noinline)) void tap_tile(const TapJob<T>& job) {
   Vec<T> acc[J][W];
-#pragma GCC unroll 8
-  for (int j = 0; j < J; ++j)
-#pragma GCC unroll 7
-    for (int w = 0; w < W; ++w) acc[j][w] = Vec<T>{};
+  clear(acc);
   for (int64_t n = 0; n < job.examples; ++n) {
     const T* y = job.y + n * job.y_example;
     for (int64_t d = 0; d < job.planes; ++d) {
@@ -112,21 +107,14 @@ using TapFn = void (*)(const TapJob<T>&);
 template <int W>
 inline constexpr int kTileRuns = std::clamp((INFL_VECTOR_BYTES == 64 ? 28 : 12) / W, 1, kMostRuns);
 
-template <class T, int W, int... J>
-TapFn<T> tap_tile_for(int64_t runs, int64_t& taken, std::integer_sequence<int, J...>) {
-  static constexpr TapFn<T> table[] = {tap_tile<T, W, J + 1>...};
-  taken = std::min<int64_t>(runs, kTileRuns<W>);
-  return table[taken - 1];
-}
-
-// The tile for the first of `runs` runs of length W: its function, and how many it takes.
-template <class T, int... W>
-TapFn<T> tap_tile_for(int64_t length, int64_t runs, int64_t& taken, std::integer_sequence<int, W...>) {
-  TapFn<T> fn = nullptr;
-  ((length == W + 1 ? static_cast<void>(fn = tap_tile_for<T, W + 1>(runs, taken, std::make_integer_sequence<int, kTileRuns<W + 1>>{}))
-                    : static_cast<void>(0)),
-   ...);
-  return fn;
+// The tile for the first of `runs` runs of a length: its function, and how many it takes.
+template <class T>
+TapFn<T> tap_tile_for(int64_t length, int64_t runs, int64_t& taken) {
+  taken = std::min<int64_t>(runs, of_size<kLongestRun>(length, []<int W>(Size<W>) { return kTileRuns<W>; }));
+  const auto of_length = of_size<kLongestRun>(length, []<int W>(Size<W>) {
+    return +[](int64_t num) { return of_size<kTileRuns<W>>(num, []<int J>(Size<J>) { return &tap_tile<T, W, J>; }); };
+  });
+  return of_length(taken);
 }
 
 // out[position, lane] of a vector of channels (fewer: zeros) of y [channels, plane], `row` between positions.
@@ -195,7 +183,7 @@ void channel_weights(const Context& ctx, const Geometry<T>& geometry, int64_t V,
     size_t same = r;
     while (same < runs.size() && runs[same].length == runs[r].length) ++same;
     int64_t taken = 0;
-    const TapFn<T> fn = tap_tile_for<T>(runs[r].length, static_cast<int64_t>(same - r), taken, std::make_integer_sequence<int, kLongestRun>{});
+    const TapFn<T> fn = tap_tile_for<T>(runs[r].length, static_cast<int64_t>(same - r), taken);
     tiles.push_back({fn, runs.data() + r});
     r += taken;
   }

@@ -37,46 +37,46 @@ void dot_rows(int64_t width, const T* B, const T* t, T* to) {
   to[3] += s3;
 }
 
+// body(rows of B of an example, one of its vectors in [V, n, .])
+template <class T, class Body>
+void each_vector(const Context& ctx, int64_t V, int64_t n, int64_t C, int64_t width, const T* B, const Body& body) {
+  parallel_for(threads_for(ctx, V * n * C * width), n, [&](int64_t i) {
+    for (int64_t v = 0; v < V; ++v) body(B + i * C * width, v * n + i);
+  });
+}
+
 template <class T>
 void output_jacobian(const Context& ctx, int64_t V, int64_t n, int64_t C, int64_t width, const T* B, const T* t_u, T* t_z) {
-  const int threads = threads_for(ctx, V * n * C * width);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int64_t i = 0; i < n; ++i) {
-    for (int64_t v = 0; v < V; ++v) {
-      const T *rows = B + i * C * width, *t = t_u + (v * n + i) * width;
-      T* to = t_z + (v * n + i) * C;
-      int64_t c = 0;
-      for (; c + 4 <= C; c += 4) dot_rows<T>(width, rows + c * width, t, to + c);
-      for (; c < C; ++c) dot_row<T>(width, rows + c * width, t, to + c);
-    }
-  }
+  each_vector(ctx, V, n, C, width, B, [&](const T* rows, int64_t at) {
+    const T* t = t_u + at * width;
+    T* to = t_z + at * C;
+    int64_t c = 0;
+    for (; c + 4 <= C; c += 4) dot_rows<T>(width, rows + c * width, t, to + c);
+    for (; c < C; ++c) dot_row<T>(width, rows + c * width, t, to + c);
+  });
 }
 
 template <class T>
 void output_jacobian_transposed(const Context& ctx, int64_t V, int64_t n, int64_t C, int64_t width, const T* B, const T* g_z, T* g_u) {
-  const int threads = threads_for(ctx, V * n * C * width);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int64_t i = 0; i < n; ++i) {
-    for (int64_t v = 0; v < V; ++v) {
-      const T *rows = B + i * C * width, *g = g_z + (v * n + i) * C;
-      T* to = g_u + (v * n + i) * width;
-      for (int64_t begin = 0; begin < width; begin += kStrip) {
-        const int64_t count = std::min(kStrip, width - begin);
-        T sum[kStrip] = {};
-        for (int64_t c = 0; c < C; ++c) {
-          const T* row = rows + c * width + begin;
-          if (count == kStrip) {
+  each_vector(ctx, V, n, C, width, B, [&](const T* rows, int64_t at) {
+    const T* g = g_z + at * C;
+    T* to = g_u + at * width;
+    for (int64_t begin = 0; begin < width; begin += kStrip) {
+      const int64_t count = std::min(kStrip, width - begin);
+      T sum[kStrip] = {};
+      for (int64_t c = 0; c < C; ++c) {
+        const T* row = rows + c * width + begin;
+        if (count == kStrip) {
 #pragma omp simd
-            for (int64_t k = 0; k < kStrip; ++k) sum[k] += g[c] * row[k];
-          } else {
+          for (int64_t k = 0; k < kStrip; ++k) sum[k] += g[c] * row[k];
+        } else {
 #pragma omp simd
-            for (int64_t k = 0; k < count; ++k) sum[k] += g[c] * row[k];
-          }
+          for (int64_t k = 0; k < count; ++k) sum[k] += g[c] * row[k];
         }
-        for (int64_t k = 0; k < count; ++k) to[begin + k] = sum[k];
       }
+      for (int64_t k = 0; k < count; ++k) to[begin + k] = sum[k];
     }
-  }
+  });
 }
 
 INFL_REGISTER_CPU(output_jacobian_stub, output_jacobian)

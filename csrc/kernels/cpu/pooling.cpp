@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "kernels/cpu/parallel.h"
+#include "kernels/cpu/tiles.h"
 
 namespace infl {
 namespace INFL_ISA {
@@ -46,34 +47,32 @@ void max_of_tiles(int64_t count, const T* line, const T* place, T* y, T* index) 
   }
 }
 
-// The maximum of each column over the lines of a window first, into line and place [lines of the output, width]; then over the window's columns.
+// The maximum of each column over the lines of a window first, into line and place [lines of the output, width] and a vector more; then over the
+// window's columns.
 template <class T>
 void max_pool_plane(const Windows& w, const Columns& columns, const T* x, T* y, T* index, T* line, T* place) {
+  constexpr int64_t L = kLanes<T>;
   const int64_t width = w.in[2], C = w.out[2], lines = w.out[0] * w.out[1];
+  Vec<T> count;
+  for (int lane = 0; lane < L; ++lane) count[lane] = static_cast<T>(lane);
   for (int64_t l = 0; l < lines; ++l) {
     const int64_t d = l / w.out[1], h = l % w.out[1];
-    T *to = line + l * width, *to_place = place + l * width;
-    bool first = true;
-    for (int64_t i = w.begin[0][d]; i < w.end[0][d]; i += w.dilation[0]) {
-      for (int64_t j = w.begin[1][h]; j < w.end[1][h]; j += w.dilation[1]) {
-        const T* row = x + (i * w.in[1] + j) * width;
-        const auto at = static_cast<int32_t>((i * w.in[1] + j) * width);
-        if (first) {
-#pragma omp simd
-          for (int32_t k = 0; k < static_cast<int32_t>(width); ++k) {
-            to[k] = row[k];
-            to_place[k] = static_cast<T>(at + k);
-          }
-          first = false;
-          continue;
-        }
-#pragma omp simd
-        for (int32_t k = 0; k < static_cast<int32_t>(width); ++k) {
-          const bool better = (row[k] > to[k]) | (row[k] != row[k]);
-          to[k] = better ? row[k] : to[k];
-          to_place[k] = better ? static_cast<T>(at + k) : to_place[k];
+    for (int64_t next = 0; next < width; next += L) {
+      const int64_t k = std::max<int64_t>(0, std::min(next, width - L));  // the last vector may overlap the one before it
+      const auto read = [&](int64_t at) { return width < L ? load_lanes(x + at, width) : load(x + at); };
+      const int64_t begin = (w.begin[0][d] * w.in[1] + w.begin[1][h]) * width + k;
+      Vec<T> best = read(begin), best_at = count + static_cast<T>(begin);
+      for (int64_t i = w.begin[0][d]; i < w.end[0][d]; i += w.dilation[0]) {
+        for (int64_t j = w.begin[1][h]; j < w.end[1][h]; j += w.dilation[1]) {
+          const int64_t at = (i * w.in[1] + j) * width + k;
+          const Vec<T> row = read(at);
+          const auto better = (row > best) | (row != row);
+          best = better ? row : best;
+          best_at = better ? count + static_cast<T>(at) : best_at;
         }
       }
+      store(line + l * width + k, best);
+      store(place + l * width + k, best_at);
     }
   }
   if (columns.tiled && columns.longest == 2) return max_of_tiles<2>(lines * C, line, place, y, index);
@@ -105,7 +104,7 @@ T* line_buffer(int64_t size) {
 
 template <class T>
 void max_pool(const Context& ctx, const Windows& w, int64_t planes, const T* x, T* y, T* index) {
-  const int64_t in = w.in_plane(), out = w.out_plane(), size = w.out[0] * w.out[1] * w.in[2];
+  const int64_t in = w.in_plane(), out = w.out_plane(), size = w.out[0] * w.out[1] * w.in[2] + kLanes<T>;
   const Columns columns(w);
   parallel_for(threads_for(ctx, planes * in), planes, [&](int64_t p) {
     T* lines = line_buffer<T>(2 * size);

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from influence_ext.adapters.backward import ForwardPass, recording, run, without
+from influence_ext.adapters.backward import ForwardPass, named, recording, run, without
 from influence_ext.errors import ArgumentError, DTypeError, UnsupportedModelError
 from influence_ext.plan import Plan
 
@@ -85,7 +85,7 @@ class GradSampleModule(nn.Module):
         self.batch_first, self.loss_reduction, self.force_functorch = batch_first, loss_reduction, force_functorch
         self.grad_accumulation_allowed = True
         self.hooks_enabled = True
-        self._waiting: weakref.WeakSet[ForwardPass] = weakref.WeakSet()
+        self._waiting: weakref.WeakSet[Any] = weakref.WeakSet()
         self._current: dict[str, Tensor] = {}
         self.validate(m, strict=strict)
         for p in self._trainable():
@@ -99,8 +99,28 @@ class GradSampleModule(nn.Module):
         """
         if not (self.hooks_enabled and self.training and recording() and any(True for _ in self._trainable())):
             return self._module(*args, **kwargs)
+        if any(isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == 0 for x in (*args, *kwargs.values())):
+            return self._of_no_examples(*args, **kwargs)
         output, call = run(self._module, args, kwargs, self._record, _WHO)
         self._waiting.add(call)
+        return output
+
+    def _of_no_examples(self, *args: Any, **kwargs: Any) -> Any:
+        """Of an empty batch, as Poisson sampling draws them: torch computes, and no row is recorded for any parameter."""
+        output: Tensor = self._module(*args, **kwargs)
+        parameters = {name: p for name, p in self._module.named_parameters() if p.requires_grad}
+
+        def record(_: Tensor) -> None:
+            self._waiting.discard(record)
+            if self.hooks_enabled:
+                for name, p in parameters.items():
+                    self._current.setdefault(name, p.detach().new_zeros(0, *p.shape))
+                if not self._waiting:
+                    self._promote(parameters)
+
+        if output.requires_grad:
+            output.register_hook(record)
+            self._waiting.add(record)
         return output
 
     def _record(self, call: ForwardPass, cotangents: Tensor) -> None:
@@ -124,9 +144,10 @@ class GradSampleModule(nn.Module):
     def _promote(self, parameters: dict[str, nn.Parameter]) -> None:
         """One batch is complete: what it gave goes to the parameters."""
         current, self._current = self._current, {}
-        named = dict(self._module.named_parameters())
+        present = dict(self._module.named_parameters())
         for name, rows in current.items():
-            p: Any = parameters.get(name, named.get(name))
+            p: Any = parameters.get(name, present.get(name))
+            rows = rows.to(p.dtype)
             before = getattr(p, "grad_sample", None)
             p.grad_sample = rows if before is None else [*before, rows] if isinstance(before, list) else [before, rows]
             if not self.grad_accumulation_allowed and isinstance(p.grad_sample, list):
@@ -197,7 +218,7 @@ class GradSampleModule(nn.Module):
         """
         errors: list[NotImplementedError] = [
             UnsupportedModelError(
-                f"{_WHO}: expected a model whose examples do not see each other, got {name or type(m).__name__} in training mode; call "
+                f"{_WHO}: expected a model whose examples do not see each other, got {named(name, m)} in training mode; call "
                 "eval() on it, or use group norm."
             )
             for name, m in module.named_modules()
@@ -214,6 +235,14 @@ class GradSampleModule(nn.Module):
 
     def _trainable(self) -> Iterator[nn.Parameter]:
         return (p for p in self._module.parameters() if p.requires_grad)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the passes that wait for their backward pass: a copy has none."""
+        return {key: value for key, value in self.__dict__.items() if key not in ("_waiting", "_current")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._waiting, self._current = weakref.WeakSet(), {}
 
     def __getattr__(self, item: str) -> Any:
         try:

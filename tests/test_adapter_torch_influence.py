@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -213,6 +214,13 @@ def test_bad_arguments() -> None:
             make(CGInfluenceModule, (model, vectors, X, y), damp=2.0, gnh=gnh).inverse_hvp(vector(len(theta_of(model))))
     with pytest.raises(ValueError, match="expected parameters with requires_grad"):
         make(CGInfluenceModule, (model.requires_grad_(False), objective, X, y), damp=2.0)
+
+
+def test_scipy_is_asked_for_when_the_module_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "scipy.sparse.linalg", None)
+    make(LiSSAInfluenceModule, linear(), repeat=1, depth=2, scale=10.0).stest([0])
+    with pytest.raises(ImportError, match=r"CGInfluenceModule: expected the package scipy .*; run pip install scipy"):
+        make(CGInfluenceModule, linear())
 
 
 def test_negative_eigenvalues_are_a_value_error() -> None:

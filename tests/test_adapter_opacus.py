@@ -288,6 +288,25 @@ def test_a_wrapper_that_has_recorded_can_be_copied(again: Callable[[nn.Module], 
     assert_all_close(samples(wrapped), expected(WIDE, model, X, y))
 
 
+def test_examples_on_the_second_axis() -> None:
+    opacus = pytest.importorskip("opacus.grad_sample")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    X, y = torch.randint(9, (5, N)), torch.randint(3, (5, N))
+    found = []
+    for make in (opacus.GradSampleModule, GradSampleModule):
+        wrapped = make(copy.deepcopy(model), batch_first=False)
+        output = wrapped(X)
+        F.cross_entropy(output.flatten(0, 1), y.flatten()).backward()
+        assert_close(output, model(X))
+        assert wrapped.state_dict().keys() == {f"_module.{name}" for name in model.state_dict()}
+        found.append(samples(wrapped))
+    assert_all_close(found[1], found[0])
+    wrapped.zero_grad()
+    wrapped(X[:, :0]).sum().backward()
+    assert samples(wrapped)["2.bias"].shape == (0, 3)
+
+
 def test_an_empty_batch_gives_no_rows() -> None:
     """Poisson sampling draws some."""
     model, X, y = WIDE.problem()
@@ -366,7 +385,7 @@ class Switched(nn.Module):
 PAIR = torch.ones(2, 4)
 BAD: list[tuple[Any, Any, type[Exception], str]] = [
     (lambda: GradSampleModule(nn.Linear(4, 3), loss_reduction="none"), None, ValueError, "loss_reduction 'mean' or 'sum', got 'none'"),
-    (lambda: GradSampleModule(nn.Linear(4, 3), batch_first=False), None, NotImplementedError, "batch_first=False"),
+    (lambda: GradSampleModule(nn.Linear(4, 3), batch_first=False), PAIR[0], ValueError, r"expected inputs \[K, N, ...\]"),
     (lambda: GradSampleModule(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))), None, NotImplementedError,
      r"got BatchNorm1d \(1\) in training mode"),
     (lambda: GradSampleModule(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)), strict=False), PAIR, UnsupportedModelError,

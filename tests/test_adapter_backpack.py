@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib
+import pickle
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -245,6 +247,33 @@ def test_an_extended_network_can_be_freed() -> None:
     assert alive() is None
 
 
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
+def test_an_extended_network_can_be_copied(again: Callable[[nn.Module], nn.Module]) -> None:
+    model, X, y = WIDE.problem()
+    extend(model)
+    model(X)
+    other = again(model)
+    with backpack(BatchGrad()):
+        F.cross_entropy(other(2 * X), y).backward()
+    for name, rows in expected(WIDE, other, 2 * X, y).items():
+        assert_close(fields(other, "grad_batch")[name], rows / N, scope="model")
+    assert not fields(model, "grad_batch")
+
+
+def test_fields_have_the_dtype_of_their_parameters() -> None:
+    model, X, y = WIDE.problem()
+    extend(model.bfloat16())
+    with backpack(*(ext() for ext in FIELDS.values())):
+        F.cross_entropy(model(X.bfloat16()), y).backward()
+    assert {getattr(p, name).dtype for p in model.parameters() for name in FIELDS} == {torch.bfloat16}
+
+
+def test_the_names_are_where_the_peer_has_them() -> None:
+    ours = importlib.import_module("influence_ext.adapters.backpack.extensions")
+    assert ours.BatchGrad is BatchGrad
+    assert set(ours.__all__) <= set(extensions.__all__)
+
+
 @pytest.mark.parametrize(
     ("exts", "text"),
     [
@@ -267,11 +296,11 @@ def test_bad_input() -> None:
         with pytest.raises(ArgumentError, match="expected subsampling as a list of indices, got"):
             BatchGrad(subsampling=subsampling)  # type: ignore[arg-type]
     extend(model)
-    with backpack(BatchGrad(subsampling=[N])), pytest.raises(ArgumentError, match=f"indices from 0 to {N - 1}, got {N}"):
+    with backpack(BatchGrad(subsampling=[N])), pytest.raises(IndexError, match=f"indices from 0 to {N - 1}, got {N}"):
         F.cross_entropy(model(X), y).backward()
     model.append(nn.BatchNorm1d(3).double())
     with pytest.raises(UnsupportedModelError, match=r"(?s)backpack: .*batch norm 3 is in training mode"):
         model(X)
     model[3] = nn.Dropout(0.5)
-    with pytest.raises(NotImplementedError, match=r"active dropout, .*got 3 in training mode"):
+    with pytest.raises(NotImplementedError, match=r"active dropout, .*got Dropout \(3\) in training mode"):
         model(X)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import UserDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -42,17 +41,6 @@ class Sequences(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         z = self.net(x)
         return z.transpose(1, 2) if self.classes_first else z
-
-
-class Fields(nn.Module):
-    """Takes a mapping as its one argument."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = network()
-
-    def forward(self, fields: Any) -> Tensor:
-        return self.net(fields["x"]) * fields["scale"]
 
 
 def targets(loss: nn.Module, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -219,18 +207,6 @@ def test_changed_buffers_count() -> None:
     V = random(ours.shape[0])
     model[1].running_var.mul_(2)
     assert_close(ours @ V, theirs @ V)
-
-
-@names
-@pytest.mark.parametrize("kinds", [(dict, UserDict), (UserDict, dict)])
-def test_mappings_as_input(name: str, kinds: tuple[type, type]) -> None:
-    model, loss = Fields(), nn.CrossEntropyLoss()
-    data = [(kind({"x": X, "scale": X[:, :1].exp()}), y) for kind, (X, y) in zip(kinds, batches(loss, (3, 5)), strict=True)]
-    ours, theirs = both(name, model, loss, list(model.parameters()), data, batch_size_fn=lambda X: len(X["x"]))
-    V = random(ours.shape[0], 2)
-    assert_close(ours @ V, theirs @ V)
-    with pytest.raises(ValueError, match="batch_size_fn"):
-        getattr(adapter, name)(model, loss, list(model.parameters()), data)
 
 
 @pytest.mark.parametrize("block_sizes", [[1, 1, 1, 1], [2, 2], [4], [3, 1]])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -260,15 +262,83 @@ def test_arguments_by_name_and_several_of_them() -> None:
     model = nn.Bilinear(3, 4, 2).double()
     x, z = torch.randn(N, 3).double(), torch.randn(N, 4).double()
     found = []
-    for args, kwargs in (((x, z), {}), ((), {"input1": x, "input2": z})):
+    for args, kwargs in (((x, z), {}), ((), {"input1": x, "input2": z}), ((x,), {"input2": z})):
         wrapped = GradSampleModule(model)
         wrapped(*args, **kwargs).square().mean(dim=0).sum().backward()
         found.append(model.weight.grad_sample)
         wrapped.to_standard_module()
-    assert torch.equal(*found)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
     for n in range(N):
         (like,) = torch.autograd.grad(model(x[n : n + 1], z[n : n + 1]).square().sum(), [model.weight])
         assert_close(found[0][n], like, scope="model")
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))], ids=["deepcopy", "pickle"])
+def test_a_wrapper_that_has_recorded_can_be_copied(again: Callable[[nn.Module], nn.Module]) -> None:
+    model, X, y = WIDE.problem()
+    wrapped = GradSampleModule(model)
+    pending = wrapped(X)
+    F.cross_entropy(wrapped(X), y)
+    other = again(wrapped)
+    F.cross_entropy(other(2 * X), y).backward()
+    assert_all_close(samples(other), expected(WIDE, other._module, 2 * X, y))
+    assert not samples(wrapped)
+    F.cross_entropy(pending, y).backward()
+    assert_all_close(samples(wrapped), expected(WIDE, model, X, y))
+
+
+def test_examples_on_the_second_axis() -> None:
+    opacus = pytest.importorskip("opacus.grad_sample")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    X, y = torch.randint(9, (5, N)), torch.randint(3, (5, N))
+    found = []
+    for make in (opacus.GradSampleModule, GradSampleModule):
+        wrapped = make(copy.deepcopy(model), batch_first=False)
+        output = wrapped(X)
+        F.cross_entropy(output.flatten(0, 1), y.flatten()).backward()
+        assert_close(output, model(X))
+        assert wrapped.state_dict().keys() == {f"_module.{name}" for name in model.state_dict()}
+        found.append(samples(wrapped))
+    assert_all_close(found[1], found[0])
+    wrapped.zero_grad()
+    wrapped(X[:, :0]).sum().backward()
+    assert samples(wrapped)["2.bias"].shape == (0, 3)
+
+
+def test_an_empty_batch_gives_no_rows() -> None:
+    """Poisson sampling draws some."""
+    model, X, y = WIDE.problem()
+    wrapped = GradSampleModule(model)
+    wrapped(X[:0]).sum().backward()
+    for p in model.parameters():
+        assert p.grad_sample.shape == (0, *p.shape)
+        assert not p.grad.any()
+    wrapped.zero_grad()
+    empty, full = wrapped(X[:0]), wrapped(X)
+    (empty.sum() + F.cross_entropy(full, y)).backward()
+    assert_all_close(samples(wrapped), expected(WIDE, model, X, y))
+    with torch.no_grad():
+        assert wrapped(X[:0]).shape == (0, 3)
+
+
+def test_samples_have_the_dtype_of_their_parameters() -> None:
+    """In half precision too; autocast of the caller changes nothing."""
+    model, X, y = WIDE.problem()
+    model, X = model.float(), X.float()
+    wrapped = GradSampleModule(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = F.cross_entropy(wrapped(X), y)
+    loss.backward()
+    like = samples(wrapped)
+    half = GradSampleModule(copy.deepcopy(model).bfloat16())
+    F.cross_entropy(half(X.bfloat16()), y).backward()
+    for name, rows in samples(half).items():
+        assert (like[name].dtype, rows.dtype) == (torch.float32, torch.bfloat16)
+        assert (rows - like[name]).norm() < 0.05 * like[name].norm()
+    for name, rows in expected(WIDE, copy.deepcopy(model).double(), X.double(), y).items():
+        assert_close(like[name], rows, scope="model")
 
 
 def test_a_pass_is_freed_with_its_graph() -> None:
@@ -315,11 +385,13 @@ class Switched(nn.Module):
 PAIR = torch.ones(2, 4)
 BAD: list[tuple[Any, Any, type[Exception], str]] = [
     (lambda: GradSampleModule(nn.Linear(4, 3), loss_reduction="none"), None, ValueError, "loss_reduction 'mean' or 'sum', got 'none'"),
-    (lambda: GradSampleModule(nn.Linear(4, 3), batch_first=False), None, NotImplementedError, "batch_first=False"),
-    (lambda: GradSampleModule(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))), None, NotImplementedError, "got 1 in training mode"),
+    (lambda: GradSampleModule(nn.Linear(4, 3), batch_first=False), PAIR[0], ValueError, r"expected inputs \[K, N, ...\]"),
+    (lambda: GradSampleModule(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))), None, NotImplementedError,
+     r"got BatchNorm1d \(1\) in training mode"),
     (lambda: GradSampleModule(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)), strict=False), PAIR, UnsupportedModelError,
      "batch norm 1 is in training mode"),
-    (lambda: GradSampleModule(nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.1))), PAIR, UnsupportedModelError, "active dropout, .*got 1 in"),
+    (lambda: GradSampleModule(nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.1))), PAIR, UnsupportedModelError,
+     r"active dropout, .*got Dropout \(1\) in"),
     (lambda: GradSampleModule(Switched()), PAIR, UnsupportedModelError, "same in training and in evaluation mode, got Switched"),
     (lambda: GradSampleModule(nn.Linear), None, TypeError, "expected an nn.Module, got <class"),
     (lambda: GradSampleModule(nn.Linear(4, 3)), [1.0], DTypeError, "tensors as arguments.*got list"),

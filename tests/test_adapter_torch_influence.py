@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -55,6 +57,7 @@ def test_inverse_products_and_scores(cls: type, options: dict, gnh: bool, proble
     close(module.influences([3, 0, 40, 11], [4, 9, 2]), expected)
     everything = torch.stack([gradient(case, [i], train=True) @ v for i in range(N)]) / N
     close(module.influences(range(N), [0], stest=v), everything)
+    close(copy.deepcopy(module).influences(None, [0], stest=v), everything)
 
 
 def test_closed_forms() -> None:
@@ -196,6 +199,8 @@ def test_bad_arguments() -> None:
     module = make(CGInfluenceModule, case, damp=2.0)
     with pytest.raises(TypeError, match=r"stest of the parameters' dtype torch.float64, got torch.float32"):
         module.influences([0], [], stest=torch.ones(len(theta_of(model))))
+    with pytest.raises(ValueError, match="expected training examples, got an empty data set"):
+        CGInfluenceModule(model, objective, DataLoader(TensorDataset(X[:0], y[:0])), loader, CPU, damp=2.0)
     with pytest.raises(ValueError, match="expected train_loader to be a DataLoader, got list"):
         CGInfluenceModule(model, objective, [(X, y)], loader, CPU, damp=2.0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="expected test_loader to be a DataLoader, got NoneType"):
@@ -209,6 +214,13 @@ def test_bad_arguments() -> None:
             make(CGInfluenceModule, (model, vectors, X, y), damp=2.0, gnh=gnh).inverse_hvp(vector(len(theta_of(model))))
     with pytest.raises(ValueError, match="expected parameters with requires_grad"):
         make(CGInfluenceModule, (model.requires_grad_(False), objective, X, y), damp=2.0)
+
+
+def test_scipy_is_asked_for_when_the_module_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "scipy.sparse.linalg", None)
+    make(LiSSAInfluenceModule, linear(), repeat=1, depth=2, scale=10.0).stest([0])
+    with pytest.raises(ImportError, match=r"CGInfluenceModule: expected the package scipy .*; run pip install scipy"):
+        make(CGInfluenceModule, linear())
 
 
 def test_negative_eigenvalues_are_a_value_error() -> None:

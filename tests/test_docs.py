@@ -103,16 +103,27 @@ def test_gallery_shows_every_picture_and_names_every_script() -> None:
     assert [script.name for script in SCRIPTS if f"`{script.name}`" not in gallery] == []
 
 
+def links(text: str) -> list[str]:
+    """Targets of relative links to other files."""
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    return [target.split("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", prose) if "://" not in target and target[0] != "#"]
+
+
 def broken_links(page: Path, text: str) -> list[str]:
     """Targets of relative links that are not there."""
-    prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
-    targets = [target.split("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", prose) if "://" not in target]
-    return [target for target in targets if target and not (page.parent / target).exists()]
+    return [target for target in links(text) if not (page.parent / target).exists()]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_lead_somewhere(page: Path) -> None:
     assert broken_links(page, page.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("page", [ROOT / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))], ids=name_of)
+def test_web_pages_link_to_web_pages(page: Path) -> None:
+    """`make docs` has the pages of docs and the changelog alone."""
+    shown = {path.resolve() for path in DOCS.rglob("*") if path.is_file()}
+    assert [target for target in links(page.read_text(encoding="utf-8")) if (page.parent / target).resolve() not in shown] == []
 
 
 def test_broken_links_are_found() -> None:

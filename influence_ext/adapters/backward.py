@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -20,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from influence_ext.capture import Remembered, differentiable
 from influence_ext.capture.probe import same
+from influence_ext.context import standalone
 from influence_ext.data import ModelInput, call_arguments, call_model
 from influence_ext.errors import DTypeError, UnsupportedModelError
 from influence_ext.plan import Plan
@@ -183,6 +185,7 @@ class _TwiceNode(_Node):
         return (None, *gradients)
 
 
+@standalone
 def run(
     network: nn.Module,
     args: tuple[Any, ...],
@@ -198,13 +201,13 @@ def run(
     says ``create_graph=True``, computed by torch; else torch refuses to differentiate a second time.
 
     Raises:
-        DTypeError: an argument is not a tensor, or arguments come both by position and by name.
+        DTypeError: an argument is not a tensor.
         UnsupportedModelError, ShapeError, DeviceError: see :meth:`Plan.of`; or the forward pass in training mode is another than in
             evaluation mode (dropout).
 
     Cost: one forward pass; for a network in training mode, the first time, a copy of it and its forward pass on two examples.
     """
-    X = _inputs(args, kwargs, who)
+    X = _inputs(network, args, kwargs, who)
     _check_dropout(network, who)
     with _alone():
         plan = Plan.of(network, X, None, who)
@@ -266,12 +269,17 @@ def _each(X: ModelInput, function: Callable[[Tensor], Tensor]) -> ModelInput:
 
 
 def _check_dropout(network: nn.Module, who: str) -> None:
-    active = [name or type(module).__name__ for name, module in network.named_modules() if module.training and _dropout(module) > 0]
+    active = [named(name, module) for name, module in network.named_modules() if module.training and _dropout(module) > 0]
     if active:
         raise UnsupportedModelError(
             f"{who}: expected a network without active dropout, whose derivatives are those of one forward pass, got {', '.join(active)} "
             "in training mode; set p=0, or call eval() on these modules."
         )
+
+
+def named(name: str, module: nn.Module) -> str:
+    """A module of a network as messages call it."""
+    return f"{type(module).__name__} ({name})" if name else type(module).__name__
 
 
 def _dropout(module: nn.Module) -> float:
@@ -296,14 +304,16 @@ def without(module: nn.Module, *attributes: str) -> nn.Module:
     return twin
 
 
-def _inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any], who: str) -> ModelInput:
+def _inputs(network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], who: str) -> ModelInput:
     values = (*args, *kwargs.values())
-    if not values or (args and kwargs) or not all(isinstance(value, Tensor) for value in values):
+    if not values or not all(isinstance(value, Tensor) for value in values):
         found = ", ".join([*(type(a).__name__ for a in args), *(f"{key}={type(a).__name__}" for key, a in kwargs.items())]) or "nothing"
-        raise DTypeError(
-            f"{who}: expected tensors as arguments of the network, all by position or all by name, got {found}; bind other arguments in a "
-            "module around it."
-        )
+        raise DTypeError(f"{who}: expected tensors as arguments of the network, got {found}; bind other arguments in a module around it.")
+    if args and kwargs:  # plans take all by position or all by name
+        bound = inspect.signature(network.forward).bind(*args, **kwargs).arguments
+        kwargs = {key: x for name, value in bound.items() for key, x in (value.items() if isinstance(value, dict) else [(name, value)])}
+        if any(isinstance(x, tuple) for x in kwargs.values()):
+            raise DTypeError(f"{who}: expected tensors by position or by name, got both for a network that takes *args; give them one way.")
     return dict(kwargs) if kwargs else args[0] if len(args) == 1 else tuple(args)
 
 

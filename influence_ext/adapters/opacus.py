@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from influence_ext.adapters.backward import ForwardPass, recording, run, without
-from influence_ext.errors import ArgumentError, DTypeError, UnsupportedModelError
+from influence_ext.adapters.backward import ForwardPass, named, recording, run, without
+from influence_ext.errors import ArgumentError, DTypeError, ShapeError, UnsupportedModelError
 from influence_ext.plan import Plan
 
 LAYERS: tuple[type[nn.Module], ...] = (
@@ -48,7 +48,7 @@ class GradSampleModule(nn.Module):
 
     Args:
         m: the model; its parameters get attributes, nothing else is changed.
-        batch_first: True: the first axis counts examples.
+        batch_first: True: the first axis of inputs and output counts examples; False: the second one does.
         loss_reduction: ``"mean"`` or ``"sum"`` over the examples of a batch, what the loss does.
         strict: refuse batch norm in training mode now rather than in the first forward pass.
         force_functorch: takes no effect; there is one way to compute gradients.
@@ -56,7 +56,7 @@ class GradSampleModule(nn.Module):
     Raises:
         DTypeError (a TypeError): ``m`` is no module.
         ArgumentError (a ValueError): another ``loss_reduction``.
-        UnsupportedModelError (a NotImplementedError): ``batch_first=False``; with ``strict``, batch norm in training mode.
+        UnsupportedModelError (a NotImplementedError): with ``strict``, batch norm in training mode.
 
     Cost of a backward pass: two cotangent sweeps, and N·P elements written once, into memory that is used again when no ``grad_sample``
     lies in it any more (:func:`influence_ext.set_cache_limit`).
@@ -76,20 +76,20 @@ class GradSampleModule(nn.Module):
             raise DTypeError(f"{_WHO}: expected an nn.Module, got {m!r}; pass an instance.")
         if loss_reduction not in ("mean", "sum"):
             raise ArgumentError(f"{_WHO}: expected loss_reduction 'mean' or 'sum', got {loss_reduction!r}; say what the loss does.")
-        if not batch_first:
-            raise UnsupportedModelError(
-                f"{_WHO}: expected examples on the first axis of the inputs, got batch_first=False; put the transposition into the model "
-                "and pass batches as [N, ...]."
-            )
         self._module = m
+        self._start()
         self.batch_first, self.loss_reduction, self.force_functorch = batch_first, loss_reduction, force_functorch
         self.grad_accumulation_allowed = True
         self.hooks_enabled = True
-        self._waiting: weakref.WeakSet[ForwardPass] = weakref.WeakSet()
-        self._current: dict[str, Tensor] = {}
         self.validate(m, strict=strict)
         for p in self._trainable():
             p.grad_sample = None  # type: ignore[attr-defined]
+
+    def _start(self) -> None:
+        """What belongs to this object alone, with nothing recorded."""
+        self._waiting: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._current: dict[nn.Parameter, Tensor] = {}
+        self.__dict__["_turned"] = _Turned(self._module)  # past nn.Module, which would count its parameters twice
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped model's output.
@@ -99,8 +99,36 @@ class GradSampleModule(nn.Module):
         """
         if not (self.hooks_enabled and self.training and recording() and any(True for _ in self._trainable())):
             return self._module(*args, **kwargs)
-        output, call = run(self._module, args, kwargs, self._record, _WHO)
+        axis = 0 if self.batch_first else 1
+        inputs = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        if any(x.dim() > axis and x.shape[axis] == 0 for x in inputs):
+            return self._of_no_examples(*args, **kwargs)
+        if self.batch_first:
+            output, call = run(self._module, args, kwargs, self._record, _WHO)
+        else:
+            if any(x.dim() < 2 for x in inputs):
+                raise ShapeError(f"{_WHO}: expected inputs [K, N, ...] with batch_first=False, got {[list(x.shape) for x in inputs]}.")
+            args, kwargs = tuple(map(_turn, args)), {key: _turn(x) for key, x in kwargs.items()}
+            output, call = run(self.__dict__["_turned"], args, kwargs, self._record, _WHO)
+            output = _turn(output)
         self._waiting.add(call)
+        return output
+
+    def _of_no_examples(self, *args: Any, **kwargs: Any) -> Any:
+        """Of an empty batch, as Poisson sampling draws them: torch computes, and no row is recorded for any parameter."""
+        output: Tensor = self._module(*args, **kwargs)
+
+        def record(_: Tensor) -> None:
+            self._waiting.discard(record)
+            if self.hooks_enabled:
+                for p in self._trainable():
+                    self._current.setdefault(p, p.detach().new_zeros(0, *p.shape))
+                if not self._waiting:
+                    self._promote()
+
+        if output.requires_grad:
+            output.register_hook(record)
+            self._waiting.add(record)
         return output
 
     def _record(self, call: ForwardPass, cotangents: Tensor) -> None:
@@ -110,23 +138,24 @@ class GradSampleModule(nn.Module):
         N = call.num_examples
         unreduced = cotangents * N if self.loss_reduction == "mean" else cotangents
         for name, rows in call.rows(call.factors(unreduced)).items():
-            other = self._current.get(name)
+            p = call.parameters[name]
+            other = self._current.get(p)
             if other is None:
-                self._current[name] = rows
+                self._current[p] = rows
             else:
                 longer, shorter = (other, rows) if len(other) >= len(rows) else (rows, other)
                 longer[: len(shorter)] += shorter
-                self._current[name] = longer
+                self._current[p] = longer
         self._waiting.discard(call)
         if not self._waiting:
-            self._promote(call.parameters)
+            self._promote()
 
-    def _promote(self, parameters: dict[str, nn.Parameter]) -> None:
+    def _promote(self) -> None:
         """One batch is complete: what it gave goes to the parameters."""
         current, self._current = self._current, {}
-        named = dict(self._module.named_parameters())
-        for name, rows in current.items():
-            p: Any = parameters.get(name, named.get(name))
+        p: Any
+        for p, rows in current.items():
+            rows = rows.to(p.dtype)
             before = getattr(p, "grad_sample", None)
             p.grad_sample = rows if before is None else [*before, rows] if isinstance(before, list) else [before, rows]
             if not self.grad_accumulation_allowed and isinstance(p.grad_sample, list):
@@ -175,7 +204,7 @@ class GradSampleModule(nn.Module):
         """
         if self.hooks_enabled:
             raise ArgumentError(f"{_WHO}.add_hooks: expected a module that does not record, got one that does; call remove_hooks() first.")
-        self.loss_reduction = loss_reduction
+        self.loss_reduction, self.batch_first, self.force_functorch = loss_reduction, batch_first, force_functorch
         self.enable_hooks()
 
     def remove_hooks(self) -> None:
@@ -197,7 +226,7 @@ class GradSampleModule(nn.Module):
         """
         errors: list[NotImplementedError] = [
             UnsupportedModelError(
-                f"{_WHO}: expected a model whose examples do not see each other, got {name or type(m).__name__} in training mode; call "
+                f"{_WHO}: expected a model whose examples do not see each other, got {named(name, m)} in training mode; call "
                 "eval() on it, or use group norm."
             )
             for name, m in module.named_modules()
@@ -215,6 +244,14 @@ class GradSampleModule(nn.Module):
     def _trainable(self) -> Iterator[nn.Parameter]:
         return (p for p in self._module.parameters() if p.requires_grad)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the passes that wait for their backward pass: a copy has none."""
+        return {key: value for key, value in self.__dict__.items() if key not in ("_waiting", "_current", "_turned")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._start()
+
     def __getattr__(self, item: str) -> Any:
         try:
             return super().__getattr__(item)
@@ -227,6 +264,22 @@ class GradSampleModule(nn.Module):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._module!r})"
+
+
+class _Turned(nn.Module):
+    """A model with the examples on the second axis of its inputs and output, as one with the examples first."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        return _turn(self.module(*map(_turn, args), **{key: _turn(x) for key, x in kwargs.items()}))
+
+
+def _turn(x: Any) -> Any:
+    """Exchange a tensor's first two axes."""
+    return x.transpose(0, 1) if isinstance(x, Tensor) else x
 
 
 def register_grad_samplers(layers: Sequence[type[nn.Module]] = LAYERS) -> Callable[[], None]:

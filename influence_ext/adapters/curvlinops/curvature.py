@@ -53,17 +53,25 @@ Native = GGN | Hessian | TermFisher
 
 @dataclass(frozen=True, eq=False)
 class Linearised:
-    """The library's operator at given parameters.
+    """The library's operators at given parameters, whose sum is the matrix.
 
     Attributes:
-        native: products ``[K, P] -> [K, P]`` in the library's order of parameters.
-        module: what it was made of.
+        natives: products ``[K, P] -> [K, P]`` in the library's order of parameters; one for each shape of examples.
+        module: what they were made of.
         order: positions in the user's list of the parameters in the library's order.
     """
 
-    native: Native
+    natives: tuple[Native, ...]
     module: torch.nn.Module
     order: list[int]
+
+    def matmat(self, V: Tensor) -> Tensor:
+        """``[K, P] -> [K, P]``, computed in float32 for half precision."""
+        V = V.to(self.natives[0].tape.outputs.dtype)
+        product = self.natives[0].matmat(V)
+        for native in self.natives[1:]:
+            product = product + native.matmat(V)
+        return product
 
 
 class CurvatureLinearOperator(PyTorchLinearOperator):
@@ -80,7 +88,7 @@ class CurvatureLinearOperator(PyTorchLinearOperator):
             passed to it as one argument.
         loss_func: with an attribute ``reduction``, "mean" or "sum".
         params: parameters of the module, all or some, in any order; or a dictionary name -> tensor of the values at which to evaluate.
-        data: re-iterable of ``(X, y)``.
+        data: re-iterable of ``(X, y)``; shapes of examples may differ between batches.
         progressbar: show one while the data are read.
         check_deterministic: read the data twice and raise if the empirical risk or its gradient differ.
         num_data: N; default: the sizes of the batches, added up.
@@ -93,7 +101,8 @@ class CurvatureLinearOperator(PyTorchLinearOperator):
             captured (:class:`~influence_ext.errors.UnsupportedModelError`).
         NotImplementedError: a loss that the matrix is not defined for.
 
-    Cost: one forward pass, whose state is kept; with ``check_deterministic`` another pass over the data. Products: ``influence_ext.GGN``.
+    Cost: one forward pass, whose state is kept, and a capture for each shape of examples; with ``check_deterministic`` another pass over
+    the data. Products: ``influence_ext.GGN``.
     """
 
     SELF_ADJOINT: bool = True
@@ -135,15 +144,19 @@ class CurvatureLinearOperator(PyTorchLinearOperator):
         self._check_loss(who)
         passes = 2 if check_deterministic else 1
         with torch.random.fork_rng(devices=[]):  # one for both passes: they are to draw different random numbers
-            self._batches, *again = [Batches.read(data, self.device, batch_size_fn, progressbar, who) for _ in range(passes)]
-        self._num_data = sum(self._batches.sizes) if num_data is None else num_data
+            self._groups, *again = [Batches.read(data, self.device, batch_size_fn, progressbar, who) for _ in range(passes)]
+        self._num_data = sum(sum(batches.sizes) for batches in self._groups) if num_data is None else num_data
         self._common("dtype")
         super().__init__([tuple(t.shape) for t in self._tensors], [tuple(t.shape) for t in self._tensors])
-        self._subject = Subject(model_func, params, self._batches.structure, who)
-        self._linearised = self._linearise(self._batches)
-        self._require_deterministic_model(who)
-        for batches in again:
-            self._require_deterministic_data(batches, who)
+        self._subject = Subject(model_func, params, self._groups[0].structure, who)
+        self._linearised: Linearised | None = self._linearise(self._groups)
+        self._require_deterministic_model(self._linearised, who)
+        for groups in again:
+            self._require_deterministic_data(self._linearised, groups, who)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the forward pass, which a copy computes when it first needs it."""
+        return {**self.__dict__, "_linearised": None}
 
     # What subclasses say
 
@@ -207,11 +220,10 @@ class CurvatureLinearOperator(PyTorchLinearOperator):
         return product
 
     def _ordered(self, at: Linearised, V: Tensor) -> Tensor:
-        V = V.to(at.native.tape.outputs.dtype)  # float32 for parameters in half precision
         if at.order == sorted(at.order):
-            return at.native.matmat(V).to(self.dtype)
+            return at.matmat(V).to(self.dtype)
         pieces = V.split(self._in_shape_flat, dim=1)
-        product = at.native.matmat(torch.cat([pieces[k] for k in at.order], dim=1))
+        product = at.matmat(torch.cat([pieces[k] for k in at.order], dim=1))
         return torch.cat(self._in_user_order(at, product), dim=1).to(self.dtype)
 
     def _in_user_order(self, at: Linearised, rows: Tensor) -> list[Tensor]:
@@ -220,14 +232,14 @@ class CurvatureLinearOperator(PyTorchLinearOperator):
         return [piece for _, piece in sorted(zip(at.order, pieces, strict=True), key=lambda found: found[0])]
 
     def _current(self) -> Linearised:
-        if self._subject.changed():
-            self._linearised = self._linearise(self._batches)
+        if self._linearised is None or self._subject.changed():
+            self._linearised = self._linearise(self._groups)
         return self._linearised
 
-    def _linearise(self, batches: Batches) -> Linearised:
+    def _linearise(self, groups: Sequence[Batches]) -> Linearised:
         module, names = self._subject.look(), self._subject.names
-        native = self._make(module, batches, names)
-        return Linearised(native, module, [names.index(name) for name in native.space.names])
+        natives = tuple(self._make(module, batches, names) for batches in groups)
+        return Linearised(natives, module, [names.index(name) for name in natives[0].space.names])
 
     def _weights(self, batches: Batches) -> Tensor | None:
         """``[N]``, what each example's loss counts beyond the library's own reduction; None for ones."""
@@ -259,16 +271,18 @@ class CurvatureLinearOperator(PyTorchLinearOperator):
     def gradient_and_loss(self) -> tuple[list[Tensor], Tensor]:
         """Gradient (a list of tensors shaped like the parameters) and value of the empirical risk. Cost: one cotangent sweep."""
         at = self._current()
-        gradient, value = self._gradient_and_loss(at, self._batches)
+        gradient, value = self._gradient_and_loss(at, self._groups)
         pieces = self._in_user_order(at, gradient.to(self.dtype))
         return [g.view(shape) for g, shape in zip(pieces, self._in_shape, strict=True)], value.to(self.dtype)
 
-    def _gradient_and_loss(self, at: Linearised, batches: Batches) -> tuple[Tensor, Tensor]:
-        tape = at.native.tape
-        z, targets = tape.outputs, batches.examples.targets
-        weights = batches.risk_weights(self._loss, self._num_data).to(z.dtype)
-        gradients = self._loss.gradient(z, targets) * weights.view(-1, *[1] * (z.dim() - 1))
-        return tape.vjp(gradients[None])[0], (weights * self._loss.value(z, targets)).sum()
+    def _gradient_and_loss(self, at: Linearised, groups: Sequence[Batches]) -> tuple[Tensor, Tensor]:
+        found = []
+        for native, batches in zip(at.natives, groups, strict=True):
+            z, targets = native.tape.outputs, batches.examples.targets
+            weights = batches.risk_weights(self._loss, self._num_data).to(z.dtype)
+            gradients = self._loss.gradient(z, targets) * weights.view(-1, *[1] * (z.dim() - 1))
+            found.append((native.tape.vjp(gradients[None])[0], (weights * self._loss.value(z, targets)).sum()))
+        return torch.stack([g for g, _ in found]).sum(dim=0), torch.stack([value for _, value in found]).sum()
 
     def _common(self, what: str) -> Any:
         found = {getattr(t, what) for t in self._tensors}
@@ -295,34 +309,42 @@ class CurvatureLinearOperator(PyTorchLinearOperator):
         stops = [ends[last - 1] for last in accumulate(block_sizes)]
         return None if len(stops) == 1 else list(zip([0, *stops[:-1]], stops, strict=True))
 
-    def _require_deterministic_model(self, who: str) -> None:
+    def _require_deterministic_model(self, at: Linearised, who: str) -> None:
         """The library computes in evaluation mode; a model in training mode has to be the same function."""
-        module = self._linearised.module
-        if not any(m.training for m in module.modules()):
+        if not any(m.training for m in at.module.modules()):
             return
-        outputs, start = self._linearised.native.tape.outputs, 0
-        limit = torch.finfo(self.dtype).eps ** 0.5 * float(outputs.abs().max())
-        buffers = {b: b.clone() for b in module.buffers()}
+        buffers = {b: b.clone() for b in at.module.buffers()}
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             try:
-                for size in self._batches.rows:
-                    _, X = next(self._batches.examples.subset(range(start, start + size)).blocks(size))
-                    z = module(*X) if isinstance(X, tuple) else module(X)
-                    if not torch.allclose(z.to(outputs.dtype), outputs[start : start + size], rtol=0, atol=limit):
-                        raise UnsupportedModelError(
-                            f"{who}: expected a model that computes the same in training and in evaluation mode, got different predictions "
-                            "(dropout or batch norm); call model.eval() first."
-                        )
-                    start += size
+                agree = all(
+                    self._same_outputs(at.module, native, batches) for native, batches in zip(at.natives, self._groups, strict=True)
+                )
             finally:
                 for buffer, value in buffers.items():
                     buffer.copy_(value)
+        if not agree:
+            raise UnsupportedModelError(
+                f"{who}: expected a model that computes the same in training and in evaluation mode, got different predictions "
+                "(dropout or batch norm); call model.eval() first."
+            )
 
-    def _require_deterministic_data(self, again: Batches, who: str) -> None:
+    def _same_outputs(self, module: torch.nn.Module, native: Native, batches: Batches) -> bool:
+        """Whether the module, as it is, gives the outputs on the tape."""
+        outputs, start = native.tape.outputs, 0
+        limit = torch.finfo(self.dtype).eps ** 0.5 * float(outputs.abs().max())
+        for size in batches.rows:
+            _, X = next(batches.examples.subset(range(start, start + size)).blocks(size))
+            z = module(*X) if isinstance(X, tuple) else module(X)
+            if not torch.allclose(z.to(outputs.dtype), outputs[start : start + size], rtol=0, atol=limit):
+                return False
+            start += size
+        return True
+
+    def _require_deterministic_data(self, at: Linearised, again: Sequence[Batches], who: str) -> None:
         """Raise unless a second pass over the data gives the same risk and gradient; identical batches need no computation."""
-        if self._batches.same_as(again):
+        if len(again) == len(self._groups) and all(a.same_as(b) for a, b in zip(self._groups, again, strict=True)):
             return
-        gradient, loss = self._gradient_and_loss(self._linearised, self._batches)
+        gradient, loss = self._gradient_and_loss(at, self._groups)
         gradient_again, loss_again = self._gradient_and_loss(self._linearise(again), again)
         for what, a, b in (("loss", loss, loss_again), ("gradient", gradient, gradient_again)):
             if not torch.allclose(a, b, rtol=RTOL, atol=ATOL):

@@ -58,10 +58,10 @@ class Structure:
 
 @dataclass(frozen=True, eq=False)
 class Batches:
-    """A data set in memory.
+    """Batches of a data set in memory whose examples have the same shapes.
 
     Attributes:
-        examples: all of it.
+        examples: of all of them.
         structure: how the model takes the input of a batch.
         rows: examples of each batch.
         sizes: of each batch as the user counts it (``batch_size_fn``).
@@ -73,8 +73,10 @@ class Batches:
     sizes: tuple[int, ...]
 
     @classmethod
-    def read(cls, data: Iterable[Any], device: torch.device, batch_size_fn: BatchSize | None, progressbar: bool, who: str) -> Batches:
-        """One pass over ``data``.
+    def read(
+        cls, data: Iterable[Any], device: torch.device, batch_size_fn: BatchSize | None, progressbar: bool, who: str
+    ) -> tuple[Batches, ...]:
+        """One pass over ``data``: its batches by the shapes of their examples, which padding to a batch's longest makes several of.
 
         Raises:
             ValueError: a mapping without ``batch_size_fn``, no data, or data that can be read only once.
@@ -83,7 +85,7 @@ class Batches:
             raise DataError(
                 f"{who}: expected data that can be read more than once, got the one-shot iterator {type(data).__name__}; pass list(data)."
             )
-        batches, sizes = [], []
+        by_shapes: dict[tuple[tuple[int, ...], ...], tuple[list[Any], list[int]]] = {}
         structure: Structure | None = None
         for batch in _shown(data, who) if progressbar else data:
             if isinstance(batch, Tensor) or not isinstance(batch, Sequence) or len(batch) != 2:
@@ -96,11 +98,15 @@ class Batches:
                         f"{who}: expected batch_size_fn with data whose X is a {type(X).__name__}, got None; pass for instance "
                         "batch_size_fn=lambda X: X['x'].shape[0]."
                     )
+            moved = _moved(structure.tensors(X), y, device)
+            batches, sizes = by_shapes.setdefault(_shapes(*moved), ([], []))
+            batches.append(moved)
             sizes.append(int(batch_size_fn(X)) if batch_size_fn is not None else int(X.shape[0]))
-            batches.append(_moved(structure.tensors(X), y, device))
         if structure is None:
             raise DataError(f"{who}: expected at least one batch (X, y), got empty data; check the file or the filter it came from.")
-        return cls(load(batches, who), structure, tuple(len(y) for _, y in batches), tuple(sizes))
+        return tuple(
+            cls(load(batches, who), structure, tuple(len(y) for _, y in batches), tuple(sizes)) for batches, sizes in by_shapes.values()
+        )
 
     def risk_weights(self, loss: Loss, num_data: int) -> Tensor:
         """``f_n [N]``, float64: the empirical risk is ``Σ_n f_n ℓ_n``.
@@ -135,6 +141,11 @@ class Batches:
             return False
         pairs = zip((*self.examples.inputs, self.examples.targets), (*other.examples.inputs, other.examples.targets), strict=True)
         return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
+
+
+def _shapes(X: Any, y: Any) -> tuple[tuple[int, ...], ...]:
+    """Of one example."""
+    return tuple(tuple(t.shape[1:]) for t in (*(X if isinstance(X, tuple) else (X,)), y) if isinstance(t, Tensor))
 
 
 def _moved(X: Any, y: Any, device: torch.device) -> tuple[Any, Any]:

@@ -65,7 +65,7 @@ class BaseInfluenceModule(abc.ABC):
         device: where everything is computed.
 
     Raises:
-        ArgumentError (a ValueError): the model has no parameter with ``requires_grad``, or the training loader is none.
+        ArgumentError (a ValueError): the model has no parameter with ``requires_grad``, or the training loader is none or has no data.
     """
 
     def __init__(
@@ -85,6 +85,8 @@ class BaseInfluenceModule(abc.ABC):
         if not self.params_names:
             raise ArgumentError(f"{type(self).__name__}: expected parameters with requires_grad, got a model without any; unfreeze some.")
         _check_loader(train_loader, "train_loader")
+        if not len(train_loader.dataset):  # type: ignore[arg-type]
+            raise ArgumentError(f"{type(self).__name__}: expected training examples, got an empty data set; check what it was read from.")
         self.objective = objective
         self.train_loader = train_loader
         self.test_loader = test_loader
@@ -113,11 +115,11 @@ class BaseInfluenceModule(abc.ABC):
         """``[P]``: :meth:`inverse_hvp` of :meth:`test_loss_grad`."""
         return self.inverse_hvp(self.test_loss_grad(test_idxs))
 
-    def influences(self, train_idxs: Sequence[int], test_idxs: Sequence[int], stest: Tensor | None = None) -> Tensor:
+    def influences(self, train_idxs: Sequence[int] | None, test_idxs: Sequence[int], stest: Tensor | None = None) -> Tensor:
         """Scores of training examples on the mean loss of the test examples: ``[len(train_idxs)]`` on the CPU.
 
         Args:
-            train_idxs: the training examples.
+            train_idxs: the training examples; None for all.
             test_idxs: the test examples; not read where ``stest`` is given.
             stest: ``[P]``, if it is known already; ``[V, P]`` for several, which gives scores ``[V, len(train_idxs)]``.
 
@@ -140,10 +142,17 @@ class BaseInfluenceModule(abc.ABC):
                 f"influences: expected stest of the parameters' dtype {dtype}, got {vectors.dtype}; convert it by .to({dtype})."
             )
         count = len(self.train_loader.dataset)  # type: ignore[arg-type]
-        indices = check_subset(train_idxs, count)
+        indices = list(range(count)) if train_idxs is None else check_subset(train_idxs, count)
         rows = vectors.detach().reshape(-1, P).contiguous()
         scores = self._gradient_dots(indices, rows).cpu() / count
         return scores[:, 0] if vectors.dim() == 1 else scores.T
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was read and captured, which a copy finds again."""
+        return {**self.__dict__, "_block": None, "_captures": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _captures=Captures(self))
 
     # Gradients of single examples
 

@@ -92,6 +92,9 @@ class CGInfluenceModule(_ProductModule):
             Hessian.
         **kwargs: of ``scipy.sparse.linalg.cg``, such as ``rtol``, ``atol``, ``maxiter``; ``tol`` counts as ``rtol`` where SciPy has no
             ``tol`` any more.
+
+    Raises:
+        ImportError: SciPy is not installed.
     """
 
     def __init__(
@@ -106,6 +109,7 @@ class CGInfluenceModule(_ProductModule):
         **kwargs: Any,
     ):
         super().__init__(model=model, objective=objective, train_loader=train_loader, test_loader=test_loader, device=device)
+        _scipy_cg()  # missing, it is missed now
         self.damp, self.gnh, self.cg_kwargs = damp, gnh, kwargs
 
     def inverse_hvp(self, vec: Tensor) -> Tensor:
@@ -134,10 +138,8 @@ class CGInfluenceModule(_ProductModule):
         return torch.stack(rows)
 
     def _scipy(self, operator: DampedRisk, vec: Tensor, options: dict[str, Any]) -> Tensor:
-        from scipy.sparse.linalg import cg
-
         operator._check(vec, "[P]", vec.dim() == 1)
-        found, info = cg(operator.to_scipy(), vec.cpu().numpy(), **options)
+        found, info = _scipy_cg()(operator.to_scipy(), vec.cpu().numpy(), **options)
         if info != 0:
             _log.warning(
                 "CGInfluenceModule: CG stopped after %s iterations short of its tolerance; raise maxiter or damp, or loosen rtol.", info
@@ -217,11 +219,18 @@ class LiSSAInfluenceModule(_ProductModule):
         return 2 * (self.depth + 1) * torch.linalg.vector_norm(vectors, dim=1)
 
 
+def _scipy_cg() -> Callable[..., Any]:
+    try:
+        from scipy.sparse.linalg import cg
+    except ImportError as reason:
+        raise ImportError(f"CGInfluenceModule: expected the package scipy for its cg, got {reason}; run pip install scipy.") from reason
+    found: Callable[..., Any] = cg
+    return found
+
+
 def _scipy_options(options: dict[str, Any]) -> dict[str, Any]:
     """With the tolerance under the name that this SciPy has for it."""
-    from scipy.sparse.linalg import cg
-
-    known = inspect.signature(cg).parameters
+    known = inspect.signature(_scipy_cg()).parameters
     renamed = {"tol": "rtol"} if "tol" not in known else {"rtol": "tol"} if "rtol" not in known else {}
     return {renamed.get(name, name): value for name, value in options.items()}
 

@@ -1,120 +1,20 @@
-"""BackPACK's first-order quantities on this library's kernels: ``extend`` a model, and read them off its parameters after ``backward()``.
-
-Scale, as in BackPACK: gradients of single examples as they come out of the loss, so with a loss that averages over the batch
-``grad_batch[n]`` holds the factor 1/N and sums to ``p.grad``.
-"""
+"""What an extended network does in its passes, and the context in which a backward pass fills fields."""
 
 from __future__ import annotations
 
-import operator
-import types
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from influence_ext.adapters.backpack.extensions import Extension
 from influence_ext.adapters.backward import ForwardPass, recording, run, without
 from influence_ext.errors import ArgumentError, DTypeError, UnsupportedModelError
 
 _WHO = "backpack"
 _MARK = "_backpack_twin"
-
-
-class Extension(ABC):
-    """A quantity that a backward pass leaves in an attribute of every parameter; overwritten by the next pass.
-
-    Attributes:
-        savefield: the attribute's name.
-    """
-
-    savefield: ClassVar[str]
-
-    @abstractmethod
-    def compute(self, call: ForwardPass, cotangents: Tensor, factors: Any) -> dict[str, Tensor]:
-        """The quantity by parameter."""
-
-    @abstractmethod
-    def of_rows(self, rows: Tensor) -> Tensor:
-        """The quantity of one parameter from its gradients ``[N, *shape]``."""
-
-
-class BatchGrad(Extension):
-    """``p.grad_batch [N, *shape]``: the gradient of each example's part of the loss.
-
-    Args:
-        subsampling: indices of the examples wanted; default all.
-    """
-
-    savefield = "grad_batch"
-
-    def __init__(self, subsampling: Sequence[int] | None = None):
-        try:
-            self.subsampling = None if subsampling is None else [operator.index(n) for n in subsampling]
-        except TypeError:
-            raise ArgumentError(f"{_WHO}: expected subsampling as a list of indices, got {subsampling!r}; pass integers.") from None
-
-    def compute(self, call: ForwardPass, cotangents: Tensor, factors: Any) -> dict[str, Tensor]:
-        """See :class:`Extension`. Cost: N·P elements written."""
-        return {name: self.of_rows(rows) for name, rows in call.rows(factors).items()}
-
-    def of_rows(self, rows: Tensor) -> Tensor:
-        """See :class:`Extension`."""
-        if self.subsampling is None:
-            return rows
-        outside = [index for index in self.subsampling if not 0 <= index < len(rows)]
-        if outside:
-            raise ArgumentError(
-                f"{_WHO}: expected subsampling with indices from 0 to {len(rows) - 1}, got {outside[0]}; name examples of the batch."
-            )
-        return rows[self.subsampling]
-
-    def __repr__(self) -> str:
-        return f"BatchGrad(subsampling={self.subsampling})"
-
-
-class BatchL2Grad(Extension):
-    """``p.batch_l2 [N]``: the squared norm of each example's gradient by this parameter; where a layer works on vectors none is formed."""
-
-    savefield = "batch_l2"
-
-    def compute(self, call: ForwardPass, cotangents: Tensor, factors: Any) -> dict[str, Tensor]:
-        """See :class:`Extension`."""
-        return call.square_norms(factors)
-
-    def of_rows(self, rows: Tensor) -> Tensor:
-        """See :class:`Extension`."""
-        return rows.flatten(1).square().sum(dim=1)
-
-
-class SumGradSquared(Extension):
-    """``p.sum_grad_squared [*shape]``: the elementwise sum over the examples of their squared gradients."""
-
-    savefield = "sum_grad_squared"
-
-    def compute(self, call: ForwardPass, cotangents: Tensor, factors: Any) -> dict[str, Tensor]:
-        """See :class:`Extension`."""
-        return call.square_sums(factors)
-
-    def of_rows(self, rows: Tensor) -> Tensor:
-        """See :class:`Extension`."""
-        return rows.square().sum(dim=0)
-
-
-class Variance(Extension):
-    """``p.variance [*shape]``: the elementwise variance of the examples' gradients, with 1/N: mean of squares less square of the mean."""
-
-    savefield = "variance"
-
-    def compute(self, call: ForwardPass, cotangents: Tensor, factors: Any) -> dict[str, Tensor]:
-        """See :class:`Extension`. Cost: one cotangent sweep more."""
-        N, sums = call.num_examples, call.sums(cotangents)
-        return {name: squares / N - (sums[name] / N).square() for name, squares in call.square_sums(factors).items()}
-
-    def of_rows(self, rows: Tensor) -> Tensor:
-        """See :class:`Extension`."""
-        return rows.var(dim=0, correction=0)
 
 
 Found = tuple[Extension, dict[str, Tensor]]
@@ -183,7 +83,8 @@ class backpack:
             if self.debug:
                 print(f"[DEBUG] {type(ext).__name__} of {type(network).__name__}")
             for name, value in by_name.items():
-                setattr(call.parameters[name], ext.savefield, value)
+                p = call.parameters[name]
+                setattr(p, ext.savefield, value.to(p.dtype))
         if self.extension_hook is not None:
             for module in reversed(list(network.modules())):
                 if any(p.requires_grad for p in module.parameters(recurse=False)):
@@ -236,7 +137,7 @@ def extend(module: nn.Module, debug: bool = False, use_converter: bool = False) 
         print(f"[DEBUG] Extending {type(module).__name__}")
     if any(True for _ in module.parameters()) and _MARK not in module.__dict__:
         module.__dict__[_MARK] = without(module)
-        module.__dict__["forward"] = types.MethodType(_forward, module)
+        module.__dict__["forward"] = partial(_forward, module)  # unlike a bound method it can be pickled
     return module
 
 

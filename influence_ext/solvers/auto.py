@@ -26,9 +26,9 @@ LEAST_DAMPING, UNKNOWN_DAMPING = 1e-6, 1e-3
 has none."""
 BLOCK_EXPONENT = 0.4
 """BlockCG is taken to need ``V^-0.4`` of them for V right-hand sides; exponents of 0.3 to 0.6 were seen on the same networks."""
-STEP_CALLS, PAST_CALLS, BLOCK_CALLS, FACTOR_CALLS = 2e6, 1.5e6, 1e7, 4e7
-"""What calls from Python take, in operations' time: a step of CG; its past, for each column; a step of BlockCG; a factorisation and its
-solve with refinement."""
+STEP_CALLS, PAST_CALLS, BLOCK_CALLS = 2e6, 1.5e6, 1e7
+"""What calls from Python take, in operations' time: a step of CG; its past, for each column; a step of BlockCG. A
+factorisation and its solve take about as many calls as CG before its first step, so on the smallest systems the exact solvers win."""
 STEP_VECTORS, PAST_VECTORS = 12.0, 200.0
 """Operations' time that a step of CG takes beside the product, for each parameter and column; and keeping a past, whatever its length."""
 FACTORISATION = 2.5
@@ -91,7 +91,7 @@ def auto(
       them.
 
     Calls from Python count as operations that take as long: 2e6 a step of CG and 1.5e6 for each column that keeps its past, 1e7 a step of
-    BlockCG, 4e7 for Direct and Dual. All depends on the number of steps, which λ alone tells within a factor of two on most networks
+    BlockCG. All depends on the number of steps, which λ alone tells within a factor of two on most networks
     (``bench/notes/solves.md``); where it matters, time the solvers on a few right-hand sides.
 
     Direct is out beyond its ``max_parameters``, Dual beyond its ``max_roots``, without a root or without damping; Direct and BlockCG
@@ -175,7 +175,7 @@ def auto(
         ruled_out.append("Direct and BlockCG would meet a singular matrix without damping")
     else:
         options["Direct"] = direct
-        factorisation = FACTOR_CALLS + FACTORISATION * P**3 / 3 + num_rhs * 4.0 * P**2
+        factorisation = FACTORISATION * P**3 / 3 + num_rhs * 4.0 * P**2
         costs["Direct"] = 2 * together + (P * operator.product_operations(64) / 64 + factorisation) / product
         memory["Direct"] = 2 * P * P * itemsize
 
@@ -189,7 +189,7 @@ def auto(
     else:
         R = root.num_roots
         options["Dual"] = dual
-        factorisation = FACTOR_CALLS + FACTORISATION * R**3 / 3 + num_rhs * 4.0 * R**2
+        factorisation = FACTORISATION * R**3 / 3 + num_rhs * 4.0 * R**2
         costs["Dual"] = 4 * together + (root.gram_operations() + factorisation) / product
         memory["Dual"] = 2 * R * R * itemsize
 

@@ -1,4 +1,5 @@
-"""Which solver takes fewest products: ``python -m bench.solver_choice FOLDER``, the table of ``bench/notes/solves.md``.
+"""Which solver takes fewest products: ``python -m bench.solver_choice FOLDER``, the table of ``bench/notes/solves.md``; with
+``--choices`` how far from the fastest ``auto`` chooses, the second table there.
 
 Real data, trained networks, gradients of other examples as right-hand sides. Data: digits, breast cancer and MNIST as packages ship them;
 CIFAR-10 (``cifar10_test_jpeg.npz``), WikiText-2 (``wikitext2_valid.txt``) and UCI energy (``energy.csv``) from FOLDER.
@@ -26,6 +27,10 @@ Data = tuple[nn.Module, nn.Module, Tensor, Tensor]
 DAMPINGS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 NUM_RHS = (1, 10, 100)
 MAX_STEPS = 1000
+LONG = 1.0
+"""Seconds of a solve that is not repeated."""
+HOPELESS = 40
+"""What is taken to cost so many times as much as the choice is not run beside it."""
 
 
 def _standardised(X: Tensor) -> Tensor:
@@ -66,6 +71,29 @@ def cancer_logistic(folder: Path) -> Data:
 
     X, y = load_breast_cancer(return_X_y=True)
     return nn.Linear(30, 2), nn.CrossEntropyLoss(), _standardised(torch.tensor(X, dtype=torch.float32)), torch.tensor(y)
+
+
+def tiny_mlp(folder: Path) -> Data:
+    """MLP 30-8-2 on breast cancer."""
+    _, loss, X, y = cancer_logistic(folder)
+    return nn.Sequential(nn.Linear(30, 8), nn.Tanh(), nn.Linear(8, 2)), loss, X, y
+
+
+def mnist_mlp(folder: Path) -> Data:
+    """MLP 784-128-128-10 on MNIST."""
+    data = datasets.load("mnist", num_train=2000, num_test=1)
+    model = nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
+    return model, nn.CrossEntropyLoss(), data.X, data.y
+
+
+def mnist_lenet(folder: Path) -> Data:
+    """LeNet on MNIST."""
+    data = datasets.load("mnist", num_train=2000, num_test=1)
+    model = nn.Sequential(
+        nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10),
+    )  # fmt: skip
+    return model, nn.CrossEntropyLoss(), data.X.reshape(-1, 1, 28, 28), data.y
 
 
 def energy_mlp(folder: Path) -> Data:
@@ -117,10 +145,13 @@ def text_transformer(folder: Path) -> Data:
 
 PROBLEMS: dict[str, tuple[Callable[[Path], Data], int]] = {  # and the number of training examples
     "cancer, logistic": (cancer_logistic, 400),
+    "cancer, tiny MLP": (tiny_mlp, 400),
     "energy, MLP": (energy_mlp, 300),
     "digits, MLP": (digits_mlp, 300),
     "digits, LeNet": (digits_lenet, 300),
     "MNIST, softmax": (mnist_softmax, 500),
+    "MNIST, MLP": (mnist_mlp, 100),
+    "MNIST, LeNet": (mnist_lenet, 100),
     "CIFAR-10, convolutions": (cifar_conv, 200),
     "WikiText-2, transformer": (text_transformer, 200),
 }
@@ -184,6 +215,47 @@ def records(
                 }  # fmt: skip
 
 
+WEIGHED = {"CG": "CG, past", "BlockCG": "BlockCG, past", "Dual": "Dual", "Direct": "Direct"}
+"""What ``auto`` chooses from, by its name here."""
+
+
+def choices(
+    name: str, folder: Path, dtype: torch.dtype, rtol: float, num_rhs: list[int], dampings: list[float], repeats: int
+) -> Iterator[dict]:
+    """CPU time of each solver that ``auto`` weighs, the least of ``repeats`` interleaved runs, beside what it was taken to cost."""
+    model, loss, (X, y), B = trained(name, folder)
+    model, B = model.to(dtype), B.to(dtype)
+    X, y = (t.to(dtype) if t.is_floating_point() else t for t in (X, y))
+    G = ie.GGN(model, loss, (X, y), damping=dampings[0])
+    for damping in dampings:
+        A = G.damped(damping)
+        for V in num_rhs:
+            choice = auto(A, V, rtol=rtol, on_failure="return")
+            cheapest = min(choice.costs.values())
+            solvers = {short: contenders(V, rtol)[WEIGHED[short]] for short, cost in choice.costs.items() if cost < HOPELESS * cheapest}
+            seconds: dict[str, float] = {"product": float("inf")} | dict.fromkeys(solvers, float("inf"))
+            facts = {}
+            for _ in range(repeats + 1):  # the first warms up
+                for short in seconds:
+                    if seconds[short] > LONG and short in facts:
+                        continue  # once is enough
+                    started = time.process_time()
+                    if short == "product":
+                        A.matmat(B[:V])
+                    else:
+                        solution = solvers[short].solve(A, B[:V])
+                    spent = time.process_time() - started
+                    if short != "product":
+                        steps = max(solution.stats.get("iterations", [0]))
+                        facts[short] = {"steps": steps, "converged": solution.converged}
+                    seconds[short] = min(seconds[short], spent)
+            yield {
+                "problem": name, "P": A.num_parameters, "R": A.num_roots, "damping": damping, "V": V, "chosen": choice.name,
+                "costs": choice.costs, "seconds": seconds, "facts": facts, "product": A.product_operations(1),
+                "together": A.product_operations(V), "gram": A.gram_operations(),
+            }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="with the files named above")
@@ -193,7 +265,14 @@ def main() -> None:
     parser.add_argument("--dampings", nargs="*", type=float, default=list(DAMPINGS))
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
     parser.add_argument("--rtol", type=float, default=1e-4)
+    parser.add_argument("--choices", type=int, metavar="REPEATS", help="time what auto chooses from; a product's time beside it")
     arguments = parser.parse_args()
+    for name in arguments.problems if arguments.choices else ():
+        dtype = getattr(torch, arguments.dtype)
+        for record in choices(name, arguments.folder, dtype, arguments.rtol, arguments.rhs, arguments.dampings, arguments.choices):
+            print(json.dumps(record), flush=True)
+    if arguments.choices:
+        return
     for name in arguments.problems:
         for record in records(
             name, arguments.folder, getattr(torch, arguments.dtype), arguments.rtol, arguments.solvers, arguments.rhs, arguments.dampings

@@ -12,6 +12,7 @@
 #include "bindings_ensemble.h"
 #include "bindings_generic.h"
 #include "bindings_graph.h"
+#include "bindings_interruption.h"
 #include "bindings_losses.h"
 #include "bindings_tensors.h"
 #include "common/build_info.h"
@@ -79,7 +80,7 @@ struct BoundTape {
       pointers.push_back(values[s] ? data<T>(*values[s], slots[s].size, device, "Tape parameter") : flat + slots[s].offset);
     }
     const Run run(device);
-    py::gil_scoped_release release;
+    const Released released;
     tape->linearize(run.ctx, pointers);
   }
   int64_t N() const { return tape->num_examples(); }
@@ -116,7 +117,7 @@ at::Tensor product(const BoundTape<T>& b, const at::Tensor& v, int shape, double
   at::Tensor out = empty<T>({V, b.P()}, b.device);
   T* to = out.mutable_data_ptr<T>();
   const Run run(b.device, b.precision);
-  py::gil_scoped_release release;
+  const Released released;
   if (V > 0) (b.tape.get()->*method)(run.ctx, V, from, h, to);
   return out;
 }
@@ -218,7 +219,7 @@ void bind(py::module_& m, const std::string& suffix) {
             at::Tensor out = empty<T>({V, b.N(), b.C()}, b.device);
             T* to = out.mutable_data_ptr<T>();
             const Run run(b.device, b.precision);
-            py::gil_scoped_release release;
+            const Released released;
             if (V > 0) b.tape->jvp(run.ctx, V, from, to);
             return out;
           },
@@ -231,7 +232,7 @@ void bind(py::module_& m, const std::string& suffix) {
             at::Tensor out = empty<T>({V, b.P()}, b.device);
             T* to = out.mutable_data_ptr<T>();
             const Run run(b.device, b.precision);
-            py::gil_scoped_release release;
+            const Released released;
             if (V > 0) b.tape->vjp(run.ctx, V, from, to);
             return out;
           },
@@ -241,7 +242,7 @@ void bind(py::module_& m, const std::string& suffix) {
           [](BoundTape<T>& b, const at::Tensor& g) {
             const T* from = data<T>(g, b.N() * b.C(), b.device, "keep_cotangents");
             const Run run(b.device);
-            py::gil_scoped_release release;
+            const Released released;
             b.tape->keep_cotangents(run.ctx, from);
           },
           py::arg("g"))
@@ -260,7 +261,7 @@ void bind(py::module_& m, const std::string& suffix) {
             data<T>(result, V * N * P, f.tape->device, "materialise");
             T* to = result.mutable_data_ptr<T>();
             const Run run(f.tape->device, f.tape->precision);
-            py::gil_scoped_release release;
+            const Released released;
             f.gradients.materialise(run.ctx, to);
             return result;
           },
@@ -270,7 +271,7 @@ void bind(py::module_& m, const std::string& suffix) {
              at::Tensor out = f.empty_norms();
              T* to = out.mutable_data_ptr<T>();
              const Run run(f.tape->device, f.tape->precision);
-             py::gil_scoped_release release;
+             const Released released;
              f.gradients.square_norms(run.ctx, to);
              return out;
            })
@@ -282,7 +283,7 @@ void bind(py::module_& m, const std::string& suffix) {
             at::Tensor out = empty<T>({V, W, f.gradients.num_examples()}, f.tape->device);
             T* to = out.mutable_data_ptr<T>();
             const Run run(f.tape->device, f.tape->precision);
-            py::gil_scoped_release release;
+            const Released released;
             if (V * W > 0) f.gradients.dots(run.ctx, W, from, to);
             return out;
           },
@@ -297,7 +298,7 @@ void bind(py::module_& m, const std::string& suffix) {
                found.emplace(begin, std::move(out));
              }
              const Run run(f.tape->device, f.tape->precision);
-             py::gil_scoped_release release;
+             const Released released;
              f.gradients.square_norms(run.ctx, by_region);
              return found;
            })
@@ -325,7 +326,7 @@ void bind(py::module_& m, const std::string& suffix) {
              at::Tensor out = empty<T>({f.tape->P()}, f.tape->device);
              T* to = out.mutable_data_ptr<T>();
              const Run run(f.tape->device, f.tape->precision);
-             py::gil_scoped_release release;
+             const Released released;
              f.gradients.square_sum(run.ctx, to);
              return out;
            })
@@ -336,7 +337,7 @@ void bind(py::module_& m, const std::string& suffix) {
             at::Tensor out = empty<T>({rows(f), rows(other)}, f.tape->device);
             T* to = out.mutable_data_ptr<T>();
             const Run run(f.tape->device, f.tape->precision);
-            py::gil_scoped_release release;
+            const Released released;
             f.gradients.gram(run.ctx, other.gradients, to);
             return out;
           },
@@ -361,6 +362,7 @@ CgColumn* cg_columns(const at::Tensor& state, int64_t V, at::Device device) {
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  note_main_thread();
   bind<float>(m, "32");
   bind<double>(m, "64");
   bind_ensemble<float>(m, "32");

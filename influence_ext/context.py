@@ -64,3 +64,5 @@ def _after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork)
+# Held during a fork: the child, which lacks the thread that may have held it, finds it free and every model as it is, not half captured.
+os.register_at_fork(before=exclusive.acquire, after_in_parent=exclusive.release, after_in_child=exclusive.release)

@@ -61,6 +61,7 @@ CPP_MAY_USE: dict[str, set[str]] = {
         "bindings_ensemble.h",
         "bindings_generic.h",
         "bindings_graph.h",
+        "bindings_interruption.h",
         "bindings_losses.h",
         "bindings_tensors.h",
         "plan",
@@ -73,6 +74,7 @@ CPP_MAY_USE: dict[str, set[str]] = {
     "bindings_ensemble.h": {"bindings_losses.h", "plan"},
     "bindings_generic.h": {"bindings_tensors.h", "layers"},
     "bindings_graph.h": {"bindings_tensors.h", "kernels"},
+    "bindings_interruption.h": {"common"},
     "bindings_losses.h": {"bindings_tensors.h", "losses"},
     "bindings_tensors.h": {"bindings_cuda.h", "common"},
     "bindings_cuda.h": {"common"},
@@ -85,6 +87,7 @@ BINDINGS = (
     "bindings_ensemble.h",
     "bindings_generic.h",
     "bindings_graph.h",
+    "bindings_interruption.h",
     "bindings_losses.h",
     "bindings_tensors.h",
 )

@@ -254,9 +254,10 @@ def test_threads_make_their_own_operators() -> None:
 
 
 FORKED = """
-import multiprocessing, os, sys, torch
+import multiprocessing, os, signal, threading, torch
 from torch import nn
 import influence_ext as ie
+from influence_ext.context import exclusive
 torch.set_num_threads(2)
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(8, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, 2))
@@ -277,10 +278,112 @@ assert os.waitpid(pid, 0)[1] == 0
 with multiprocessing.get_context("fork").Pool(2) as pool:
     assert all(pool.map(right, range(2)))
 assert right() and torch.get_num_threads() == 2
+
+# while another thread has the lock of captures, which the child is without
+expected = ie.per_example_grads(model, nn.CrossEntropyLoss(), (X[:5], y[:5]))
+inside, stop = threading.Event(), threading.Event()
+def captures():
+    while not stop.is_set():
+        with exclusive:
+            inside.set()
+            ie.per_example_grads(nn.Linear(8, 2), nn.CrossEntropyLoss(), (X[:5], y[:5]))
+busy = threading.Thread(target=captures)
+busy.start()
+for _ in range(3):
+    inside.clear()
+    inside.wait()
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(20)
+        found = ie.per_example_grads(model, nn.CrossEntropyLoss(), (X[:5], y[:5]))
+        os._exit(0 if all(torch.allclose(found[name], expected[name], atol=1e-6) for name in found) else 1)
+    assert os.waitpid(pid, 0)[1] == 0
+stop.set()
+busy.join()
+with exclusive:
+    pid = os.fork()
+    if pid == 0:
+        exclusive.release()  # as often as this thread has taken it
+        taken = []
+        other = threading.Thread(target=lambda: taken.append(exclusive.acquire(blocking=False)))
+        other.start()
+        other.join()
+        os._exit(0 if taken == [True] else 1)
+    assert os.waitpid(pid, 0)[1] == 0
 print("right")
 """
 
 
 def test_products_after_a_fork() -> None:
     run = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=60, check=False)
+    assert run.stdout.strip() == "right", run.stderr
+
+
+INTERRUPTED = """
+import math, os, signal, threading, time, torch
+from torch import nn
+import influence_ext as ie
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 2))
+wide = nn.Sequential(nn.Linear(8, 8192), nn.ReLU(), nn.Linear(8192, 8))
+loss = nn.CrossEntropyLoss()
+def data(N):
+    return torch.randn(N, 8), torch.randint(2, (N,))
+def on_signal(what, spent):
+    # CPU time from the signal to the exception: what the machine does beside does not count
+    sent = []
+    def send():
+        sent.append(time.process_time())
+        os.kill(os.getpid(), signal.SIGINT)
+    timer = threading.Timer(0.1, send)
+    timer.start()
+    try:
+        what()
+    except KeyboardInterrupt:
+        spent.append(time.process_time() - sent[0])
+    timer.join()
+def check(name, call):
+    # call(scale): so many times the work of call(1), and its answer; at a scale of some seconds no end is taken for an interruption
+    expected, taken = call(1), []
+    for _ in range(3):
+        begin = time.process_time()
+        call(1)
+        taken.append(time.process_time() - begin)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    spent = []
+    on_signal(lambda: call(int(4 / min(taken)) + 1), spent)
+    assert spent and spent[0] < 1, (name, spent)
+    assert torch.equal(call(1), expected), name
+    assert model.training
+    for n, p in model.named_parameters():
+        assert torch.equal(p, before[n]) and p.grad is None
+for schedule, threads in (("by_example", 1), ("by_example", 2), ("by_operator", 1)):
+    torch.set_num_threads(threads)
+    G = ie.GGN(model, loss, data(16000), 0.1, schedule=schedule)
+    v = torch.randn(8, G.shape[0])
+    check((schedule, threads), lambda scale: G.matmat(v.repeat(scale, 1)))
+torch.set_num_threads(1)
+X, y = data(500)
+check("gram", lambda scale: ie.grad_gram(wide, loss, (X.repeat(k := math.isqrt(scale), 1), y.repeat(k))))
+
+# in another thread a call goes on, and so it does in this one if the handler raises nothing
+G = ie.GGN(model, loss, data(4000), 0.1)
+v = torch.randn(40, G.shape[0])
+expected, found, spent = G.matmat(v), [], []
+worker = threading.Thread(target=lambda: found.append(G.matmat(v)))
+worker.start()
+on_signal(lambda: threading.Event().wait(20), spent)
+worker.join()
+assert spent and torch.equal(found[0], expected)
+heard = []
+signal.signal(signal.SIGINT, lambda number, frame: heard.append(time.process_time()))
+on_signal(lambda: found.append(G.matmat(v.repeat(8, 1))), spent)
+assert torch.equal(found[1], expected.repeat(8, 1)) and time.process_time() - heard[0] > 0.3
+print("right")
+"""
+
+
+def test_calls_are_interrupted() -> None:
+    """Ctrl-C ends a call of seconds within CPU time of less than one, and leaves all as it was."""
+    run = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=120, check=False)
     assert run.stdout.strip() == "right", run.stderr

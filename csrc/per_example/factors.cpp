@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <set>
 
+#include "common/interruption.h"
 #include "common/scratch.h"
 #include "kernels/elementwise.h"
 #include "kernels/embedding.h"
@@ -55,6 +56,7 @@ FactorSet<T>::FactorSet(int64_t V, int64_t N, int64_t num_parameters, const std:
 
 template <class T>
 void FactorSet<T>::form(const Context& ctx, const Group& group, int64_t v, int64_t n0, int64_t n, T* out, int64_t stride, bool stream) const {
+  interruption_point();
   bool accumulate = false;
   for (const Factor<T>& f : group.factors) {
     if (!accumulate && (f.is_scatter() || slots_[f.slot].size != group.size)) {
@@ -274,6 +276,7 @@ void FactorSet<T>::add_simple_gram(const Context& ctx, const Factor<T>& f, const
     // Columns [begin, end), a part of one period of `common` or several whole ones.
     const auto add = [&](int64_t v, int64_t begin, int64_t end) {
       if (begin == end) return;
+      interruption_point();
       const int64_t count = end - begin;
       multiply_transposed<T>(ctx, n, count, width, f_vector + (v * N_ + n0) * width, g_vector + begin * width, inner.data());
       T* to = out + (v * N_ + n0) * cols + begin;

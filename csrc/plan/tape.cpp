@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "common/interruption.h"
 #include "common/parallel.h"
 #include "common/scratch.h"
 #include "kernels/elementwise.h"
@@ -156,6 +157,7 @@ void Tape<T>::linearize(const Context& ctx, const std::vector<const T*>& theta, 
 template <class T>
 void Tape<T>::forward_tile(const Context& ctx, int64_t n0, int64_t n, T* workspace) {
   for (const ForwardStep& step : plan_->schedules().forward) {
+    interruption_point();
     for (const Part& part : parts(step.node, n)) {
       Sweep sweep(*this, ctx, step.node, 1, n0, part);
       for (size_t k = 0; k < sweep.x.size(); ++k) {
@@ -186,6 +188,7 @@ void Tape<T>::tangent_tile(const Context& ctx, const Schedules& s, int64_t V, in
                            const T* packed, T* workspace) const {
   std::vector<const T*> t_x;
   for (const TangentStep& step : s.tangent) {
+    interruption_point();
     Sweep sweep(*this, ctx, step.node, V, n0, n);
     t_x.clear();
     for (Place place : step.inputs) t_x.push_back(place == kNowhere ? nullptr : workspace + place * V * n);
@@ -212,6 +215,7 @@ void Tape<T>::cotangent_tile(const Context& ctx, const Schedules& s, int64_t V, 
 template <class T>
 void Tape<T>::cotangent_step(const Context& ctx, const CotangentStep& step, int64_t V, int64_t n0, int64_t n, const std::vector<T*>& g_theta,
                              T* workspace) const {
+  interruption_point();
   const Rule<T>& rule = plan_->rule(step.node);
   for (const Part& part : parts(step.node, n)) {
     Sweep sweep(*this, ctx, step.node, V, n0, part);
@@ -313,7 +317,7 @@ void Tape<T>::run_tiles(const Context& ctx, int64_t V, int64_t sums_wanted, T* o
     try {
       Scratch<T> workspace(inner, workspace_size);
       if (out) fill_zero<T>(inner, size, sum);
-      for (int64_t i = me; i < num_tiles; i += count) body(inner, i * t.tile, std::min(t.tile, N_ - i * t.tile), workspace.data(), sum);
+      for (int64_t i = me; i < num_tiles && !errors; i += count) body(inner, i * t.tile, std::min(t.tile, N_ - i * t.tile), workspace.data(), sum);
     } catch (...) {
       errors.keep();
     }

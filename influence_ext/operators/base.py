@@ -97,6 +97,11 @@ class LinearOperator(abc.ABC):
         """The product as launches of the core alone, for a solver that records more than a product; None: there is only ``matmat``."""
         return None
 
+    @property
+    def objective_weight(self) -> float:
+        """What the examples' weights sum to: 1 for a mean over them, N for a sum; what a damping is large or small against."""
+        return 1.0
+
     def product_operations(self, V: int) -> float:
         """Counted arithmetic of a product with V vectors, what ``solvers.auto`` weighs solvers by: ``2 P² V`` unless a subclass knows."""
         return 2.0 * self.num_parameters**2 * V

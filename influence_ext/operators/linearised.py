@@ -157,6 +157,11 @@ class LinearisedOperator(LinearOperator):
         """The operator in full precision; itself if it is."""
         return self if self.precision == "full" else self.at_precision("full")
 
+    @property
+    def objective_weight(self) -> float:
+        """``c N`` of ``J = c Σ ℓ_n``: 1 for a mean loss, N for a sum."""
+        return self._factor * self.num_examples
+
     def product_operations(self, V: int) -> float:
         """Counted arithmetic of a product with V vectors.
 

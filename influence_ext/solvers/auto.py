@@ -16,12 +16,25 @@ from influence_ext.solvers.direct import Direct
 from influence_ext.solvers.dual import Dual
 from influence_ext.solvers.past import KEPT_BYTES, orthogonalisation_operations, worth_keeping
 
-EXPECTED_CG_STEPS = 100
-"""Steps CG is taken to need per right-hand side without its past; 12 to 1400 were seen on trained networks at dampings of 1e-1 to 1e-5."""
-EXPECTED_ORTHOGONAL_STEPS = 50
-"""The same where that many past residuals are kept; 12 to 150 were seen at the same."""
+STEPS_AT, STEPS_EXPONENT = 14.0, 0.38
+"""Steps that CG is taken to need per right-hand side without its past: ``14 (0.1 / λ)^0.38``; half to twice that was seen on most trained
+networks with mean losses at dampings of 1e-1 to 1e-5 (to 1e-4), a quarter where they fit their data so well that G nearly vanishes."""
+ORTHOGONAL_STEPS_AT, ORTHOGONAL_STEPS_EXPONENT = 12.0, 0.25
+"""The same where that many past residuals are kept."""
+LEAST_DAMPING, UNKNOWN_DAMPING = 1e-6, 1e-3
+"""What a smaller damping is taken for, since beyond it the eigenvalues above zero tell the number of steps; and that of any operator that
+has none."""
 BLOCK_EXPONENT = 0.4
 """BlockCG is taken to need ``V^-0.4`` of them for V right-hand sides; exponents of 0.3 to 0.6 were seen on the same networks."""
+STEP_CALLS, PAST_CALLS, BLOCK_CALLS = 2e6, 1.5e6, 1e7
+"""What calls from Python take, in operations' time: a step of CG; its past, for each column; a step of BlockCG. A
+factorisation and its solve take about as many calls as CG before its first step, so on the smallest systems the exact solvers win."""
+STEP_VECTORS, PAST_VECTORS = 12.0, 200.0
+"""Operations' time that a step of CG takes beside the product, for each parameter and column; and keeping a past, whatever its length."""
+FACTORISATION = 2.5
+"""What Cholesky's n³/3 operations take beside as many of a product."""
+BLOCK_VECTORS, BLOCK_SQUARES = 600.0, 45.0
+"""The same of BlockCG, and for each pair of columns: a QR factorisation and products of tall matrices."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,12 +81,18 @@ def auto(
     Arithmetic is counted: of products by the operator (``product_operations(V)``, which for a network knows what V vectors share), of
     the dense algebra here. It is told in products with one vector.
 
-    - Direct: P products, P³/3 operations to factorise, 2 products' and 4 P² operations' worth per right-hand side;
-    - Dual: the operator's ``gram_operations()``, R³/3 to factorise, 4 products' and 4 R² operations' worth per right-hand side, with
+    - Direct: P products, 2.5 P³/3 operations' time to factorise, 2 products' and 4 P² operations' worth per right-hand side;
+    - Dual: the operator's ``gram_operations()``, 2.5 R³/3 to factorise, 4 products' and 4 R² operations' worth per right-hand side, with
       one round of refinement;
-    - CG: 50 steps where 50 past residuals can be kept, 100 where none can, and no more than P or R + 1 (2 P without the past), of a
-      product with V vectors, 12 P V operations, and those that make residuals orthogonal to the ones before;
-    - BlockCG: ``V^-0.4`` of these steps, of a product with V vectors and 10 P V² operations and the same; no more than R/V + 2 of them.
+    - CG: ``12 (0.1/λ)^0.25`` steps where as many past residuals can be kept, ``14 (0.1/λ)^0.38`` where none can, and no more than P or
+      R + 1 (2 P without the past), of a product with V vectors, 12 P V operations, with a past 200 P V more and those that make residuals
+      orthogonal to the ones before; λ is measured against the sum of the examples' weights, which is 1 for a mean;
+    - BlockCG: ``V^-0.4`` of these steps, of a product with V vectors, 600 P V + 45 P V² operations and the same; no more than R/V + 2 of
+      them.
+
+    Calls from Python count as operations that take as long: 2e6 a step of CG and 1.5e6 for each column that keeps its past, 1e7 a step of
+    BlockCG. All depends on the number of steps, which λ alone tells within a factor of two on most networks
+    (``bench/notes/solves.md``); where it matters, time the solvers on a few right-hand sides.
 
     Direct is out beyond its ``max_parameters``, Dual beyond its ``max_roots``, without a root or without damping; Direct and BlockCG
     are also out without damping where R < P, as the matrix is singular then; whatever takes more than ``memory_budget`` is out,
@@ -111,22 +130,31 @@ def auto(
     ruled_out = []
     vectors = V * P * itemsize  # bytes of one for each column
 
+    damping = max(LEAST_DAMPING, getattr(operator, "damping", UNKNOWN_DAMPING) / operator.objective_weight)
+    plain_steps = max(1.0, STEPS_AT * (0.1 / damping) ** STEPS_EXPONENT)
+    orthogonal_steps = min(plain_steps, max(1.0, ORTHOGONAL_STEPS_AT * (0.1 / damping) ** ORTHOGONAL_STEPS_EXPONENT))
+
     def past(buffers: int, shared: bool) -> tuple[int, float]:
         """Residuals to keep a column, beside so many buffers; steps that CG then takes."""
         room = KEPT_BYTES if memory_budget is None else min(KEPT_BYTES, max(0, memory_budget - buffers * vectors))
         kept = worth_keeping(operator, V, shared, room)
-        share = min(1.0, kept * (V if shared else 1) / EXPECTED_ORTHOGONAL_STEPS)
+        share = min(1.0, kept * (V if shared else 1) / orthogonal_steps)
         most = min(P, root.num_roots + 1 if root and root.num_roots else P) if share == 1.0 else 2 * P
-        return kept, min(most, EXPECTED_CG_STEPS - share * (EXPECTED_CG_STEPS - EXPECTED_ORTHOGONAL_STEPS))
+        return kept, min(most, plain_steps - share * (plain_steps - orthogonal_steps))
+
+    def removing(kept: int, steps: float, at_once: int) -> float:
+        """Operations' time to take the past, k residuals at step k, out of a column's residual, on average over the steps."""
+        rows = kept - kept**2 / (2 * steps) if kept < steps else steps / 2
+        return rows * at_once * orthogonalisation_operations(P, at_once)
 
     kept, steps = past(6, shared=False)
     kept = min(kept, CG.max_steps)
     keeps = {"CG": kept}
     options: dict[str, Solver] = {"CG": CG(rtol=cg_rtol, on_failure=on_failure, reorthogonalise=None if memory_budget is None else kept)}
-    removing = min(kept, steps) / 2 * orthogonalisation_operations(P, 1)  # a column and step, on average
+    a_column = STEP_VECTORS * P + (PAST_CALLS + PAST_VECTORS * P + removing(kept, steps, 1) if kept else 0.0)
     if operator.exact is not operator:  # steps by products at reduced precision keep no past
-        steps, removing = min(2.0 * P, EXPECTED_CG_STEPS), 0.0
-    costs: dict[str, float] = {"CG": (steps + 1) * together + steps * num_rhs * (12.0 * P + removing) / product}
+        steps, a_column = min(2.0 * P, plain_steps), STEP_VECTORS * P
+    costs: dict[str, float] = {"CG": (steps + 1) * together + steps * num_rhs * (STEP_CALLS / V + a_column) / product}
     memory = {"CG": int(6 + min(kept, steps)) * vectors}
 
     singular = root is not None and root.damping == 0 and root.num_roots < P
@@ -136,8 +164,8 @@ def auto(
         steps = min(steps * V**-BLOCK_EXPONENT, rank / V + 2)
         keeps["BlockCG"] = kept
         options["BlockCG"] = BlockCG(rtol=cg_rtol, on_failure=on_failure, reorthogonalise=None if memory_budget is None else kept)
-        removing = min(kept, steps) / 2 * V * orthogonalisation_operations(P, V)
-        costs["BlockCG"] = (steps + 1) * together + steps * num_rhs * (10.0 * P * V + removing) / product
+        a_column = BLOCK_CALLS / V + (BLOCK_VECTORS + BLOCK_SQUARES * V) * P  # of which the first QR factorisation is one
+        costs["BlockCG"] = (steps + 1) * together + num_rhs * ((steps + 1) * a_column + steps * removing(kept, steps, V)) / product
         memory["BlockCG"] = int(7 + min(kept, steps)) * vectors
 
     direct = Direct(rtol=rtol, on_failure=on_failure)
@@ -147,7 +175,8 @@ def auto(
         ruled_out.append("Direct and BlockCG would meet a singular matrix without damping")
     else:
         options["Direct"] = direct
-        costs["Direct"] = P * operator.product_operations(64) / 64 / product + 2 * together + (P**3 / 3 + num_rhs * 4.0 * P**2) / product
+        factorisation = FACTORISATION * P**3 / 3 + num_rhs * 4.0 * P**2
+        costs["Direct"] = 2 * together + (P * operator.product_operations(64) / 64 + factorisation) / product
         memory["Direct"] = 2 * P * P * itemsize
 
     dual = Dual(rtol=rtol, on_failure=on_failure)
@@ -160,7 +189,8 @@ def auto(
     else:
         R = root.num_roots
         options["Dual"] = dual
-        costs["Dual"] = 4 * together + (root.gram_operations() + R**3 / 3 + num_rhs * 4.0 * R**2) / product
+        factorisation = FACTORISATION * R**3 / 3 + num_rhs * 4.0 * R**2
+        costs["Dual"] = 4 * together + (root.gram_operations() + factorisation) / product
         memory["Dual"] = 2 * R * R * itemsize
 
     for name in [name for name in options if name != "CG" and memory_budget is not None and memory[name] > memory_budget]:

@@ -103,9 +103,10 @@ struct Derivative {
   bool accumulate;
 };
 
-// kTangent: w ∘ ∂x̂ in, else its transpose ∂x̂ (w ∘ in). B right-hand sides, W elements a thread and step.
+// kTangent: w ∘ ∂x̂ in, else its transpose ∂x̂ (w ∘ in). B right-hand sides, W elements a thread and step. One block a processor will do, lest the
+// compiler makes two fit by spilling what is kept.
 template <class T, bool kTangent, int B, int kTeam, int W, int kSteps>
-__global__ void __launch_bounds__(kThreads) derivative_kernel(const Derivative<T> p) {
+__global__ void __launch_bounds__(kThreads, 1) derivative_kernel(const Derivative<T> p) {
   const int64_t item = team_index<kTeam>(), size = p.map.channels * p.map.run;
   if (item >= (p.V + B - 1) / B * p.rows) return;
   const int64_t row = item % p.rows, v0 = item / p.rows * B, first = p.map.first(row), apart = p.rows * size;
@@ -218,7 +219,7 @@ struct SecondOrder {
 
 // B right-hand sides, which share x̂ and ĝ; W elements a thread and step.
 template <class T, int B, int kTeam, int W, int kSteps>
-__global__ void __launch_bounds__(kThreads) second_order_kernel(const SecondOrder<T> p) {
+__global__ void __launch_bounds__(kThreads, 1) second_order_kernel(const SecondOrder<T> p) {
   const int64_t item = team_index<kTeam>(), size = p.map.channels * p.map.run;
   if (item >= (p.V + B - 1) / B * p.rows) return;
   const int64_t row = item % p.rows, v0 = item / p.rows * B, first = p.map.first(row), apart = p.rows * size;

@@ -15,6 +15,13 @@ import torch
 from torch import Tensor
 
 
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that a CUDA device has left: the driver's, and what torch keeps there unused. None for a CPU, whose system does not say."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
 class ChunkedTape:
     """The forward state of at most ``chunk`` examples, made anew for each chunk in each product.
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import influence_ext._C as _C
 from influence_ext.capture import CapturedGraph, capture, format_table, named_tensors, plan_key, remembered
-from influence_ext.chunks import ChunkedTape, first_rows
+from influence_ext.chunks import ChunkedTape, first_rows, free_bytes
 from influence_ext.context import exclusive
 from influence_ext.data import Examples, StreamedExamples
 from influence_ext.derived import DerivedParameters
@@ -130,8 +130,8 @@ class Plan:
         Args:
             X: inputs of N examples, the structure the plan was captured with, or ``Examples``.
             theta: ``[P]``; by default the model's own parameters at this moment. Frozen parameters and buffers are read now.
-            memory_budget: bytes that the forward state and one product's workspace may take. What does not fit is recomputed
-                in every product, a chunk of examples at a time.
+            memory_budget: bytes that the forward state and one product's workspace may take, at most three quarters of those that a
+                CUDA device has left. What does not fit is recomputed in every product, a chunk of examples at a time.
             second_order: also keep what ``Tape.hvp`` needs.
             precision: how products multiply float32 matrices, see :meth:`Tape.at_precision`.
 
@@ -139,12 +139,17 @@ class Plan:
             ShapeError, DTypeError, DeviceError: inputs or theta do not fit.
             DataError: outputs are not finite.
             ArgumentError: not even one example fits the budget; a precision that the device has not.
+            MemoryError: the forward state does not fit; for a CUDA device it names a budget that does, and its chunks.
 
         Cost: one forward pass; memory ``Tape.cached_bytes``.
         """
         with exclusive:
             check_precision(precision, self.space, self._who)
-            return self._linearize(X, theta, memory_budget, second_order).at_precision(precision)
+            try:
+                return self._linearize(X, theta, memory_budget, second_order).at_precision(precision)
+            except MemoryError as error:
+                shortage = error.with_traceback(None)  # whose frames hold what was allocated so far
+            raise shortage if memory_budget is not None else self._with_chunk(shortage, X, self._compiled(second_order))
 
     def _linearize(self, X: Any, theta: Tensor | None, memory_budget: int | None, second_order: bool) -> Tape:
         tensors = named_tensors(self._model)
@@ -159,10 +164,16 @@ class Plan:
             return Tape(self, make(self._inputs(X if examples is None else examples.X, tensors)), theta, tensors, curved)
         if examples is None:
             examples = Examples.of_inputs(X)
+        room = self._room()
+        memory_budget = memory_budget if room is None else min(memory_budget, room)
         chunk = self._chunk(native, examples, memory_budget)
         if chunk >= examples.num_examples and examples.resident:
-            return Tape(self, make(self._inputs(examples.X, tensors)), theta, tensors, curved)
-        return Tape(self, ChunkedTape(make, self._inputs, examples.blocks, examples.num_examples, chunk), theta, tensors, curved)
+            tape = Tape(self, make(self._inputs(examples.X, tensors)), theta, tensors, curved)
+        else:
+            tape = Tape(self, ChunkedTape(make, self._inputs, examples.blocks, examples.num_examples, chunk), theta, tensors, curved)
+        if self._on_device and tape.cached_bytes + tape.workspace_bytes(1) > memory_budget:
+            tape.set_schedule("by_operator")  # the sums of a chain's blocks, in one kernel, take more than a sweep by operator
+        return tape
 
     def ensemble(self, examples: Examples, loss: Loss) -> Ensemble | None:
         """The network at several parameter sets that take training steps on batches of ``examples``.
@@ -196,6 +207,11 @@ class Plan:
         return self._derived is not None
 
     @property
+    def _on_device(self) -> bool:
+        """Whether tapes are on a device now: the parameters', or an emulated one in its place."""
+        return self.space.device.type != "cpu" or _C.emulates_device()
+
+    @property
     def _native(self) -> Any:
         return self._compiled(second_order=False)
 
@@ -204,11 +220,10 @@ class Plan:
         return self._compiled(second_order=True)
 
     def _compiled(self, second_order: bool) -> Any:
-        """The extension's plan for where tapes are now: the parameters' device, or an emulated one in its place."""
-        on_device = self.space.device.type != "cpu" or _C.emulates_device()
-        key = second_order, on_device
+        """The extension's plan for where tapes are now."""
+        key = second_order, self._on_device
         if key not in self._natives:
-            self._natives[key] = self._compile(second_order=second_order, on_device=on_device)
+            self._natives[key] = self._compile(second_order=second_order, on_device=self._on_device)
         return self._natives[key]
 
     def _make(self, native: Any, sources: list[Tensor], shortcuts: bool = False) -> Any:
@@ -217,19 +232,46 @@ class Plan:
         tape.set_shortcuts(shortcuts)
         return tape
 
-    def _chunk(self, native: Any, examples: Examples, budget: int) -> int:
-        """Examples whose forward state and workspace, for one vector, take at most ``budget`` bytes."""
+    def _room(self) -> int | None:
+        """Bytes for a forward state and workspace on a CUDA device: a quarter of what is free is left to vectors and results."""
+        free = free_bytes(self.space.device)
+        return None if free is None else free * 3 // 4
+
+    def _bytes(self, native: Any, examples: Examples) -> tuple[int, int]:
+        """Of the forward state and the workspace of a product onto one vector: what is taken in any case, and by each example."""
         _, first = next(examples.blocks(2))
         one = self._make(native, self._inputs(first_rows(first, 1)))
         two = self._make(native, self._inputs(first_rows(first, 1, repeat=2)))
         each = two.cached_bytes - one.cached_bytes + native.sweep_width * self.space.dtype.itemsize
-        fixed = 2 * one.cached_bytes - two.cached_bytes
+        return 2 * one.cached_bytes - two.cached_bytes, each
+
+    def _chunk(self, native: Any, examples: Examples, budget: int) -> int:
+        """Examples whose forward state and workspace, for one vector, take at most ``budget`` bytes."""
+        fixed, each = self._bytes(native, examples)
         if fixed + each > budget:
             raise ArgumentError(
                 f"{self.graph.model_name}: expected memory_budget to hold at least one example, got {budget} bytes where the weights take "
                 f"{fixed} and an example {each}; raise it to {fixed + 64 * each} for chunks of 64 examples."
             )
         return int(min(examples.num_examples, (budget - fixed) // each))
+
+    def _with_chunk(self, shortage: MemoryError, X: Any, native: Any) -> MemoryError:
+        """The same with the examples that do fit; as it is where that is not known."""
+        room = self._room()
+        examples = X if isinstance(X, Examples) else Examples.of_inputs(X)
+        if room is None or isinstance(examples, StreamedExamples):
+            return shortage
+        try:
+            fixed, each = self._bytes(native, examples)
+        except MemoryError:
+            return shortage
+        chunk = min(examples.num_examples, (room - fixed) // each)
+        if chunk < 1:
+            return shortage
+        return MemoryError(
+            f"{str(shortage).removesuffix('.')}; memory_budget={fixed + chunk * each} holds {chunk} of {examples.num_examples} examples "
+            "at a time and fits what is free."
+        )
 
     def report(self, second_order: bool = False) -> str:
         """A table of the nodes and the rule that runs each, in a tape for second-order products or another."""

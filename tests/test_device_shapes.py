@@ -174,8 +174,10 @@ class Normalised(nn.Module):
     [
         pytest.param(lambda: nn.LayerNorm(33), (3, 7, 33), id="a warp a row, odd"),
         pytest.param(lambda: nn.LayerNorm(64), (3, 5, 64), id="a warp a row, vectors"),
-        pytest.param(lambda: nn.LayerNorm(2051), (3, 2051), id="a block a row, odd"),
-        pytest.param(lambda: nn.LayerNorm(2052), (3, 2052), id="a block a row, vectors"),
+        pytest.param(lambda: nn.LayerNorm(601), (3, 601), id="a block a row, odd"),
+        pytest.param(lambda: nn.LayerNorm(604), (3, 604), id="a block a row, vectors"),
+        pytest.param(lambda: nn.LayerNorm(4099), (2, 4099), id="a row that is read again, odd"),
+        pytest.param(lambda: nn.LayerNorm(4100), (2, 4100), id="a row that is read again, vectors"),
         pytest.param(lambda: nn.RMSNorm(40), (2, 300, 40), id="sums of columns in parts"),
         pytest.param(lambda: nn.GroupNorm(3, 6), (3, 6, 5, 7), id="groups, odd runs"),
         pytest.param(lambda: nn.GroupNorm(2, 4), (2, 4, 40, 30), id="groups, a block a row"),

@@ -85,7 +85,8 @@ class LinearisedOperator(LinearOperator):
         self.damping = check_damping(damping, who)
         self._tape: Tape = plan.linearize(self.examples, memory_budget=memory_budget, second_order=self._second_order, precision=precision)
         self._tape.replayed(graphs, memory_budget is not None)
-        self._tape.set_schedule(schedule)
+        if schedule != "auto":  # within a budget the tape has chosen
+            self._tape.set_schedule(schedule)
         self._tape.check_outputs(who)
         self.loss.check(self._tape.outputs, self.examples.targets, who)
         self._factor = self.loss.factor(self.examples.targets)

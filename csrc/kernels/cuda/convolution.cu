@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) product_kernel(const Produc
   const int thread = static_cast<int>(threadIdx.x);
   if (thread < 3) axes[thread] = shape.axis(thread, work.phase);
   __syncthreads();
-  const int count = axes[0].outputs * axes[1].outputs * axes[2].outputs;
+  const int count = outputs_of(axes);
   const int taps = axes[0].taps * axes[1].taps * axes[2].taps, K = shape.inner * taps;
   const int64_t first = work.position_tile * kCols, positions = p.images * count;
   if (first >= positions) return;
@@ -180,15 +180,12 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) product_kernel(const Produc
   const int height = shape.axes[1].in_size, width = shape.axes[2].in_size, depth = shape.axes[0].in_size;
 
   // The thread's column of the right panel: where the taps of its position start, in each term's input.
-  const int64_t position = first + thread % kCols;
-  const bool inside = position < positions;
-  const int64_t image = inside ? position / count : 0;
-  const Place3 q = place_of(inside ? static_cast<int>(position - image * count) : 0, axes[1].outputs, axes[2].outputs);
-  const int d0 = inside ? q.d * axes[0].spacing + axes[0].base : -(1 << 30);  // no tap reaches from there
-  const int h0 = q.h * axes[1].spacing + axes[1].base, w0 = q.w * axes[2].spacing + axes[2].base;
+  const PhaseOutput output(first + thread % kCols, p.images, axes);
+  const int d0 = output.inside ? output.start.d : -(1 << 30);  // no tap reaches from there
+  const int h0 = output.start.h, w0 = output.start.w;
   for (int t = thread / kCols; t < 2; t += kThreads / kCols) {
-    starts[t][thread % kCols] = work.v * p.terms[t].in_batch + image * p.terms[t].prepared + work.group * shape.inner * shape.in_plane +
-                                (int64_t{inside ? d0 : 0} * height + h0) * width + w0;
+    starts[t][thread % kCols] = work.v * p.terms[t].in_batch + output.image * p.terms[t].prepared + work.group * shape.inner * shape.in_plane +
+                                (int64_t{output.inside ? d0 : 0} * height + h0) * width + w0;
   }
 
   // Threads below kStep count the rows of K, each its own in every step: (channel, tap) as digits, the step between them too.
@@ -283,10 +280,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) product_kernel(const Produc
     if (first + Tile::col(j) >= positions) continue;
     const int offset = offset0 + Tile::col(j);
     const Target target = target_of(p, work.v, image0 + offset / count);
-    const Place3 to = place_of(offset % count, axes[1].outputs, axes[2].outputs);
-    const int pixel =
-        ((to.d * axes[0].step + axes[0].first) * shape.axes[1].out_size + to.h * axes[1].step + axes[1].first) * shape.axes[2].out_size +
-        to.w * axes[2].step + axes[2].first;
+    const int pixel = pixel_of(shape, axes, place_of(offset % count, axes[1].outputs, axes[2].outputs));
     INFL_UNROLL(8)
     for (int i = 0; i < Tile::kTileRows; ++i) {
       const int row = row0 + Tile::row(i);
@@ -315,13 +309,11 @@ __global__ void __launch_bounds__(kDirectThreads, 2) direct_kernel(const Product
   const Work work = work_of(p, (p.V + kSides - 1) / kSides);
   if (threadIdx.x < 3) axes[threadIdx.x] = shape.axis(static_cast<int>(threadIdx.x), work.phase);
   __syncthreads();
-  const int count = axes[0].outputs * axes[1].outputs * axes[2].outputs;
-  const int64_t position = work.position_tile * kDirectThreads + threadIdx.x;
-  if (position >= p.images * count) return;
-  const int64_t image = position / count, v0 = work.v * kSides;
+  const PhaseOutput output(work.position_tile * kDirectThreads + threadIdx.x, p.images, axes);
+  if (!output.inside) return;
+  const int64_t image = output.image, v0 = work.v * kSides;
   const int sides = p.V - v0 < kSides ? static_cast<int>(p.V - v0) : kSides;
-  const Place3 q = place_of(static_cast<int>(position - image * count), axes[1].outputs, axes[2].outputs);
-  const int d0 = q.d * axes[0].spacing + axes[0].base, h0 = q.h * axes[1].spacing + axes[1].base, w0 = q.w * axes[2].spacing + axes[2].base;
+  const int d0 = output.start.d, h0 = output.start.h, w0 = output.start.w;
   const int depth = shape.axes[0].in_size, height = shape.axes[1].in_size, width = shape.axes[2].in_size;
   T sum[kSides] = {};
   for (int t = 0; t < p.num_terms; ++t) {
@@ -353,8 +345,7 @@ __global__ void __launch_bounds__(kDirectThreads, 2) direct_kernel(const Product
       }
     }
   }
-  const int pixel = ((q.d * axes[0].step + axes[0].first) * shape.axes[1].out_size + q.h * axes[1].step + axes[1].first) * shape.axes[2].out_size +
-                    q.w * axes[2].step + axes[2].first;
+  const int pixel = pixel_of(shape, axes, output.at);
   INFL_UNROLL(4)
   for (int b = 0; b < kSides; ++b) {
     if (b >= sides) continue;
@@ -384,12 +375,10 @@ __global__ void __launch_bounds__(kDirectThreads, 2) few_rows_kernel(const Produ
   const int thread = static_cast<int>(threadIdx.x);
   if (thread < 3) axes[thread] = shape.axis(thread, work.phase);
   __syncthreads();
-  const int count = axes[0].outputs * axes[1].outputs * axes[2].outputs;
-  const int64_t position = work.position_tile * kDirectThreads + thread;
-  const bool inside = position < p.images * count;
-  const int64_t image = inside ? position / count : 0;
-  const Place3 q = place_of(inside ? static_cast<int>(position - image * count) : 0, axes[1].outputs, axes[2].outputs);
-  const int d0 = q.d * axes[0].spacing + axes[0].base, h0 = q.h * axes[1].spacing + axes[1].base, w0 = q.w * axes[2].spacing + axes[2].base;
+  const PhaseOutput output(work.position_tile * kDirectThreads + thread, p.images, axes);
+  const bool inside = output.inside;
+  const int64_t image = output.image;
+  const int d0 = output.start.d, h0 = output.start.h, w0 = output.start.w;
   const int depth = shape.axes[0].in_size, height = shape.axes[1].in_size, width = shape.axes[2].in_size;
   T sum[kRows] = {};
   for (int t = 0; t < p.num_terms; ++t) {
@@ -433,8 +422,7 @@ __global__ void __launch_bounds__(kDirectThreads, 2) few_rows_kernel(const Produ
     }
   }
   if (!inside) return;
-  const int pixel = ((q.d * axes[0].step + axes[0].first) * shape.axes[1].out_size + q.h * axes[1].step + axes[1].first) * shape.axes[2].out_size +
-                    q.w * axes[2].step + axes[2].first;
+  const int pixel = pixel_of(shape, axes, output.at);
   const Target target = target_of(p, work.v, image);
   INFL_UNROLL(8)
   for (int r = 0; r < kRows; ++r) {

@@ -98,4 +98,28 @@ __device__ inline Place3 place_of(int number, int height, int width) {
   return {line / height, line % height, number % width};
 }
 
+__device__ inline int outputs_of(const PhaseAxis* axes) { return axes[0].outputs * axes[1].outputs * axes[2].outputs; }
+
+// Where in the output's plane an output of a phase lies.
+__device__ inline int pixel_of(const ConvolutionShape& shape, const PhaseAxis* axes, const Place3& at) {
+  const int d = at.d * axes[0].step + axes[0].first, h = at.h * axes[1].step + axes[1].first, w = at.w * axes[2].step + axes[2].first;
+  return (d * shape.axes[1].out_size + h) * shape.axes[2].out_size + w;
+}
+
+// An output of a phase, by its number among those of all images: its image, its place in the phase, and where the first tap would read. A number
+// beyond is not inside and stands for the first output.
+struct PhaseOutput {
+  bool inside;
+  int64_t image;
+  Place3 at, start;
+
+  __device__ PhaseOutput(int64_t number, int64_t images, const PhaseAxis* axes) {
+    const int count = outputs_of(axes);
+    inside = number < images * count;
+    image = inside ? number / count : 0;
+    at = place_of(inside ? static_cast<int>(number - image * count) : 0, axes[1].outputs, axes[2].outputs);
+    start = {at.d * axes[0].spacing + axes[0].base, at.h * axes[1].spacing + axes[1].base, at.w * axes[2].spacing + axes[2].base};
+  }
+};
+
 }  // namespace infl::cuda

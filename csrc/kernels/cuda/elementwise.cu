@@ -55,16 +55,25 @@ void apply(const Context& ctx, const char* who, int64_t size, const Function& f)
          size, f);
 }
 
-template <class T>
-struct ValuesAndDerivatives {
+// Value and derivative of the function of a kind, or with kSecond its second derivative as the value.
+template <class T, bool kSecond>
+struct ElementwiseFunction {
   Activation kind;
   T a, b;
   const T* x;
   T *y, *derivative;
+  template <Activation kKind>
+  __device__ ValueAndDerivative<T> of_kind(T value) const {
+    if constexpr (kSecond) {
+      return {infl::second_derivative<kKind>(value, a, b), T(0)};
+    } else {
+      return infl::activation<kKind>(value, a, b);
+    }
+  }
   __device__ ValueAndDerivative<T> operator()(T value) const {
 #define INFL_CASE(name)  \
   case Activation::name: \
-    return infl::activation<Activation::name>(value, a, b);
+    return of_kind<Activation::name>(value);
     switch (kind) { INFL_FOR_EACH_ACTIVATION(INFL_CASE) }
 #undef INFL_CASE
     return {};
@@ -73,28 +82,12 @@ struct ValuesAndDerivatives {
 
 template <class T>
 void activation(const Context& ctx, Activation kind, T a, T b, int64_t size, const T* x, T* y, T* derivative) {
-  apply<T>(ctx, "activation", size, ValuesAndDerivatives<T>{kind, a, b, x, y, derivative});
+  apply<T>(ctx, "activation", size, ElementwiseFunction<T, false>{kind, a, b, x, y, derivative});
 }
 
 template <class T>
-struct SecondDerivatives {
-  Activation kind;
-  T a, b;
-  const T* x;
-  T *y, *derivative;
-  __device__ ValueAndDerivative<T> operator()(T value) const {
-#define INFL_CASE(name)  \
-  case Activation::name: \
-    return {infl::second_derivative<Activation::name>(value, a, b), T(0)};
-    switch (kind) { INFL_FOR_EACH_ACTIVATION(INFL_CASE) }
-#undef INFL_CASE
-    return {};
-  }
-};
-
-template <class T>
 void second_derivative(const Context& ctx, Activation kind, T a, T b, int64_t size, const T* x, T* out) {
-  apply<T>(ctx, "second_derivative", size, SecondDerivatives<T>{kind, a, b, x, out, nullptr});
+  apply<T>(ctx, "second_derivative", size, ElementwiseFunction<T, true>{kind, a, b, x, out, nullptr});
 }
 
 // d and g are read once for all right-hand sides.

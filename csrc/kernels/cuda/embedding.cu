@@ -244,14 +244,14 @@ struct RowMerge {
   template <int W>
   __device__ void run(int64_t i) const {
     const int64_t e = i / cols, j = i - e * cols;
-    for (int64_t v = 0; v < V; ++v) {
+    write_sides<W>(V, out + i, entries * cols, [&](int64_t v) {
       Vector<T, W> sum{};
       for (int64_t k = begin[e]; k < begin[e + 1]; ++k) {
         const auto x = load<W>(g + (v * num_positions + positions[k]) * cols + j);
         for (int w = 0; w < W; ++w) sum.v[w] += x.v[w];
       }
-      store<W>(out + v * entries * cols + i, sum);
-    }
+      return sum;
+    });
   }
 };
 

@@ -1,95 +1,93 @@
-// All of these are bound by memory. A row is a team's: a warp's if it is short, else a block's. The team reads its row for the two sums, and again,
-// from the caches, for the pass that writes: a tangent or cotangent costs its own bytes and those of its result, and x̂, weights and scale are read
-// once for four right-hand sides. Maps by channel take 16 bytes a thread and read their factors once for all right-hand sides.
+// All of these are bound by memory. A row is a team's: a warp's if it is short, else a block's. Up to 4096 float32 or 2048 float64, each thread keeps
+// its elements of the row in registers between the sums and the pass that writes. Bytes of an element of float32, where a scale and parameters cost
+// as before:
+//
+//   kept in registers           y and x̂ from x: 12;  a derivative, of V right-hand sides: 4 ceil(V / 4) + 8 V;  second: 8 ceil(V / 4) + 16 V
+//   read again, of long rows    20;  8 ceil(V / 4) + 12 V;  16 ceil(V / 4) + 20 V, of which the second-level cache gives what it still has
+//
+// (a derivative takes 12 instead of 20 for V = 1 and 288 instead of 448 for V = 32). x̂, weights and scale are read once for four right-hand sides.
+// Maps by channel take 16 bytes a thread and read their factors once for all right-hand sides.
 //
 // Sums by channel: long ones are split into parts, whose sums are added in their order. No atomics.
 #include "kernels/normalisation.h"
 
-#include "kernels/cuda/vector.h"
+#include "kernels/cuda/row_teams.h"
 #include "math/normalisation.h"
 
 namespace infl {
 namespace cuda {
 namespace {
 
-constexpr int kThreads = 256, kSides = 4;
-constexpr int64_t kLongRow = 2048;          // elements from which on a row is a block's
+using namespace row_teams;
+
+constexpr int kSides = 4;                   // right-hand sides that share what they share
 constexpr int64_t kWantedBlocks = 2 * 132;  // two for each processor of the largest GPU
 
-// Sum over a team of kTeam threads, a warp or the whole block, in every thread of it.
-template <int kTeam, class T>
-__device__ T team_sum(T value) {
-  value = warp_sum(value);
-  if constexpr (kTeam > kWarp) {
-    __shared__ T partial[kTeam / kWarp];
-    __syncthreads();
-    if (threadIdx.x % kWarp == 0) partial[threadIdx.x / kWarp] = value;
-    __syncthreads();
-    value = partial[0];
-    for (int k = 1; k < kTeam / kWarp; ++k) value += partial[k];
-  }
-  return value;
-}
-
-template <int kTeam>
-__device__ int64_t team_index() {
-  return int64_t{blockIdx.x} * (kThreads / kTeam) + threadIdx.x / kTeam;
-}
-
-template <int kTeam>
-dim3 teams(int64_t count) {
-  return dim3(static_cast<unsigned>(ceil_div(count, kThreads / kTeam)));
-}
-
 // Division of numbers that mostly fit 32 bits, where it costs a fraction, by one that is often 1.
-__device__ inline int64_t quotient(int64_t a, int64_t b) {
+template <class Index>
+__device__ int64_t quotient(Index a, int64_t b) {
   if (b == 1) return a;
+  if constexpr (sizeof(Index) == 4) return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);  // of a row that has no more elements
   return (a | b) >> 32 == 0 ? static_cast<int64_t>(static_cast<uint32_t>(a) / static_cast<uint32_t>(b)) : a / b;
 }
 
-template <class T, int kTeam>
+template <class T, int kTeam, int W, int kSteps>
 __global__ void __launch_bounds__(kThreads)
     layer_norm_kernel(ChannelMap map, int64_t rows, bool centre, T eps, const T* x, const T* w, const T* b, T* y, T* x_hat, T* rstd) {
   const int64_t row = team_index<kTeam>(), size = map.channels * map.run;
   if (row >= rows) return;
-  const int thread = static_cast<int>(threadIdx.x) % kTeam;
-  x += row * size;
-  y += row * size;
-  x_hat += row * size;
+  Vector<T, W> kept[kSteps > 0 ? kSteps : 1];
+  const auto read = [&](int step, auto j) { kept[step] = load<W>(x + row * size + j); };
+  if constexpr (kSteps > 0) for_each_of_row<kTeam, W, kSteps>(size, read);
   T mean = 0;
   if (centre) {
-    T sum = 0;
-    for (int64_t j = thread; j < size; j += kTeam) sum += x[j];
-    mean = team_sum<kTeam>(sum) / T(size);
+    T sum[1] = {};
+    for_each_of_row<kTeam, W, kSteps>(size, [&](int step, auto j) {
+      if constexpr (kSteps == 0) read(step, j);
+      INFL_UNROLL(4)
+      for (int k = 0; k < W; ++k) sum[0] += kept[step].v[k];
+    });
+    team_sums<kTeam>(sum);
+    mean = sum[0] / T(size);
   }
-  T plain = 0, square = 0;
-  for (int64_t j = thread; j < size; j += kTeam) {
-    const T d = x[j] - mean;
-    plain += d;
-    square += d * d;
-  }
-  plain = team_sum<kTeam>(plain);
-  square = team_sum<kTeam>(square);
-  const T rest = centre ? plain / T(size) : T(0);  // what rounding left of the mean
+  T sums[2] = {};  // of the deviations, and of their squares
+  for_each_of_row<kTeam, W, kSteps>(size, [&](int step, auto j) {
+    if constexpr (kSteps == 0) read(step, j);
+    INFL_UNROLL(4)
+    for (int k = 0; k < W; ++k) {
+      const T d = kept[step].v[k] - mean;
+      sums[0] += d;
+      sums[1] += d * d;
+    }
+  });
+  team_sums<kTeam>(sums);
+  const T rest = centre ? sums[0] / T(size) : T(0);  // what rounding left of the mean
   // A single element is its own mean: x̂ and its derivative vanish, and no rounding error is to be divided by sqrt(eps).
-  const T inverse = centre && size == 1 ? T(0) : inverse_deviation(square / T(size) - rest * rest, eps);
-  if (thread == 0) rstd[row] = inverse;
+  const T inverse = centre && size == 1 ? T(0) : inverse_deviation(sums[1] / T(size) - rest * rest, eps);
+  if (threadIdx.x % kTeam == 0) rstd[row] = inverse;
   const int64_t first = map.first(row);
-  for (int64_t j = thread; j < size; j += kTeam) {
-    const int64_t c = first + quotient(j, map.run);
-    const T hat = ((x[j] - mean) - rest) * inverse;
-    x_hat[j] = hat;
-    y[j] = (w ? w[c] : T(1)) * hat + (b ? b[c] : T(0));
-  }
+  for_each_of_row<kTeam, W, kSteps>(size, [&](int step, auto j) {
+    if constexpr (kSteps == 0) read(step, j);
+    Vector<T, W> hat, to;
+    INFL_UNROLL(4)
+    for (int k = 0; k < W; ++k) {
+      const int64_t c = first + quotient(j + k, map.run);
+      hat.v[k] = ((kept[step].v[k] - mean) - rest) * inverse;
+      to.v[k] = (w ? w[c] : T(1)) * hat.v[k] + (b ? b[c] : T(0));
+    }
+    store<W>(x_hat + row * size + j, hat);
+    store<W>(y + row * size + j, to);
+  });
 }
 
 template <class T>
 void layer_norm(const Context& ctx, const ChannelMap& map, int64_t rows, bool centre, T eps, const T* x, const T* w, const T* b, T* y, T* x_hat,
                 T* rstd) {
   if (rows == 0 || map.size() == 0) return;
-  const bool is_long = map.size() >= kLongRow;
-  launch(ctx, "layer_norm", is_long ? &layer_norm_kernel<T, kThreads> : &layer_norm_kernel<T, kWarp>,
-         is_long ? teams<kThreads>(rows) : teams<kWarp>(rows), dim3(kThreads), 0, map, rows, centre, eps, x, w, b, y, x_hat, rstd);
+  choose_team<T>(map.size(), is_aligned({x, y, x_hat}), [&]<int kTeam, int W, int kSteps>() {
+    launch(ctx, "layer_norm", &layer_norm_kernel<T, kTeam, W, kSteps>, teams<kTeam>(rows), dim3(kThreads), 0, map, rows, centre, eps, x, w, b, y,
+           x_hat, rstd);
+  });
 }
 
 // out = (∂x̂ in with w, + x̂ t_w + t_b) ∘ scale
@@ -105,86 +103,95 @@ struct Derivative {
   bool accumulate;
 };
 
-// kTangent: w ∘ ∂x̂ in, else its transpose ∂x̂ (w ∘ in). B right-hand sides, W elements a thread and step.
-template <class T, bool kTangent, int kTeam, int B, int W>
-__global__ void __launch_bounds__(kThreads) derivative_kernel(const Derivative<T> p) {
+// kTangent: w ∘ ∂x̂ in, else its transpose ∂x̂ (w ∘ in). B right-hand sides, W elements a thread and step. One block a processor will do, lest the
+// compiler makes two fit by spilling what is kept.
+template <class T, bool kTangent, int B, int kTeam, int W, int kSteps>
+__global__ void __launch_bounds__(kThreads, 1) derivative_kernel(const Derivative<T> p) {
   const int64_t item = team_index<kTeam>(), size = p.map.channels * p.map.run;
   if (item >= (p.V + B - 1) / B * p.rows) return;
   const int64_t row = item % p.rows, v0 = item / p.rows * B, first = p.map.first(row), apart = p.rows * size;
-  const int thread = static_cast<int>(threadIdx.x) % kTeam, sides = p.V - v0 < B ? static_cast<int>(p.V - v0) : B;
-  const T* x_hat = p.x_hat + row * size;
+  const int sides = p.V - v0 < B ? static_cast<int>(p.V - v0) : B;
   const T* in = p.in + v0 * apart + row * size;
   T* out = p.out + v0 * apart + row * size;
-  T mean[B] = {}, correlation[B] = {};
-  for (int64_t j = int64_t{thread} * W; j < size; j += kTeam * W) {
-    const auto hat = load<W>(x_hat + j);
+  Vector<T, W> hat[kSteps > 0 ? kSteps : 1], x[kSteps > 0 ? kSteps : 1][B];
+  const auto read = [&](int step, auto j) {
+    hat[step] = load<W>(p.x_hat + row * size + j);
+    INFL_UNROLL(4)
+    for (int b = 0; b < B; ++b) {
+      if (b < sides) x[step][b] = load<W>(in + b * apart + j);
+    }
+  };
+  if constexpr (kSteps > 0) for_each_of_row<kTeam, W, kSteps>(size, read);
+  T sums[2 * B] = {};  // of each right-hand side, and of it with x̂
+  for_each_of_row<kTeam, W, kSteps>(size, [&](int step, auto j) {
+    if constexpr (kSteps == 0) read(step, j);
     T weight[W];
     INFL_UNROLL(4)
     for (int k = 0; k < W; ++k) weight[k] = !kTangent && p.w ? p.w[first + quotient(j + k, p.map.run)] : T(1);
     INFL_UNROLL(4)
     for (int b = 0; b < B; ++b) {
       if (b >= sides) continue;
-      const auto x = load<W>(in + b * apart + j);
       INFL_UNROLL(4)
       for (int k = 0; k < W; ++k) {
-        const T z = weight[k] * x.v[k];
-        mean[b] += z;
-        correlation[b] += z * hat.v[k];
+        const T z = weight[k] * x[step][b].v[k];
+        sums[b] += z;
+        sums[B + b] += z * hat[step].v[k];
       }
     }
-  }
+  });
+  team_sums<kTeam>(sums);
   INFL_UNROLL(4)
   for (int b = 0; b < B; ++b) {
-    const T plain = team_sum<kTeam>(mean[b]);
-    mean[b] = p.centre ? plain / T(size) : T(0);
-    correlation[b] = team_sum<kTeam>(correlation[b]) / T(size);
+    sums[b] = p.centre ? sums[b] / T(size) : T(0);
+    sums[B + b] /= T(size);
   }
   const T rstd = p.rstd[row];
-  for (int64_t j = int64_t{thread} * W; j < size; j += kTeam * W) {
-    const auto hat = load<W>(x_hat + j);
+  for_each_of_row<kTeam, W, kSteps>(size, [&](int step, auto j) {
+    if constexpr (kSteps == 0) read(step, j);
     Vector<T, W> factor;
     if (p.scale) factor = load<W>(p.scale + row * size + j);
+    int64_t channel[W];
+    T weight[W];
+    INFL_UNROLL(4)
+    for (int k = 0; k < W; ++k) {
+      channel[k] = first + quotient(j + k, p.map.run);
+      weight[k] = p.w ? p.w[channel[k]] : T(1);
+    }
     INFL_UNROLL(4)
     for (int b = 0; b < B; ++b) {
       if (b >= sides) continue;
-      auto x = load<W>(in + b * apart + j);
+      Vector<T, W> to;
       INFL_UNROLL(4)
       for (int k = 0; k < W; ++k) {
-        const int64_t c = first + quotient(j + k, p.map.run);
-        const T weight = p.w ? p.w[c] : T(1);
-        T value = kTangent ? weight * standardised_tangent(x.v[k], hat.v[k], rstd, mean[b], correlation[b])
-                           : standardised_tangent(weight * x.v[k], hat.v[k], rstd, mean[b], correlation[b]);
-        if (p.t.w) value += hat.v[k] * p.t.w[(v0 + b) * p.t.stride + c];
-        if (p.t.b) value += p.t.b[(v0 + b) * p.t.stride + c];
+        const T z = x[step][b].v[k], h = hat[step].v[k];
+        T value = kTangent ? weight[k] * standardised_tangent(z, h, rstd, sums[b], sums[B + b])
+                           : standardised_tangent(weight[k] * z, h, rstd, sums[b], sums[B + b]);
+        if (p.t.w) value += h * p.t.w[(v0 + b) * p.t.stride + channel[k]];
+        if (p.t.b) value += p.t.b[(v0 + b) * p.t.stride + channel[k]];
         if (p.scale) value *= factor.v[k];
-        x.v[k] = value;
+        to.v[k] = value;
       }
       if (p.accumulate) {
         const auto before = load<W>(out + b * apart + j);
         INFL_UNROLL(4)
-        for (int k = 0; k < W; ++k) x.v[k] += before.v[k];
+        for (int k = 0; k < W; ++k) to.v[k] += before.v[k];
       }
-      store<W>(out + b * apart + j, x);
+      store<W>(out + b * apart + j, to);
     }
-  }
+  });
 }
 
-template <class T, bool kTangent, int kTeam, int B>
-void derivative_of_teams(const Context& ctx, const char* who, const Derivative<T>& p) {
-  constexpr int W = kVectorWidth<T>;
-  const bool vectorised = p.map.size() % W == 0 && is_aligned({p.x_hat, p.in, p.scale, p.out});
-  launch(ctx, who, vectorised ? &derivative_kernel<T, kTangent, kTeam, B, W> : &derivative_kernel<T, kTangent, kTeam, B, 1>,
-         teams<kTeam>(ceil_div(p.V, B) * p.rows), dim3(kThreads), 0, p);
+template <class T, bool kTangent, int B>
+void derivative_of_sides(const Context& ctx, const char* who, const Derivative<T>& p) {
+  choose_team<T>(p.map.size(), is_aligned({p.x_hat, p.in, p.scale, p.out}), [&]<int kTeam, int W, int kSteps>() {
+    launch(ctx, who, &derivative_kernel<T, kTangent, B, kTeam, W, kSteps>, teams<kTeam>(ceil_div(p.V, B) * p.rows), dim3(kThreads), 0, p);
+  });
 }
 
 template <class T, bool kTangent>
 void derivative(const Context& ctx, const char* who, const Derivative<T>& p) {
   if (p.V == 0 || p.rows == 0 || p.map.size() == 0) return;
-  if (p.map.size() >= kLongRow) {
-    p.V == 1 ? derivative_of_teams<T, kTangent, kThreads, 1>(ctx, who, p) : derivative_of_teams<T, kTangent, kThreads, kSides>(ctx, who, p);
-  } else {
-    p.V == 1 ? derivative_of_teams<T, kTangent, kWarp, 1>(ctx, who, p) : derivative_of_teams<T, kTangent, kWarp, kSides>(ctx, who, p);
-  }
+  p.V == 1 ? derivative_of_sides<T, kTangent, 1>(ctx, who, p) : derivative_of_sides<T, kTangent, kSides>(ctx, who, p);
 }
 
 template <class T>
@@ -210,87 +217,90 @@ struct SecondOrder {
   T* out;
 };
 
-// B right-hand sides, which share x̂ and ĝ; W elements a thread and step. Bytes: t_x and t_x̂ twice (once from the caches), g_x in and out.
-template <class T, int kTeam, int B, int W>
-__global__ void __launch_bounds__(kThreads) second_order_kernel(const SecondOrder<T> p) {
+// B right-hand sides, which share x̂ and ĝ; W elements a thread and step.
+template <class T, int B, int kTeam, int W, int kSteps>
+__global__ void __launch_bounds__(kThreads, 1) second_order_kernel(const SecondOrder<T> p) {
   const int64_t item = team_index<kTeam>(), size = p.map.channels * p.map.run;
   if (item >= (p.V + B - 1) / B * p.rows) return;
   const int64_t row = item % p.rows, v0 = item / p.rows * B, first = p.map.first(row), apart = p.rows * size;
-  const int thread = static_cast<int>(threadIdx.x) % kTeam, sides = p.V - v0 < B ? static_cast<int>(p.V - v0) : B;
-  const T *x_hat = p.x_hat + row * size, *g = p.g + row * size, *t = p.t + v0 * apart + row * size, *t_hat = p.t_hat + v0 * apart + row * size;
+  const int sides = p.V - v0 < B ? static_cast<int>(p.V - v0) : B;
+  const T *t = p.t + v0 * apart + row * size, *t_hat = p.t_hat + v0 * apart + row * size;
   const T* t_w = p.t_w ? p.t_w + v0 * p.t_w_stride : nullptr;
   T* out = p.out + v0 * apart + row * size;
-  T mean = 0, correlation = 0;                                                     // of ĝ, and of it with x̂
-  T moved_mean[B] = {}, moved_correlation[B] = {}, stretch[B] = {}, turn[B] = {};  // of t_ĝ; m(x̂ ∘ t_x), m(t_x̂ ∘ ĝ)
-  for (int64_t j = int64_t{thread} * W; j < size; j += kTeam * W) {
-    const auto hat = load<W>(x_hat + j), from = load<W>(g + j);
+  Vector<T, W> hat[kSteps > 0 ? kSteps : 1], g[kSteps > 0 ? kSteps : 1], tangent_hat[kSteps > 0 ? kSteps : 1][B];
+  const auto read = [&](int step, auto j) {
+    hat[step] = load<W>(p.x_hat + row * size + j);
+    g[step] = load<W>(p.g + row * size + j);
+    INFL_UNROLL(4)
+    for (int b = 0; b < B; ++b) {
+      if (b < sides) tangent_hat[step][b] = load<W>(t_hat + b * apart + j);
+    }
+  };
+  if constexpr (kSteps > 0) for_each_of_row<kTeam, W, kSteps>(size, read);
+  // Of ĝ and ĝ ∘ x̂; for each right-hand side of t_ĝ, t_ĝ ∘ x̂, x̂ ∘ t_x and t_x̂ ∘ ĝ.
+  T sums[2 + 4 * B] = {};
+  T *const moved_mean = sums + 2, *const moved_correlation = moved_mean + B, *const stretch = moved_correlation + B, *const turn = stretch + B;
+  for_each_of_row<kTeam, W, kSteps>(size, [&](int step, auto j) {
+    if constexpr (kSteps == 0) read(step, j);
     int64_t channel[W];
     T weighted[W];
     INFL_UNROLL(4)
     for (int k = 0; k < W; ++k) {
       channel[k] = first + quotient(j + k, p.map.run);
-      weighted[k] = p.w ? p.w[channel[k]] * from.v[k] : from.v[k];
-      mean += weighted[k];
-      correlation += weighted[k] * hat.v[k];
+      weighted[k] = p.w ? p.w[channel[k]] * g[step].v[k] : g[step].v[k];
+      sums[0] += weighted[k];
+      sums[1] += weighted[k] * hat[step].v[k];
     }
     INFL_UNROLL(4)
     for (int b = 0; b < B; ++b) {
       if (b >= sides) continue;
-      const auto tangent = load<W>(t + b * apart + j), tangent_hat = load<W>(t_hat + b * apart + j);
+      const auto tangent = load<W>(t + b * apart + j);
       INFL_UNROLL(4)
       for (int k = 0; k < W; ++k) {
-        stretch[b] += hat.v[k] * tangent.v[k];
-        turn[b] += tangent_hat.v[k] * weighted[k];
-        const T moved = t_w ? t_w[b * p.t_w_stride + channel[k]] * from.v[k] : T(0);
+        stretch[b] += hat[step].v[k] * tangent.v[k];
+        turn[b] += tangent_hat[step][b].v[k] * weighted[k];
+        const T moved = t_w ? t_w[b * p.t_w_stride + channel[k]] * g[step].v[k] : T(0);
         moved_mean[b] += moved;
-        moved_correlation[b] += moved * hat.v[k];
+        moved_correlation[b] += moved * hat[step].v[k];
       }
     }
-  }
-  const auto row_mean = [size](T sum) { return team_sum<kTeam>(sum) / T(size); };
-  mean = row_mean(mean);
-  correlation = row_mean(correlation);
-  if (!p.centre) mean = T(0);
-  INFL_UNROLL(4)
-  for (int b = 0; b < B; ++b) {
-    moved_mean[b] = row_mean(moved_mean[b]);
-    if (!p.centre) moved_mean[b] = T(0);
-    moved_correlation[b] = row_mean(moved_correlation[b]);
-    stretch[b] = row_mean(stretch[b]);
-    turn[b] = row_mean(turn[b]);
-  }
-  const T rstd = p.rstd[row];
-  for (int64_t j = int64_t{thread} * W; j < size; j += kTeam * W) {
-    const auto hat = load<W>(x_hat + j), from = load<W>(g + j);
+  });
+  team_sums<kTeam>(sums);
+  INFL_UNROLL(20)
+  for (int s = 0; s < 2 + 4 * B; ++s) sums[s] /= T(size);
+  const T mean = p.centre ? sums[0] : T(0), correlation = sums[1], rstd = p.rstd[row];
+  for_each_of_row<kTeam, W, kSteps>(size, [&](int step, auto j) {
+    if constexpr (kSteps == 0) read(step, j);
     int64_t channel[W];
     T own[W];  // what layer_norm_vjp gives, over rstd
     INFL_UNROLL(4)
     for (int k = 0; k < W; ++k) {
       channel[k] = first + quotient(j + k, p.map.run);
-      own[k] = (p.w ? p.w[channel[k]] * from.v[k] : from.v[k]) - mean - hat.v[k] * correlation;
+      own[k] = (p.w ? p.w[channel[k]] * g[step].v[k] : g[step].v[k]) - mean - hat[step].v[k] * correlation;
     }
     INFL_UNROLL(4)
     for (int b = 0; b < B; ++b) {
       if (b >= sides) continue;
-      const auto tangent_hat = load<W>(t_hat + b * apart + j);
       auto sum = load<W>(out + b * apart + j);
       INFL_UNROLL(4)
       for (int k = 0; k < W; ++k) {
-        const T moved = t_w ? t_w[b * p.t_w_stride + channel[k]] * from.v[k] : T(0);
-        const T other = moved - moved_mean[b] - hat.v[k] * (moved_correlation[b] + turn[b]) - tangent_hat.v[k] * correlation;
+        const T moved = t_w ? t_w[b * p.t_w_stride + channel[k]] * g[step].v[k] : T(0);
+        const T centred = p.centre ? moved - moved_mean[b] : moved;
+        const T other = centred - hat[step].v[k] * (moved_correlation[b] + turn[b]) - tangent_hat[step][b].v[k] * correlation;
         sum.v[k] += rstd * (other - rstd * stretch[b] * own[k]);
       }
       store<W>(out + b * apart + j, sum);
     }
-  }
+  });
 }
 
-template <class T, int kTeam, int B>
-void second_order_of_teams(const Context& ctx, const SecondOrder<T>& p) {
-  constexpr int W = kVectorWidth<T>;
-  const bool vectorised = p.map.size() % W == 0 && is_aligned({p.x_hat, p.g, p.t, p.t_hat, p.out});
-  launch(ctx, "layer_norm_second_order", vectorised ? &second_order_kernel<T, kTeam, B, W> : &second_order_kernel<T, kTeam, B, 1>,
-         teams<kTeam>(ceil_div(p.V, B) * p.rows), dim3(kThreads), 0, p);
+template <class T, int B>
+void second_order_of_sides(const Context& ctx, const SecondOrder<T>& p) {
+  choose_team<T>(p.map.size(), is_aligned({p.x_hat, p.g, p.t, p.t_hat, p.out}), [&]<int kTeam, int W, int kSteps>() {
+    constexpr int kTogether = kSteps == 0 && sizeof(T) == 8 ? std::min(B, 2) : B;  // four would take more registers than there are
+    launch(ctx, "layer_norm_second_order", &second_order_kernel<T, kTogether, kTeam, W, kSteps>, teams<kTeam>(ceil_div(p.V, kTogether) * p.rows),
+           dim3(kThreads), 0, p);
+  });
 }
 
 template <class T>
@@ -298,11 +308,7 @@ void layer_norm_second_order(const Context& ctx, const ChannelMap& map, int64_t 
                              const T* w, const T* g_y, const T* t_x, const T* t_x_hat, const ChannelTangents<T>& t_theta, T* g_x) {
   if (V == 0 || rows == 0 || map.size() == 0) return;
   const SecondOrder<T> p{map, V, rows, centre, x_hat, rstd, w, g_y, t_x, t_x_hat, t_theta.w, t_theta.stride, g_x};
-  if (map.size() >= kLongRow) {
-    V == 1 ? second_order_of_teams<T, kThreads, 1>(ctx, p) : second_order_of_teams<T, kThreads, kSides>(ctx, p);
-  } else {
-    V == 1 ? second_order_of_teams<T, kWarp, 1>(ctx, p) : second_order_of_teams<T, kWarp, kSides>(ctx, p);
-  }
+  V == 1 ? second_order_of_sides<T, 1>(ctx, p) : second_order_of_sides<T, kSides>(ctx, p);
 }
 
 template <class T>
@@ -491,7 +497,7 @@ __global__ void __launch_bounds__(kThreads) runs_kernel(const Gradient<T> p) {
   const int sides = p.V - work.v0 < kSides ? static_cast<int>(p.V - work.v0) : kSides;
   const T* g = p.g_y + (work.v0 * p.num + work.o) * width + work.tile * p.run;
   const T* hats = p.x_hat ? p.x_hat + work.o * width + work.tile * p.run : nullptr;
-  T weighted[kSides] = {}, plain[kSides] = {};
+  T sums[2 * kSides] = {};  // of each right-hand side, and of it with x̂
   const int64_t line_step = kThreads / p.run, step = kThreads % p.run;
   int64_t line = begin + threadIdx.x / p.run, j = threadIdx.x % p.run;
   while (line < end) {
@@ -501,8 +507,8 @@ __global__ void __launch_bounds__(kThreads) runs_kernel(const Gradient<T> p) {
     for (int b = 0; b < kSides; ++b) {
       if (b >= sides) continue;
       const T value = g[b * p.num * width + at];
-      plain[b] += value;
-      weighted[b] += value * hat;
+      sums[b] += value;
+      sums[kSides + b] += value * hat;
     }
     line += line_step;
     j += step;
@@ -511,10 +517,10 @@ __global__ void __launch_bounds__(kThreads) runs_kernel(const Gradient<T> p) {
       ++line;
     }
   }
+  team_sums<kThreads>(sums);
   INFL_UNROLL(4)
   for (int b = 0; b < kSides; ++b) {
-    const T w = team_sum<kThreads>(weighted[b]), s = team_sum<kThreads>(plain[b]);
-    if (threadIdx.x == 0 && b < sides) put(p, work.part, work.v0 + b, work.o, work.tile, w, s);
+    if (threadIdx.x == 0 && b < sides) put(p, work.part, work.v0 + b, work.o, work.tile, sums[kSides + b], sums[b]);
   }
 }
 

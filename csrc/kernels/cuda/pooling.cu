@@ -119,7 +119,7 @@ struct PlaneGather {
   template <int W>
   __device__ void run(int64_t i) const {
     const int64_t from = i / out_plane * in_plane + static_cast<int64_t>(index[i]);
-    for (int64_t v = 0; v < V; ++v) out[v * planes * out_plane + i] = in[v * planes * in_plane + from];
+    write_sides<1>(V, out + i, planes * out_plane, [&](int64_t v) { return load<1>(in + v * planes * in_plane + from); });
   }
 };
 

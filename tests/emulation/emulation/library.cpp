@@ -254,9 +254,12 @@ struct Recording {
 // A thread's own: another may go on as before.
 thread_local std::shared_ptr<Recording> recording;
 
+// The device has as much memory as the host, or the bytes that INFL_EMULATION_MEMORY says.
 void* fresh(size_t bytes) {
-  void* p = std::aligned_alloc(256, bytes);
-  if (p == nullptr) throw OutOfMemory(static_cast<int64_t>(bytes), "on the emulated device");
+  const char* limit = std::getenv("INFL_EMULATION_MEMORY");
+  const int64_t wanted = static_cast<int64_t>(bytes), left = limit == nullptr ? wanted : std::max<int64_t>(0, std::atoll(limit) - traffic.bytes);
+  void* p = wanted > left ? nullptr : std::aligned_alloc(256, bytes);
+  if (p == nullptr) throw OutOfMemory(wanted, "on the emulated device", limit == nullptr ? -1 : left);
   std::memset(p, 0xff, bytes);  // NaN
   return p;
 }

@@ -1,0 +1,106 @@
+"""What a device, or a build without one, refuses: a sentence each, and nothing is lost. The emulated device is short of memory here."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import influence_ext as ie
+import influence_ext._C as _C
+from influence_ext import reference
+from influence_ext.plan import Plan
+from influence_ext.testing import assert_close
+from tests.emulation import emulated_device, most_bytes
+
+ROOT = Path(__file__).resolve().parents[1]
+N = 600
+FREE = 400_000  # bytes; the forward state of all examples takes some 660,000
+
+
+def problem() -> tuple[nn.Module, nn.Module, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 64), nn.Tanh(), nn.Linear(64, 3)).double()
+    return model, nn.CrossEntropyLoss(), torch.randn(N, 20, dtype=torch.float64), torch.randint(3, (N,))
+
+
+@pytest.fixture
+def small_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Of which ``FREE`` bytes are left, as a CUDA device would say."""
+    with emulated_device():
+        most_bytes()
+        monkeypatch.setenv("INFL_EMULATION_MEMORY", str(most_bytes() + FREE))
+        monkeypatch.setattr("influence_ext.plan.free_bytes", lambda device: FREE)
+        yield
+
+
+@pytest.mark.usefixtures("small_device")
+def test_shortage_names_a_budget_that_fits() -> None:
+    """The sentence has the bytes wanted, those free, and a budget with its chunk; with that budget the product is that of plain PyTorch."""
+    model, loss, X, y = problem()
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(
+        MemoryError, match=rf"expected \d+ bytes .* \(\d+ bytes are free there\); .*; memory_budget=\d+ holds \d+ of {N} examples"
+    ) as error:
+        ie.GGN(model, loss, (X, y))
+    budget, chunk = map(int, re.search(r"memory_budget=(\d+) holds (\d+) of", str(error.value)).groups())  # type: ignore[union-attr]
+    assert 1 < chunk < N
+    assert budget <= FREE
+    G = ie.GGN(model, loss, (X, y), memory_budget=budget)
+    assert G.tape.chunk == chunk
+    V = torch.randn(1, G.num_parameters, dtype=torch.float64)
+    assert_close(G.matmat(V), reference.ggn_products(model, nn.functional.cross_entropy, X, y, V))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.usefixtures("small_device")
+def test_a_budget_beyond_what_is_free_takes_smaller_chunks() -> None:
+    model, _, X, _ = problem()
+    plan = Plan.of(model, X)
+    tape = plan.linearize(X, memory_budget=10**9)
+    assert tape.chunk is not None
+    assert 1 < tape.chunk < N
+    v = torch.randn(1, plan.space.num_parameters, dtype=torch.float64)
+    parameters = dict(model.named_parameters())
+    _, expected = torch.func.jvp(lambda p: torch.func.functional_call(model, p, (X,)), (parameters,), (plan.space.unflatten(v[0]),))
+    assert_close(tape.jvp(v)[0], expected.detach())
+
+
+def test_shortage_of_which_nobody_knows_what_is_free_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _, X, _ = problem()
+    with emulated_device():
+        most_bytes()
+        monkeypatch.setenv("INFL_EMULATION_MEMORY", str(most_bytes() + FREE))
+        plan = Plan.of(model, X)
+        with pytest.raises(MemoryError, match=r"fewer examples in one call\.$"):
+            plan.linearize(X)
+        monkeypatch.delenv("INFL_EMULATION_MEMORY")
+        assert_close(plan.linearize(X).outputs, model(X).detach())
+
+
+def test_tensors_on_a_device_without_kernels() -> None:
+    model, _, X, _ = problem()
+    native = Plan.of(model, X)._native
+    with pytest.raises(RuntimeError, match=r"on a device this build has kernels for, got meta; .* build with INFLUENCE_EXT_CUDA=1"):
+        _C.Tape64(native, [X.to("meta")])
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
+def test_a_build_asked_for_cuda_that_this_torch_has_not() -> None:
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--version"],
+        cwd=ROOT,
+        env=os.environ | {"INFLUENCE_EXT_CUDA": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert re.search(r"setup\.py: INFLUENCE_EXT_CUDA=1 needs a CUDA build of torch.*; use auto or 0 to build for the CPU\.", done.stderr)

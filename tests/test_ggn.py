@@ -397,7 +397,9 @@ def test_a_product_does_not_depend_on_what_its_memory_held(N: int, schedule: str
 
     expected = []
     for v in V:
-        tangents = {name: part.view_as(p) for (name, p), part in zip(theta.items(), v.split([p.numel() for p in theta.values()]), strict=True)}
+        tangents = {
+            name: part.view_as(p) for (name, p), part in zip(theta.items(), v.split([p.numel() for p in theta.values()]), strict=True)
+        }
         z, t_z = torch.func.jvp(outputs, (theta,), (tangents,))
         (g,) = torch.func.vjp(outputs, theta)[1](2 * t_z / z.numel())
         expected.append(torch.cat([g[name].flatten() for name in theta]))

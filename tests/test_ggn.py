@@ -367,3 +367,41 @@ def test_random_networks(drawn: tuple[NetworkCase, int]) -> None:
 @given(architectures())
 def test_many_random_networks(drawn: tuple[NetworkCase, int]) -> None:
     check_random(drawn)
+
+
+class _Shared(nn.Module):
+    """One layer of two calls (its gradient can only be added), three of one call (theirs are written), one of none (zeros)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.shared, self.unused, self.last = nn.Linear(24, 160), nn.Linear(160, 160), nn.Linear(8, 8), nn.Linear(160, 3)
+        self.skipped = nn.Linear(160, 160, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.shared(torch.tanh(self.first(x))))
+        return self.last(torch.tanh(self.shared(h)) + self.skipped(h))
+
+
+@pytest.mark.parametrize("schedule", ["by_example", "by_operator"])
+@pytest.mark.parametrize("N", [1, 30])
+def test_a_product_does_not_depend_on_what_its_memory_held(N: int, schedule: str, threads: Callable[[int], None]) -> None:
+    threads(2)
+    model = _Shared().double()
+    X, t = normal(24)(N, generator("X")), normal(3)(N, generator("t"))
+    G = ie.GGN(model, nn.MSELoss(), (X, t), schedule=schedule)
+    V = normal(G.shape[0])(2, generator("V"))
+    theta = {name: p.detach() for name, p in model.named_parameters()}
+
+    def outputs(p: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, p, (X,))
+
+    expected = []
+    for v in V:
+        tangents = {
+            name: part.view_as(p) for (name, p), part in zip(theta.items(), v.split([p.numel() for p in theta.values()]), strict=True)
+        }
+        z, t_z = torch.func.jvp(outputs, (theta,), (tangents,))
+        (g,) = torch.func.vjp(outputs, theta)[1](2 * t_z / z.numel())
+        expected.append(torch.cat([g[name].flatten() for name in theta]))
+    G.matmat(V).fill_(torch.nan)  # freed at once, and kept for the next result
+    torch.testing.assert_close(G.matmat(V), torch.stack(expected), rtol=1e-11, atol=1e-13)

@@ -121,9 +121,11 @@ class Linear final : public Rule<T> {
 
   void vjp_params(const Tile<T>& tile, const T* g_y, T* const* g_theta, int64_t stride) const override {
     const Shape s(tile);
-    if (g_theta[0]) weight_gradient(tile, s, g_y, s.M * s.O, tile.x[0], tile.sets > 1 ? tile.x_stride[0] : 0, g_theta[0], stride);
+    if (g_theta[0]) weight_gradient(tile, s, g_y, s.M * s.O, tile.x[0], tile.sets > 1 ? tile.x_stride[0] : 0, g_theta[0], stride, !tile.first);
     if (g_theta[1]) column_sum_stub<T>(tile.ctx, tile.V * tile.sets, s.M, s.O, g_y, g_theta[1], stride);
   }
+
+  bool writes(const Node&, size_t k) const override { return k == 0; }
 
   bool descends(const Node&, size_t k) const override { return k == 0; }
 
@@ -158,7 +160,7 @@ class Linear final : public Rule<T> {
     g.terms[0].packed_batch = gemm_packed_size<T>(s.O, s.I);
     g.accumulate = true;
     gemm_stub<T>(tile.ctx, g);
-    weight_gradient(tile, s, order.g_y, 0, order.t_x[0], s.M * s.I, order.g_theta[0], order.stride);
+    weight_gradient(tile, s, order.g_y, 0, order.t_x[0], s.M * s.I, order.g_theta[0], order.stride, true);
   }
 
   void per_example(const Tile<T>& tile, const T* g_y, FactorSink<T>& factors) const override {
@@ -204,12 +206,13 @@ class Linear final : public Rule<T> {
     return g;
   }
 
-  // g_W += Σ g xᵀ over rows, g [V, M, O] and x [V, M, I]; a batch stride of 0: the same for all right-hand sides.
-  static void weight_gradient(const Tile<T>& tile, const Shape& s, const T* g, int64_t g_batch, const T* x, int64_t x_batch, T* out, int64_t stride) {
+  // g_W = or += Σ g xᵀ over rows, g [V, M, O] and x [V, M, I]; a batch stride of 0: the same for all right-hand sides.
+  static void weight_gradient(const Tile<T>& tile, const Shape& s, const T* g, int64_t g_batch, const T* x, int64_t x_batch, T* out, int64_t stride,
+                              bool accumulate) {
     Gemm<T> p = gradient_product(s, tile.V * tile.sets, g, g_batch, x, x_batch);
     p.c = out;
     p.c_batch = stride;
-    p.accumulate = true;
+    p.accumulate = accumulate;
     gemm_stub<T>(tile.ctx, p);
   }
 

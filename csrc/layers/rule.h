@@ -48,6 +48,7 @@ struct Tile {
   const T* const* theta = nullptr;  // per slot: parameter or constant, null if absent
   T* packed = nullptr;              // packed_size elements; null for several sets
   const T* prepared = nullptr;      // what prepare_input made of the first input, if anything
+  bool first = false;               // of the tiles that vjp_params sums over: what the rule `writes` holds nothing yet
 
   int64_t sets = 1;                   // parameter sets at once, n examples each
   int64_t theta_stride = 0;           // between trained parameters of neighbouring sets; constants are shared
@@ -108,6 +109,9 @@ class Rule {
 
   // g_theta [per slot: [V, size] rows `stride` apart; null if not wanted] += the sum over the tile's examples.
   virtual void vjp_params(const Tile<T>&, const T* /*g_y*/, T* const* /*g_theta*/, int64_t /*stride*/) const {}
+
+  // Whether vjp_params writes slot k's gradient where tile.first, instead of adding to zeros.
+  virtual bool writes(const Node&, size_t /*k*/) const { return false; }
 
   // Whether descend moves the parameter of slot k.
   virtual bool descends(const Node&, size_t /*k*/) const { return false; }

@@ -314,6 +314,7 @@ void Plan<T>::compile_tangent(const std::vector<bool>& carried, Schedules& to) {
   for (const TangentStep& step : steps) {
     to.tangent_packed[step.node] = to.tangent_packed_size;
     to.tangent_packed_size += storages_[step.node].tangent_packed_size;
+    to.most_tangent_packed = std::max(to.most_tangent_packed, storages_[step.node].tangent_packed_size);
   }
 }
 
@@ -404,6 +405,29 @@ void Plan<T>::compile_cotangent(const std::vector<bool>& carried, Schedules& to)
     places.release(g_output);
   }
   to.sweep_width = std::max(to.sweep_width, places.high_water());
+  find_written(to);
+}
+
+template <class T>
+void Plan<T>::find_written(Schedules& to) const {
+  std::vector<std::pair<int64_t, int64_t>> written;
+  for (CotangentStep& step : to.cotangent) {
+    const Node& node = nodes_[step.node];
+    std::vector<int> slots;
+    for (size_t k = 0; step.params && k < node.slots.size(); ++k) {
+      if (node.is_trainable(k) && rules_[step.node]->writes(node, k)) slots.push_back(node.slots[k]);
+    }
+    step.writes = !slots.empty() && std::all_of(slots.begin(), slots.end(), [&](int slot) { return is_read_once(slot); });
+    for (size_t k = 0; step.writes && k < slots.size(); ++k)
+      written.emplace_back(slots_[slots[k]].offset, slots_[slots[k]].offset + slots_[slots[k]].size);
+  }
+  std::sort(written.begin(), written.end());
+  written.emplace_back(num_parameters_, num_parameters_);
+  int64_t at = 0;
+  for (const auto& [begin, end] : written) {
+    if (begin > at) to.added.emplace_back(at, begin);
+    at = std::max(at, end);
+  }
 }
 
 // Backwards from the output, along nodes of one input each: what else reads the values on the way does not reach the output.

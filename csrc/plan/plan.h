@@ -23,6 +23,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels/mlp.h"
@@ -56,6 +57,7 @@ struct CotangentStep {
   bool accumulate = false;
   int scale_by = -1;
   int second_order = -1;  // then, in a second-order product, this entry of Schedules::second_order: a curved node's last step
+  bool writes = false;    // of the first tile, vjp_params writes what the rule can write: no other node adds to it
 };
 
 struct SecondOrderStep {
@@ -86,6 +88,9 @@ struct Schedules {
   Place output = kNowhere;              // the output's tangent, and its cotangent
   std::vector<int64_t> tangent_packed;  // per node: where its packed parameter tangents begin, in elements per right-hand side
   int64_t tangent_packed_size = 0;      // of all nodes
+  int64_t most_tangent_packed = 0;      // of one node
+  // What of a flat vector the cotangent sweep only adds to, from begin to end in rising order; the rest is what steps write.
+  std::vector<std::pair<int64_t, int64_t>> added;
 };
 
 template <class T>
@@ -131,6 +136,7 @@ class Plan {
   std::vector<bool> carried() const;
   void compile_tangent(const std::vector<bool>& carried, Schedules& to);
   void compile_cotangent(const std::vector<bool>& carried, Schedules& to);
+  void find_written(Schedules& to) const;
   void find_chain();
   void find_shortcuts();
   bool is_elementwise(int node) const { return storages_[node].derivative >= 0; }

@@ -151,7 +151,7 @@ void Tape<T>::linearize(const Context& ctx, const std::vector<const T*>& theta, 
       if (part.sets == 1) plan_->rule(static_cast<int>(i)).pack(sweep.tile);
     }
   }
-  run_tiles(ctx, 1, 1, nullptr, [&](const Context& inner, int64_t n0, int64_t n, T* workspace, T*) { forward_tile(inner, n0, n, workspace); });
+  run_tiles(ctx, 1, 1, nullptr, [&](const Context& inner, int64_t n0, int64_t n, T* workspace, Sums) { forward_tile(inner, n0, n, workspace); });
 }
 
 template <class T>
@@ -184,8 +184,8 @@ void Tape<T>::pack_tangents(const Context& ctx, const Schedules& s, int64_t V, c
 }
 
 template <class T>
-void Tape<T>::tangent_tile(const Context& ctx, const Schedules& s, int64_t V, int64_t n0, int64_t n, const std::vector<const T*>& t_theta,
-                           const T* packed, T* workspace) const {
+void Tape<T>::tangent_tile(const Context& ctx, const Schedules& s, int64_t V, int64_t n0, int64_t n, const std::vector<const T*>& t_theta, bool ahead,
+                           T* packed, T* workspace) const {
   std::vector<const T*> t_x;
   for (const TangentStep& step : s.tangent) {
     interruption_point();
@@ -194,7 +194,8 @@ void Tape<T>::tangent_tile(const Context& ctx, const Schedules& s, int64_t V, in
     for (Place place : step.inputs) t_x.push_back(place == kNowhere ? nullptr : workspace + place * V * n);
     const auto tangents = operands(sweep.node, t_theta);
     const T* scale = step.scale_by < 0 ? nullptr : Sweep(*this, ctx, step.scale_by, V, n0, n).state[plan_->storage(step.scale_by).derivative];
-    const ParameterTangents<T> t{tangents.data(), plan_->num_parameters(), packed + V * s.tangent_packed[step.node]};
+    const ParameterTangents<T> t{tangents.data(), plan_->num_parameters(), packed + (ahead ? V * s.tangent_packed[step.node] : 0)};
+    if (!ahead && plan_->storage(step.node).tangent_packed_size > 0) plan_->rule(step.node).pack_tangents(sweep.tile, t, packed);
     plan_->rule(step.node).jvp(sweep.tile, t_x.data(), t, scale, workspace + step.output * V * n);
   }
 }
@@ -206,15 +207,15 @@ void Tape<T>::load_cotangents(const Context& ctx, int64_t V, int64_t n0, int64_t
 }
 
 template <class T>
-void Tape<T>::cotangent_tile(const Context& ctx, const Schedules& s, int64_t V, int64_t n0, int64_t n, const std::vector<T*>& g_theta,
-                             T* workspace) const {
-  for (const CotangentStep& step : s.cotangent) cotangent_step(ctx, step, V, n0, n, g_theta, workspace);
+void Tape<T>::cotangent_tile(const Context& ctx, const Schedules& s, int64_t V, int64_t n0, int64_t n, Sums sums, T* workspace) const {
+  const auto g_theta = slot_rows(sums.data);
+  for (const CotangentStep& step : s.cotangent) cotangent_step(ctx, step, V, n0, n, g_theta, workspace, sums.first);
 }
 
 // `g_theta` empty: parameters are not wanted.
 template <class T>
 void Tape<T>::cotangent_step(const Context& ctx, const CotangentStep& step, int64_t V, int64_t n0, int64_t n, const std::vector<T*>& g_theta,
-                             T* workspace) const {
+                             T* workspace, bool first) const {
   interruption_point();
   const Rule<T>& rule = plan_->rule(step.node);
   for (const Part& part : parts(step.node, n)) {
@@ -223,6 +224,7 @@ void Tape<T>::cotangent_step(const Context& ctx, const CotangentStep& step, int6
     if (step.params && !g_theta.empty()) {
       auto targets = operands(sweep.node, g_theta);
       for (T*& target : targets) target += target ? part.first * plan_->num_parameters() : 0;
+      sweep.tile.first = first && step.writes;
       rule.vjp_params(sweep.tile, g_y, targets.data(), plan_->num_parameters());
     }
     if (step.input >= 0) {
@@ -236,12 +238,13 @@ void Tape<T>::cotangent_step(const Context& ctx, const CotangentStep& step, int6
 // The tangent of the cotangent sweep: every curved node adds its second-order term.
 template <class T>
 void Tape<T>::curved_cotangent_tile(const Context& ctx, int64_t V, int64_t n0, int64_t n, const std::vector<const T*>& t_theta, const T* packed,
-                                    const std::vector<T*>& g_theta, T* workspace) const {
+                                    Sums sums, T* workspace) const {
   const Schedules& s = plan_->schedules();
+  const auto g_theta = slot_rows(sums.data);
   std::vector<const T*> t_x;
   std::vector<T*> g_x;
   for (const CotangentStep& step : s.cotangent) {
-    cotangent_step(ctx, step, V, n0, n, g_theta, workspace);
+    cotangent_step(ctx, step, V, n0, n, g_theta, workspace, sums.first);
     if (step.second_order < 0) continue;
     const SecondOrderStep& places = s.second_order[step.second_order];
     Sweep sweep(*this, ctx, step.node, V, n0, n);
@@ -265,7 +268,7 @@ void Tape<T>::curved_cotangent_tile(const Context& ctx, int64_t V, int64_t n0, i
 template <class T>
 void Tape<T>::keep_cotangents(const Context& ctx, const T* g) {
   const int64_t C = plan_->output_width();
-  run_tiles(ctx, 1, 1, nullptr, [&](const Context& inner, int64_t n0, int64_t n, T* workspace, T*) {
+  run_tiles(ctx, 1, 1, nullptr, [&](const Context& inner, int64_t n0, int64_t n, T* workspace, Sums) {
     copy<T>(inner, n * C, g + n0 * C, workspace + plan_->schedules().output * n);
     int kept = -1;
     for (const CotangentStep& step : plan_->schedules().cotangent) {
@@ -287,24 +290,37 @@ void Tape<T>::each_group(const Context& ctx, int64_t V, const Body& body) const 
   for (int64_t v0 = 0; v0 < V; v0 += size) body(v0, std::min(size, V - v0));
 }
 
+// Zeroes num vectors [P], of every set: for the first tile of a cotangent sweep what its steps only add to, else all.
+template <class T>
+void Tape<T>::clear(const Context& ctx, int64_t num, const Schedules& s, bool first, T* sums) const {
+  const int64_t P = plan_->num_parameters();
+  if (!first) return fill_zero<T>(ctx, num * sets_ * P, sums);
+  for (int64_t v = 0; v < num; ++v) {
+    for (const auto& [begin, end] : s.added) fill_zero<T>(ctx, end - begin, sums + v * P + begin);
+  }
+}
+
 // body(context, first example, number of examples, workspace, accumulator): every tile of the data once. `out` [sums, P] receives the sum of what
-// the tiles add to their accumulators (null: none wanted). Exceptions do not cross the parallel region.
+// the tiles add to their accumulators (null: none wanted); `sweeps`: by cotangent sweeps, which can write. Exceptions do not cross the parallel
+// region.
 template <class T>
 template <class Body>
-void Tape<T>::run_tiles(const Context& ctx, int64_t V, int64_t sums_wanted, T* out, const Body& body, bool shortened) const {
+void Tape<T>::run_tiles(const Context& ctx, int64_t V, int64_t sums_wanted, T* out, const Body& body, bool shortened, bool sweeps) const {
   const Schedules& s = plan_->schedules(shortened);
   const Tiling t = tiling(ctx, V, sums_wanted, shortened);
   const int64_t size = sums_wanted * sets_ * plan_->num_parameters();
   const int64_t workspace_size = std::max(s.sweep_width * V, s.forward_width) * sets_ * t.tile;
   const int64_t num_tiles = (N_ + t.tile - 1) / t.tile;
-  if (out) fill_zero<T>(ctx, size, out);
+  const bool writes = sweeps && !ctx.on_device() && sets_ == 1;  // there one launch that zeroes all is what costs least
   if (!t.by_example || t.num_threads == 1 || num_tiles <= 1) {
     Context inner = ctx;
     if (t.by_example && num_tiles > 1) inner.num_threads = 1;
+    if (out) clear(ctx, sums_wanted, s, writes && num_tiles > 0, out);
     Scratch<T> workspace(ctx, workspace_size);
-    for (int64_t i = 0; i < num_tiles; ++i) body(inner, i * t.tile, std::min(t.tile, N_ - i * t.tile), workspace.data(), out);
+    for (int64_t i = 0; i < num_tiles; ++i) body(inner, i * t.tile, std::min(t.tile, N_ - i * t.tile), workspace.data(), Sums{out, writes && i == 0});
     return;
   }
+  if (out) fill_zero<T>(ctx, size, out);
   Scratch<T> accumulators(ctx, out ? t.num_threads * size : 0);  // [threads, V, P]
   T* sums = accumulators.data();
   RegionErrors errors;
@@ -316,8 +332,10 @@ void Tape<T>::run_tiles(const Context& ctx, int64_t V, int64_t sums_wanted, T* o
     T* sum = out ? sums + me * size : nullptr;
     try {
       Scratch<T> workspace(inner, workspace_size);
-      if (out) fill_zero<T>(inner, size, sum);
-      for (int64_t i = me; i < num_tiles && !errors; i += count) body(inner, i * t.tile, std::min(t.tile, N_ - i * t.tile), workspace.data(), sum);
+      if (out) clear(inner, sums_wanted, s, writes && me < num_tiles, sum);
+      for (int64_t i = me; i < num_tiles && !errors; i += count) {
+        body(inner, i * t.tile, std::min(t.tile, N_ - i * t.tile), workspace.data(), Sums{sum, writes && i == me});
+      }
     } catch (...) {
       errors.keep();
     }
@@ -336,11 +354,13 @@ void Tape<T>::jvp(const Context& ctx, int64_t V, const T* v, T* t_out) const {
   const int64_t C = plan_->output_width();
   each_group(ctx, V, [&](int64_t first, int64_t count) {
     const auto t_theta = slot_rows(v + first * plan_->num_parameters());
-    Scratch<T> packed(ctx, count * plan_->schedules().tangent_packed_size);
-    const T* packed_data = packed.data();
-    pack_tangents(ctx, plan_->schedules(), count, t_theta, packed.data());
-    run_tiles(ctx, count, count, nullptr, [&](const Context& inner, int64_t n0, int64_t n, T* workspace, T*) {
-      tangent_tile(inner, plan_->schedules(), count, n0, n, t_theta, packed_data, workspace);
+    const Schedules& s = plan_->schedules();
+    const bool ahead = packs_ahead(ctx, count, false);
+    Scratch<T> packed(ctx, count * (ahead ? s.tangent_packed_size : s.most_tangent_packed));
+    T* packed_data = packed.data();
+    if (ahead) pack_tangents(ctx, s, count, t_theta, packed_data);
+    run_tiles(ctx, count, count, nullptr, [&](const Context& inner, int64_t n0, int64_t n, T* workspace, Sums) {
+      tangent_tile(inner, s, count, n0, n, t_theta, ahead, packed_data, workspace);
       const T* t_z = workspace + plan_->schedules().output * count * n;
       copy_rows_stub<T>(inner, count, n * C, t_z, n * C, t_out + (first * N_ + n0) * C, N_ * C, false);
     });
@@ -351,10 +371,11 @@ template <class T>
 void Tape<T>::vjp(const Context& ctx, int64_t V, const T* g, T* out) const {
   if (runs_as_chain(ctx, V)) return run_chain(ctx, {.V = V, .g = g, .out = out});
   each_group(ctx, V, [&](int64_t first, int64_t count) {
-    run_tiles(ctx, count, count, out + first * plan_->num_parameters(), [&](const Context& inner, int64_t n0, int64_t n, T* workspace, T* sum) {
+    const auto of_tile = [&](const Context& inner, int64_t n0, int64_t n, T* workspace, Sums sums) {
       load_cotangents(inner, count, n0, n, g + first * sets_ * N_ * plan_->output_width(), workspace);
-      cotangent_tile(inner, plan_->schedules(), count, n0, n, slot_rows(sum), workspace);
-    });
+      cotangent_tile(inner, plan_->schedules(), count, n0, n, sums, workspace);
+    };
+    run_tiles(ctx, count, count, out + first * plan_->num_parameters(), of_tile, false, true);
   });
 }
 
@@ -435,24 +456,25 @@ void Tape<T>::product(const Context& ctx, int64_t V, const T* v, const OutputHes
   each_group(ctx, V, [&](int64_t first, int64_t count) {
     const int64_t at = first * plan_->num_parameters();
     const auto t_theta = slot_rows(v + at);
-    Scratch<T> packed(ctx, count * s.tangent_packed_size);
-    const T* packed_data = packed.data();
-    pack_tangents(ctx, s, count, t_theta, packed.data());
-    const auto of_tile = [&](const Context& inner, int64_t n0, int64_t n, T* workspace, T* sum) {
+    const bool ahead = packs_ahead(ctx, count, shortened);
+    Scratch<T> packed(ctx, count * (ahead ? s.tangent_packed_size : s.most_tangent_packed));
+    T* packed_data = packed.data();
+    if (ahead) pack_tangents(ctx, s, count, t_theta, packed_data);
+    const auto of_tile = [&](const Context& inner, int64_t n0, int64_t n, T* workspace, Sums sums) {
       T* z = workspace + s.output * count * n;
-      tangent_tile(inner, s, count, n0, n, t_theta, packed_data, workspace);
+      tangent_tile(inner, s, count, n0, n, t_theta, ahead, packed_data, workspace);
       each_shortcut(count, n0, n, workspace,
                     [&](const T* B, int64_t width, const T* t_u) { output_jacobian_stub<T>(inner, count, n, C, width, B, t_u, z); });
       output_hessian_stub<T>(inner, h.from(n0), HessianPart::product, count, n, z);
       each_shortcut(count, n0, n, workspace,
                     [&](const T* B, int64_t width, T* g_u) { output_jacobian_transposed_stub<T>(inner, count, n, C, width, B, z, g_u); });
       if (second_order) {
-        curved_cotangent_tile(inner, count, n0, n, t_theta, packed_data, slot_rows(sum), workspace);
+        curved_cotangent_tile(inner, count, n0, n, t_theta, packed_data, sums, workspace);
       } else {
-        cotangent_tile(inner, s, count, n0, n, slot_rows(sum), workspace);
+        cotangent_tile(inner, s, count, n0, n, sums, workspace);
       }
     };
-    run_tiles(ctx, count, count, out + at, of_tile, shortened);
+    run_tiles(ctx, count, count, out + at, of_tile, shortened, true);
   });
 }
 
@@ -469,7 +491,7 @@ void Tape<T>::keep_jacobians(const Context& of_product) const {
   jacobians_.resize(shortcuts.size());
   for (size_t k = 0; k < shortcuts.size(); ++k) jacobians_[k].resize(ctx, N_ * C * shortcuts[k].width);
   each_group(ctx, C, [&](int64_t first, int64_t count) {
-    run_tiles(ctx, count, 1, nullptr, [&](const Context& inner, int64_t n0, int64_t n, T* workspace, T*) {
+    run_tiles(ctx, count, 1, nullptr, [&](const Context& inner, int64_t n0, int64_t n, T* workspace, Sums) {
       T* g = workspace + s.output * count * n;
       fill_zero<T>(inner, count * n * C, g);
       for (int64_t v = 0; v < count; ++v) {
@@ -500,7 +522,7 @@ void Tape<T>::dots(const Context& ctx, int64_t V, const T* g, int64_t W, const T
     Scratch<T> packed(ctx, count * s.tangent_packed_size);
     const T* packed_data = packed.data();
     pack_tangents(ctx, s, count, t_theta, packed.data());
-    run_tiles(ctx, V + count, count, nullptr, [&](const Context& inner, int64_t n0, int64_t n, T* workspace, T*) {
+    run_tiles(ctx, V + count, count, nullptr, [&](const Context& inner, int64_t n0, int64_t n, T* workspace, Sums) {
       Scratch<T> sums(inner, V * count * n), of_node(inner, count * n);
       fill_zero<T>(inner, V * count * n, sums.data());
       load_cotangents(inner, V, n0, n, g, workspace);
@@ -546,9 +568,9 @@ std::vector<Factor<T>> Tape<T>::factors(const Context& ctx, int64_t V, const T* 
 
 template <class T>
 void Tape<T>::each_tile_of_factors(const Context& ctx, int64_t V, const T* g, T* out, const FactorBody& body) const {
-  run_tiles(ctx, V, 1, out, [&](const Context& inner, int64_t n0, int64_t n, T* workspace, T* sum) {
+  run_tiles(ctx, V, 1, out, [&](const Context& inner, int64_t n0, int64_t n, T* workspace, Sums sums) {
     Arena<T> storage(inner);
-    body(inner, n0, n, factors(inner, V, g, n0, n, workspace, storage), sum);
+    body(inner, n0, n, factors(inner, V, g, n0, n, workspace, storage), sums.data);
   });
 }
 

@@ -95,6 +95,11 @@ class Tape {
  private:
   struct Sweep;  // one tile in flight
   struct Part;   // of a node's work on all sets
+  // What tiles add to, one after another: [sums, P], null if none is wanted. `first`: no tile did, and it is zero but where steps write.
+  struct Sums {
+    T* data = nullptr;
+    bool first = false;
+  };
 
   const T* value(int id, int64_t n0) const;
   std::vector<Part> parts(int node, int64_t n) const;
@@ -104,23 +109,27 @@ class Tape {
   void forward_tile(const Context& ctx, int64_t n0, int64_t n, T* workspace);
   // g [V, N, C] of a tile to where the cotangent sweep begins.
   void load_cotangents(const Context& ctx, int64_t V, int64_t n0, int64_t n, const T* g, T* workspace) const;
-  void tangent_tile(const Context& ctx, const Schedules& s, int64_t V, int64_t n0, int64_t n, const std::vector<const T*>& t_theta, const T* packed,
-                    T* workspace) const;
-  void cotangent_tile(const Context& ctx, const Schedules& s, int64_t V, int64_t n0, int64_t n, const std::vector<T*>& g_theta, T* workspace) const;
-  void cotangent_step(const Context& ctx, const CotangentStep& step, int64_t V, int64_t n0, int64_t n, const std::vector<T*>& g_theta,
-                      T* workspace) const;
-  void curved_cotangent_tile(const Context& ctx, int64_t V, int64_t n0, int64_t n, const std::vector<const T*>& t_theta, const T* packed,
-                             const std::vector<T*>& g_theta, T* workspace) const;
+  // `packed`: of all nodes, packed ahead; else memory for one node's.
+  void tangent_tile(const Context& ctx, const Schedules& s, int64_t V, int64_t n0, int64_t n, const std::vector<const T*>& t_theta, bool ahead,
+                    T* packed, T* workspace) const;
+  void cotangent_tile(const Context& ctx, const Schedules& s, int64_t V, int64_t n0, int64_t n, Sums sums, T* workspace) const;
+  void cotangent_step(const Context& ctx, const CotangentStep& step, int64_t V, int64_t n0, int64_t n, const std::vector<T*>& g_theta, T* workspace,
+                      bool first = false) const;
+  void curved_cotangent_tile(const Context& ctx, int64_t V, int64_t n0, int64_t n, const std::vector<const T*>& t_theta, const T* packed, Sums sums,
+                             T* workspace) const;
   void product(const Context& ctx, int64_t V, const T* v, const OutputHessian<T>& h, bool second_order, T* out) const;
   void keep_jacobians(const Context& ctx) const;
   void pack_tangents(const Context& ctx, const Schedules& s, int64_t V, const std::vector<const T*>& t_theta, T* packed) const;
+  // Are the tangents of V vectors packed before the sweep? Not where one tile takes all examples and so packs for itself, a node at a time.
+  bool packs_ahead(const Context& ctx, int64_t V, bool shortened) const;
   bool runs_as_chain(const Context& ctx, int64_t V) const;
   void run_chain(const Context& ctx, Mlp<T> product) const;
   Tiling tiling(const Context& ctx, int64_t V, int64_t sums, bool shortened = false) const;
   template <class Body>
   void each_group(const Context& ctx, int64_t V, const Body& body) const;
   template <class Body>
-  void run_tiles(const Context& ctx, int64_t V, int64_t sums, T* out, const Body& body, bool shortened = false) const;
+  void run_tiles(const Context& ctx, int64_t V, int64_t sums, T* out, const Body& body, bool shortened = false, bool sweeps = false) const;
+  void clear(const Context& ctx, int64_t num, const Schedules& s, bool first, T* sums) const;
 
   std::shared_ptr<const Plan<T>> plan_;
   int64_t N_, sets_;

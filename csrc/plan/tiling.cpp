@@ -108,7 +108,16 @@ int64_t Tape<T>::workspace_bytes(const Context& ctx, int64_t V) const {
   const Tiling t = tiling(ctx, together, together, shortened);
   const int64_t sweep = std::max(plan_->schedules(shortened).sweep_width * together, plan_->schedules().forward_width) * t.tile;
   const int64_t per_thread = t.by_example ? ctx.num_threads * (sweep + together * plan_->num_parameters()) : sweep;
-  return (per_thread + together * plan_->schedules().tangent_packed_size) * static_cast<int64_t>(sizeof(T));
+  const Schedules& s = plan_->schedules(shortened);
+  const int64_t packed = packs_ahead(ctx, together, shortened) ? s.tangent_packed_size : s.most_tangent_packed;
+  return (per_thread + together * packed) * static_cast<int64_t>(sizeof(T));
+}
+
+template <class T>
+bool Tape<T>::packs_ahead(const Context& ctx, int64_t V, bool shortened) const {
+  const auto is_curved = [](const Node& node) { return node.curved; };  // its second-order term reads what was packed
+  if (ctx.on_device() || std::any_of(plan_->nodes().begin(), plan_->nodes().end(), is_curved)) return true;
+  return tiling(ctx, V, V, shortened).tile < N_;
 }
 
 template <class T>
@@ -128,6 +137,7 @@ bool Tape<T>::takes_shortcuts(const Context& ctx, int64_t V) const {
   template Tiling Tape<T>::tiling(const Context&, int64_t) const;                \
   template Tiling Tape<T>::tiling(const Context&, int64_t, int64_t, bool) const; \
   template bool Tape<T>::takes_shortcuts(const Context&, int64_t) const;         \
+  template bool Tape<T>::packs_ahead(const Context&, int64_t, bool) const;       \
   template int64_t Tape<T>::sides(const Context&, int64_t) const;                \
   template int64_t Tape<T>::cached_bytes() const;                                \
   template int64_t Tape<T>::workspace_bytes(const Context&, int64_t) const;

@@ -6,22 +6,21 @@
 #include <cstdint>
 
 #include "common/context.h"
-#include "layers/rule.h"
 #include "per_example/factor.h"
 
 namespace infl {
 
-// Whether forming a node's gradients by V cotangents costs less than W tangents of it, by count.
-inline bool forms_for_dots(const Context& ctx, const Storage& storage, int64_t V, int64_t W) {
+// Whether forming gradients of so many positions by V cotangents costs less than W tangents, by count.
+inline bool forms_for_dots(const Context& ctx, int64_t positions, int64_t V, int64_t W) {
   constexpr int64_t kMoved = 4;  // what writing and reading an element costs, in multiplications
-  return !ctx.on_device() && V * (storage.positions + W + kMoved) < W * storage.positions;
+  return !ctx.on_device() && V * (positions + W + kMoved) < W * positions;
 }
 
-// Examples whose factors are taken together, of n.
+// Examples whose factors, of so many elements each, are taken together, of n.
 template <class T>
-int64_t examples_for_dots(const Storage& storage, int64_t n) {
+int64_t examples_for_dots(int64_t factor_size, int64_t n) {
   constexpr int64_t kFactorBytes = 8 << 20;
-  const int64_t most = kFactorBytes / (std::max<int64_t>(1, storage.factor_size) * static_cast<int64_t>(sizeof(T)));
+  const int64_t most = kFactorBytes / (std::max<int64_t>(1, factor_size) * static_cast<int64_t>(sizeof(T)));
   return std::clamp<int64_t>(most, 1, std::max<int64_t>(1, n));
 }
 

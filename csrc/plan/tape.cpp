@@ -498,7 +498,7 @@ void Tape<T>::dots(const Context& ctx, int64_t V, const T* g, int64_t W, const T
     const auto t_theta = slot_rows(u + first * plan_->num_parameters());
     Scratch<T> packed(ctx, count * s.tangent_packed_size);
     const T* packed_data = packed.data();
-    const auto forms = [&](const Storage& storage) { return forms_for_dots(ctx, storage, V, count); };
+    const auto forms = [&](const Storage& storage) { return forms_for_dots(ctx, storage.positions, V, count); };
     pack_tangents(ctx, s, count, t_theta, packed.data(), [&](const Storage& storage) { return !forms(storage); });
     run_tiles(ctx, V + count, count, nullptr, [&](const Context& inner, int64_t n0, int64_t n, T* workspace, T*) {
       Scratch<T> sums(inner, V * count * n), of_node(inner, count * n);
@@ -533,7 +533,7 @@ void Tape<T>::dots(const Context& ctx, int64_t V, const T* g, int64_t W, const T
 
 template <class T>
 void Tape<T>::add_gradient_dots(const Context& ctx, int node, int64_t n0, int64_t n, const T* g_y, int64_t W, const T* u, T* out) const {
-  const int64_t together = examples_for_dots<T>(plan_->storage(node), n);
+  const int64_t together = examples_for_dots<T>(plan_->storage(node).factor_size, n);
   for (int64_t i = 0; i < n; i += together) {
     const int64_t count = std::min(together, n - i);
     Arena<T> storage(ctx);

@@ -150,3 +150,29 @@ def test_gradients_that_leave_the_cache_are_the_same(size: int, dtype: torch.dty
     grads = flat(ie.per_example_grads(model, "cross_entropy", (X, y)), N)
     some = torch.tensor([0, 1, 2, 3, N // 2, N - 1])
     assert_close(grads[some], flat(ie.per_example_grads(model, "cross_entropy", (X[some], y[some])), len(some)).double())
+
+
+class _Positions(nn.Module):
+    """Weights that few positions share: of convolutions on planes of 4 × 4 and 2 × 2, wide and in groups, and of a linear layer on rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.grouped, self.pool = nn.Conv2d(3, 40, 3, padding=1), nn.Conv2d(40, 40, 3, padding=1, groups=8), nn.MaxPool2d(2)
+        self.deep, self.rows, self.head = nn.Conv2d(40, 37, 3, padding=1), nn.Linear(4, 7), nn.Linear(37 * 7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.deep(self.pool(torch.tanh(self.grouped(torch.relu(self.wide(x)))))))
+        return self.head(torch.tanh(self.rows(h.flatten(2))).flatten(1))
+
+
+@pytest.mark.parametrize("num_vectors", [1, 2, 9])
+def test_weights_that_few_positions_share(num_vectors: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(3)
+    model, loss = _Positions().to(dtype), nn.CrossEntropyLoss()
+    X, y = torch.randn(13, 3, 4, 4, dtype=dtype), torch.randint(3, (13,))
+    grads = reference.per_example_grads(model, loss, X, y)
+    V = torch.randn(num_vectors, grads.shape[1], dtype=dtype)
+    dots = ie.per_example_dots(model, loss, (X, y), V)
+    assert_close(dots, grads @ V.double().T)
+    assert_close(ie.grad_gram(model, loss, (X, y)), grads @ grads.T)
+    assert_close(ie.grad_gram(model, loss, (X, y), (X[:6], y[:6])), grads @ grads[:6].T)

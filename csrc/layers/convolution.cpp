@@ -35,6 +35,8 @@ class ConvolutionRule final : public Rule<T> {
     if (takes_winograd(s.conv)) storage.packed_size += convolution_packed_size(s.direct(), s.transposed);
     if (node.is_trainable(0)) storage.tangent_packed_size = convolution_packed_size(s.conv, s.transposed);
     if (node.curved) storage.tangent_packed_size += convolution_packed_size(s.conv, !s.transposed);
+    storage.positions = s.positions();
+    storage.factor_size = s.factor_size();
     return storage;
   }
 
@@ -124,9 +126,10 @@ class ConvolutionRule final : public Rule<T> {
     const int64_t n = tile.n, V = tile.V;
     if (tile.node.is_trainable(0)) {
       // A position's outer product takes the columns of x and the cotangent; all positions of an example must cost less than their sum does.
-      const int64_t size = s.conv.weight_size(), cols = s.conv.x_channels * s.conv.taps(), positions = s.images * s.conv.y_plane();
+      const int64_t size = s.conv.weight_size(), cols = s.conv.x_channels * s.conv.taps(), positions = s.positions();
       const bool few = positions <= kFewPositions && 2 * positions * (cols + V * s.out_channels) <= V * size;
-      if (s.conv.groups == 1 && !s.transposed && (few || factors.outer())) {
+      const bool outer = factors.form() == FactorForm::for_products ? s.multiplies_outer_products() : few || factors.form() == FactorForm::outer;
+      if (s.conv.groups == 1 && !s.transposed && outer) {
         T* col = factors.allocate(n * positions * cols);
         convolution_columns_stub<T>(tile.ctx, s.conv, n * s.images, tile.state[0], convolution_prepared_size<T>(tile.node, s), col);
         const T* row = g_y;

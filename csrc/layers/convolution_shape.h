@@ -31,6 +31,17 @@ struct ConvolutionShape {
     for (int a = 0; a < 3; ++a) c.x_size[a] = c.y_size[a] = transposed ? conv.x_size[a] : conv.y_size[a];
     return c;
   }
+  // Whether gradients that are multiplied are best left as outer products, their matrix products being larger than what is lost by forming them
+  // again; where the sums take Winograd's algorithm or run along many positions, they are cheaper.
+  bool multiplies_outer_products() const {
+    constexpr int64_t kMostPositions = 64;
+    return conv.groups == 1 && !transposed && positions() <= std::min(kMostPositions, conv.y_channels) && !takes_winograd(conv);
+  }
+  int64_t positions() const { return images * conv.y_plane(); }
+  // Elements of one example's factor of the kernel for products.
+  int64_t factor_size() const {
+    return multiplies_outer_products() ? positions() * (conv.x_channels * conv.taps() + out_channels) : conv.weight_size();
+  }
   // For values: their rounding errors move kinks of later activations, those of products only themselves.
   Convolution direct() const {
     Convolution c = conv;

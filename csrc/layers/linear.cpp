@@ -37,6 +37,7 @@ class Linear final : public Rule<T> {
                     .packed_size = gemm_packed_size<T>(I, O) + (node.needs_tangent[0] ? gemm_packed_size<T>(O, I) : 0),
                     .tangent_packed_size = node.is_trainable(0) ? gemm_packed_size<T>(I, O) + (node.curved ? gemm_packed_size<T>(O, I) : 0) : 0};
     const bool transposed = node.attribute("transposed") != 0;
+    storage.positions = node.width / O;
     if (node.width == O) storage.dense = {I, O, transposed ? 1 : I, transposed ? O : 1};
     return storage;
   }

@@ -130,7 +130,8 @@ class PooledConvolution final : public Rule<T> {
 
   void per_example(const Tile<T>& tile, const T* g_y, FactorSink<T>& factors) const override {
     const Node& node = tile.node;
-    if (factors.outer()) {
+    if (factors.form() == FactorForm::outer ||
+        (factors.form() == FactorForm::for_products && ConvolutionShape(node.parts[0]).multiplies_outer_products())) {
       T* g = factors.allocate(tile.V * tile.n * node.parts[0].width);
       spread(tile, tile.V, g_y, g);
       return convolution(tile).per_example(inner(tile), g, factors);

@@ -35,6 +35,8 @@ struct Storage {
   bool on_calling_thread = false;     // no other thread may run the node
   int derivative = -1;                // state array d if the node is elementwise with t_y = d ∘ t_x: such nodes can be fused into a neighbour
   Dense dense = {};                   // if it is: chains of such nodes can be one kernel (kernels/mlp.h)
+  int64_t positions = 1;              // products of a cotangent and an input that an element of an example's gradient sums
+  int64_t factor_size = 0;            // elements per_example allocates for one example's FactorForm::for_products
 };
 
 template <class T>

@@ -33,14 +33,20 @@ struct Factor {
   bool is_scatter() const { return index != nullptr; }
 };
 
+// What a gradient that sums over positions should be: the sum, or the two sides of its outer products.
+enum class FactorForm {
+  cheapest,      // to be formed once
+  for_products,  // to be multiplied, by parts if it is large
+  outer          // its two sides are what is wanted
+};
+
 // Where rules put their factors, and get memory for those that are not lying about already.
 template <class T>
 class FactorSink {
  public:
-  // `outer`: whoever reads the factors needs the two sides of each outer product, so a rule does not sum over positions to save work.
-  FactorSink(const Context& ctx, Arena<T>& storage, bool outer) : ctx_(ctx), storage_(storage), outer_(outer) {}
+  FactorSink(const Context& ctx, Arena<T>& storage, FactorForm form) : ctx_(ctx), storage_(storage), form_(form) {}
 
-  bool outer() const { return outer_; }
+  FactorForm form() const { return form_; }
 
   // What lies in [begin, begin + size) will be overwritten: factors that point there get a copy, one for all of them.
   void passing(const T* begin, int64_t size) {
@@ -74,7 +80,7 @@ class FactorSink {
   const T* copy_ = nullptr;
   Arena<T>& storage_;
   std::vector<Factor<T>> factors_;
-  bool outer_;
+  FactorForm form_;
 };
 
 }  // namespace infl

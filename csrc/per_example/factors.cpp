@@ -10,6 +10,7 @@
 #include "kernels/gemm.h"
 #include "kernels/movement.h"
 #include "kernels/per_example.h"
+#include "kernels/reduction.h"
 #include "per_example/row_scatter.h"
 
 namespace infl {
@@ -24,20 +25,27 @@ int64_t largest_block(int64_t N, int64_t width) {
   return std::clamp<int64_t>(kBlockBytes / (width * static_cast<int64_t>(sizeof(T))), 1, N);
 }
 
-// out [M, N] = a [M, K] b [N, K]ᵀ
+// a [M, K] b [N, K]ᵀ
 template <class T>
-void multiply_transposed(const Context& ctx, int64_t M, int64_t N, int64_t K, const T* a, const T* b, T* out) {
+Gemm<T> transposed_product(int64_t M, int64_t N, int64_t K, const T* a, const T* b) {
   Gemm<T> g;
   g.M = M;
   g.N = N;
-  g.c = out;
-  g.ldc = N;
   g.terms[0].K = K;
   g.terms[0].a = a;
   g.terms[0].a_row = K;
   g.terms[0].b = b;
   g.terms[0].b_row = 1;
   g.terms[0].b_col = K;
+  return g;
+}
+
+// out [M, N] = a [M, K] b [N, K]ᵀ
+template <class T>
+void multiply_transposed(const Context& ctx, int64_t M, int64_t N, int64_t K, const T* a, const T* b, T* out) {
+  Gemm<T> g = transposed_product<T>(M, N, K, a, b);
+  g.c = out;
+  g.ldc = N;
   gemm_stub<T>(ctx, g);
 }
 
@@ -243,13 +251,16 @@ int64_t FactorSet<T>::rows_of_half() const {
   return std::min(largest_block<T>(N_, V_ * N_), std::clamp<int64_t>((N_ + 3) / 4, 64, 256));
 }
 
-// What lies below the diagonal blocks of add_simple_gram, from what lies above.
+// What lies below the diagonal, from what lies above: in the diagonal blocks too, where pairs of positions are summed up in another order.
 template <class T>
 void FactorSet<T>::mirror(const Context& ctx, T* out) const {
   const int64_t cols = V_ * N_;
   for (int64_t v = 0; v < V_; ++v) {
     for (int64_t n0 = 0; n0 < N_; n0 += rows_of_half()) {
       const int64_t begin = v * N_ + n0, n = std::min(rows_of_half(), N_ - n0), end = begin + n;
+      for (int64_t i = begin + 1; i < end; ++i) {
+        for (int64_t j = begin; j < i; ++j) out[i * cols + j] = out[j * cols + i];
+      }
       if (end == cols) continue;
       strided_gather_stub<T>(ctx, cols - end, StridedMap(0, {n}, {cols}), out + begin * cols + end, 1, out + end * cols + begin, cols);
     }
@@ -298,12 +309,94 @@ void FactorSet<T>::add_simple_gram(const Context& ctx, const Factor<T>& f, const
   }
 }
 
+// By counted multiplications.
+template <class T>
+bool FactorSet<T>::pairs_positions(const FactorSet& other, const Factor<T>& f, const Factor<T>& g) const {
+  constexpr int64_t kPair = 8;  // what multiplying and adding up two inner products costs
+  if (V_ > 1 || other.V_ > 1) return false;
+  const bool same = this == &other;
+  const int64_t products = N_ * other.N_ / (same ? 2 : 1);
+  const int64_t formed = N_ * f.positions + (same ? 0 : other.N_ * g.positions);
+  return products * f.positions * g.positions * (f.rows + f.cols + kPair) < f.rows * f.cols * (formed + products);
+}
+
+template <class T>
+void FactorSet<T>::add_pair_gram(const Context& ctx, const Factor<T>& f, const FactorSet& other, const Factor<T>& g, T* out) const {
+  constexpr int64_t kPairBytes = 4 << 20;
+  const bool upper = is_halved(ctx, other);
+  const int64_t M = other.N_, t = f.positions, s = g.positions;
+  const int64_t most = std::max<int64_t>(1, kPairBytes / (t * M * s * static_cast<int64_t>(sizeof(T))));
+  const int64_t half = upper ? rows_of_half() : N_;
+  for (int64_t n0 = 0; n0 < N_;) {
+    const int64_t begin = upper ? n0 / half * half : 0, cols = (M - begin) * s;
+    const int64_t n = std::min({most, N_ - n0, n0 / half * half + half - n0});
+    Scratch<T> rows(ctx, n * t * cols), columns(ctx, n * t * cols), sums(ctx, n * cols), added(ctx, n * (M - begin));
+    multiply_transposed<T>(ctx, n * t, cols, f.rows, f.row + n0 * t * f.rows, g.row + begin * s * f.rows, rows.data());
+    multiply_transposed<T>(ctx, n * t, cols, f.cols, f.col + n0 * t * f.cols, g.col + begin * s * f.cols, columns.data());
+    fill_zero<T>(ctx, n * cols, sums.data());
+    for (int64_t k = 0; k < t; ++k) {
+      gram_accumulate_stub<T>(ctx, n, cols, rows.data() + k * cols, t * cols, columns.data() + k * cols, cols, t * cols, sums.data(), cols);
+    }
+    sum_axis_stub<T>(ctx, n * (M - begin), s, 1, T(1), sums.data(), added.data());
+    copy_rows_stub<T>(ctx, n, M - begin, added.data(), M - begin, out + n0 * M + begin, M, true);
+    n0 += n;
+  }
+}
+
+template <class T>
+std::vector<OuterProducts<T>> FactorSet<T>::outer_products(const Context& ctx, const Factor<T>& f) const {
+  std::vector<OuterProducts<T>> each;
+  for (int64_t v = 0; v < V_; ++v) {
+    Factor<T> of = f;
+    if (f.row_has_v) of.row += v * N_ * f.positions * f.rows;
+    if (f.col_has_v) of.col += v * N_ * f.positions * f.cols;
+    each.emplace_back(ctx, N_, of);
+  }
+  return each;
+}
+
+// out [V N, size]
+template <class T>
+void FactorSet<T>::form_rows(const Context& ctx, const std::vector<OuterProducts<T>>& each, int64_t first, int64_t rows, int64_t size, T* out) const {
+  for (int64_t v = 0; v < V_; ++v) each[v].form(ctx, 0, N_, first, rows, out + v * N_ * size, size);
+}
+
+template <class T>
+void FactorSet<T>::add_outer_gram(const Context& ctx, const Factor<T>& f, const FactorSet& other, const Factor<T>& g, T* out) const {
+  constexpr int64_t kPartBytes = 4 << 20, kFewestRows = 4;
+  const bool same = this == &other, upper = is_halved(ctx, other);
+  const int64_t cols = other.V_ * other.N_, examples = V_ * N_ + (same ? 0 : cols);
+  const int64_t most = std::min(f.rows, std::max(kFewestRows, kPartBytes / (examples * f.cols * static_cast<int64_t>(sizeof(T)))));
+  const std::vector<OuterProducts<T>> mine = outer_products(ctx, f), theirs = same ? std::vector<OuterProducts<T>>{} : other.outer_products(ctx, g);
+  Scratch<T> a(ctx, V_ * N_ * most * f.cols), b(ctx, same ? 0 : cols * most * f.cols);
+  for (int64_t r = 0; r < f.rows; r += most) {
+    const int64_t rows = std::min(most, f.rows - r), size = rows * f.cols;
+    form_rows(ctx, mine, r, rows, size, a.data());
+    if (!same) other.form_rows(ctx, theirs, r, rows, size, b.data());
+    const T* with = same ? a.data() : b.data();
+    for (int64_t v = 0; v < V_; ++v) {
+      for (int64_t n0 = 0; n0 < N_; n0 += rows_of_half()) {
+        const int64_t begin = v * N_ + n0, from = upper ? begin : 0;
+        Gemm<T> p = transposed_product<T>(std::min(rows_of_half(), N_ - n0), cols - from, size, a.data() + begin * size, with + from * size);
+        p.c = out + begin * cols + from;
+        p.ldc = cols;
+        p.accumulate = true;
+        gemm_stub<T>(ctx, p);
+      }
+    }
+  }
+}
+
 template <class T>
 void FactorSet<T>::add_gram(const Context& ctx, const Group& mine, const FactorSet& other, const Group& theirs, T* out) const {
   const int64_t cols = other.V_ * other.N_, size = mine.size;
   if (mine.is_scatter() && theirs.is_scatter()) {
     RowScatter<T>(ctx, V_, N_, mine.factors[0]).add_gram(ctx, RowScatter<T>(ctx, other.V_, other.N_, theirs.factors[0]), out);
     return;
+  }
+  if (mine.is_outer() && theirs.is_outer() && !ctx.on_device()) {
+    const Factor<T>&f = mine.factors[0], &g = theirs.factors[0];
+    return pairs_positions(other, f, g) ? add_pair_gram(ctx, f, other, g, out) : add_outer_gram(ctx, f, other, g, out);
   }
   // Blocks of formed gradients against each other.
   const int64_t block = largest_block<T>(N_, size);
@@ -317,19 +410,11 @@ void FactorSet<T>::add_gram(const Context& ctx, const Group& mine, const FactorS
         for (int64_t m0 = 0; m0 < other.N_; m0 += other_block) {
           const int64_t m = std::min(other_block, other.N_ - m0);
           other.form(ctx, theirs, w, m0, m, b.data(), size);
-          Gemm<T> g;
-          g.M = n;
-          g.N = m;
-          g.c = out + (v * N_ + n0) * cols + w * other.N_ + m0;
-          g.ldc = cols;
-          g.accumulate = true;
-          g.terms[0].K = size;
-          g.terms[0].a = a.data();
-          g.terms[0].a_row = size;
-          g.terms[0].b = b.data();
-          g.terms[0].b_row = 1;
-          g.terms[0].b_col = size;
-          gemm_stub<T>(ctx, g);
+          Gemm<T> p = transposed_product<T>(n, m, size, a.data(), b.data());
+          p.c = out + (v * N_ + n0) * cols + w * other.N_ + m0;
+          p.ldc = cols;
+          p.accumulate = true;
+          gemm_stub<T>(ctx, p);
         }
       }
     }

@@ -2,7 +2,8 @@
 //
 // Factors are grouped by region first (common/slot.h): a parameter used more than once owns several, and its gradient is their sum, cross terms
 // included; so have slices of it that overlap. A region with one factor at one position (a linear layer on vectors) takes the short way, without
-// forming its gradients; so does a table whose rows are picked by index (row_scatter.h); any other is formed for a block of examples at a time.
+// forming its gradients; so does a table whose rows are picked by index (row_scatter.h); any other is formed by parts: for a block of examples, or
+// for the Gram matrix some rows of the weight, unless pairs of few positions cost less.
 #pragma once
 
 #include <cstdint>
@@ -12,6 +13,7 @@
 #include "common/context.h"
 #include "common/slot.h"
 #include "per_example/factor.h"
+#include "per_example/outer_products.h"
 
 namespace infl {
 
@@ -38,6 +40,7 @@ class FactorSet {
     int64_t size = 0;
     std::vector<Factor<T>> factors;
     bool is_simple() const { return factors.size() == 1 && factors[0].positions == 1 && !factors[0].is_scatter(); }
+    bool is_outer() const { return factors.size() == 1 && !factors[0].is_dense() && !factors[0].is_scatter(); }
     bool is_scatter() const { return factors.size() == 1 && factors[0].is_scatter(); }
   };
   int64_t place(const Factor<T>& f) const { return slots_[f.slot].offset - slots_[f.slot].region.begin; }  // in its region
@@ -47,6 +50,13 @@ class FactorSet {
   void add_gram(const Context& ctx, const Group& mine, const FactorSet& other, const Group& theirs, T* out) const;
   // Of simple groups; `ones`: and of the dense ones with the same vectors.
   void add_simple_gram(const Context& ctx, const Factor<T>& mine, const FactorSet& other, const Factor<T>& theirs, bool ones, T* out) const;
+  // Of groups that are outer products, by inner products of all positions of one example with all of the other: (row·row')(col·col'). One cotangent.
+  void add_pair_gram(const Context& ctx, const Factor<T>& mine, const FactorSet& other, const Factor<T>& theirs, T* out) const;
+  bool pairs_positions(const FactorSet& other, const Factor<T>& mine, const Factor<T>& theirs) const;
+  // Of the same groups, by the gradients of all examples, formed some rows at a time.
+  void add_outer_gram(const Context& ctx, const Factor<T>& mine, const FactorSet& other, const Factor<T>& theirs, T* out) const;
+  void form_rows(const Context& ctx, const std::vector<OuterProducts<T>>& each, int64_t first, int64_t rows, int64_t size, T* out) const;
+  std::vector<OuterProducts<T>> outer_products(const Context& ctx, const Factor<T>& f) const;
   // The Gram matrix of a set with itself is computed above the diagonal alone, in blocks of so many rows; a device would rather have few launches.
   bool is_halved(const Context& ctx, const FactorSet& other) const { return this == &other && !ctx.on_device(); }
   int64_t rows_of_half() const;

@@ -84,11 +84,11 @@ void ExampleGradients<T>::square_sum(const Context& ctx, T* out) const {
 
 template <class T>
 struct ExampleGradients<T>::Whole {
-  Whole(const Context& ctx, const ExampleGradients& of, bool outer = false)
+  Whole(const Context& ctx, const ExampleGradients& of, FactorForm form)
       : workspace(ctx, of.tape_.factor_workspace(of.V_, of.num_examples())),
         storage(ctx),
         set(of.V_, of.num_examples(), of.tape_.plan().num_parameters(), of.tape_.plan().slots(),
-            of.tape_.factors(ctx, of.V_, of.g_, 0, of.num_examples(), workspace.data(), storage, outer)) {}
+            of.tape_.factors(ctx, of.V_, of.g_, 0, of.num_examples(), workspace.data(), storage, form)) {}
 
   Scratch<T> workspace;
   Arena<T> storage;
@@ -97,14 +97,14 @@ struct ExampleGradients<T>::Whole {
 
 template <class T>
 void ExampleGradients<T>::gram(const Context& ctx, const ExampleGradients& other, T* out) const {
-  const Whole mine(ctx, *this);
+  const Whole mine(ctx, *this, FactorForm::for_products);
   if (&other == this) return mine.set.gram(ctx, mine.set, out);
-  mine.set.gram(ctx, Whole(ctx, other).set, out);
+  mine.set.gram(ctx, Whole(ctx, other, FactorForm::for_products).set, out);
 }
 
 template <class T>
 void ExampleGradients<T>::outer_products(const Context& ctx, const std::function<void(const Factor<T>&)>& body) const {
-  const Whole mine(ctx, *this, true);
+  const Whole mine(ctx, *this, FactorForm::outer);
   for (const Factor<T>& factor : mine.set.outer_products()) body(factor);
 }
 

@@ -12,6 +12,7 @@
 #include "kernels/movement.h"
 #include "kernels/output_jacobian.h"
 #include "kernels/reduction.h"
+#include "per_example/dots.h"
 
 namespace infl {
 
@@ -173,9 +174,11 @@ void Tape<T>::forward_tile(const Context& ctx, int64_t n0, int64_t n, T* workspa
 }
 
 template <class T>
-void Tape<T>::pack_tangents(const Context& ctx, const Schedules& s, int64_t V, const std::vector<const T*>& t_theta, T* packed) const {
+template <class Wanted>
+void Tape<T>::pack_tangents(const Context& ctx, const Schedules& s, int64_t V, const std::vector<const T*>& t_theta, T* packed,
+                            const Wanted& wanted) const {
   for (const TangentStep& step : s.tangent) {
-    if (plan_->storage(step.node).tangent_packed_size == 0) continue;
+    if (plan_->storage(step.node).tangent_packed_size == 0 || !wanted(plan_->storage(step.node))) continue;
     Sweep sweep(*this, ctx, step.node, V, 0, 0);
     const auto tangents = operands(sweep.node, t_theta);
     T* to = packed + V * s.tangent_packed[step.node];
@@ -521,22 +524,27 @@ void Tape<T>::dots(const Context& ctx, int64_t V, const T* g, int64_t W, const T
     const auto t_theta = slot_rows(u + first * plan_->num_parameters());
     Scratch<T> packed(ctx, count * s.tangent_packed_size);
     const T* packed_data = packed.data();
-    pack_tangents(ctx, s, count, t_theta, packed.data());
+    const auto forms = [&](const Storage& storage) { return forms_for_dots(ctx, storage.positions, V, count); };
+    pack_tangents(ctx, s, count, t_theta, packed.data(), [&](const Storage& storage) { return !forms(storage); });
     run_tiles(ctx, V + count, count, nullptr, [&](const Context& inner, int64_t n0, int64_t n, T* workspace, Sums) {
       Scratch<T> sums(inner, V * count * n), of_node(inner, count * n);
       fill_zero<T>(inner, V * count * n, sums.data());
       load_cotangents(inner, V, n0, n, g, workspace);
       T* t_y = workspace + s.sweep_width * V * n;
       for (const CotangentStep& step : s.cotangent) {
-        if (step.params) {
+        const int64_t width = plan_->nodes()[step.node].width;
+        const auto cotangent = [&](int64_t v) { return workspace + (step.g_output * V + v * width) * n; };
+        if (step.params && forms(plan_->storage(step.node))) {
+          const T* of_group = u + first * plan_->num_parameters();
+          for (int64_t v = 0; v < V; ++v) add_gradient_dots(inner, step.node, n0, n, cotangent(v), count, of_group, sums.data() + v * count * n);
+        } else if (step.params) {
           Sweep sweep(*this, inner, step.node, count, n0, n);
           const std::vector<const T*> no_tangents(sweep.x.size(), nullptr);
           const auto tangents = operands(sweep.node, t_theta);
           const ParameterTangents<T> t{tangents.data(), plan_->num_parameters(), packed_data + count * s.tangent_packed[step.node]};
           plan_->rule(step.node).jvp(sweep.tile, no_tangents.data(), t, nullptr, t_y);
           for (int64_t v = 0; v < V; ++v) {
-            const T* g_y = workspace + (step.g_output * V + v * sweep.node.width) * n;
-            weighted_sum_axis_stub<T>(inner, count, n, sweep.node.width, 1, g_y, t_y, of_node.data());
+            weighted_sum_axis_stub<T>(inner, count, n, width, 1, cotangent(v), t_y, of_node.data());
             combine_stub<T>(inner, count * n, T(1), of_node.data(), T(0), nullptr, sums.data() + v * count * n, true);
           }
         }
@@ -550,10 +558,25 @@ void Tape<T>::dots(const Context& ctx, int64_t V, const T* g, int64_t W, const T
 }
 
 template <class T>
+void Tape<T>::add_gradient_dots(const Context& ctx, int node, int64_t n0, int64_t n, const T* g_y, int64_t W, const T* u, T* out) const {
+  const int64_t together = examples_for_dots<T>(plan_->storage(node).factor_size, n);
+  for (int64_t i = 0; i < n; i += together) {
+    const int64_t count = std::min(together, n - i);
+    Arena<T> storage(ctx);
+    FactorSink<T> sink(ctx, storage, FactorForm::for_products);
+    Sweep sweep(*this, ctx, node, 1, n0 + i, count);
+    plan_->rule(node).per_example(sweep.tile, g_y + i * sweep.node.width, sink);
+    for (const Factor<T>& factor : sink.take()) {
+      add_dots<T>(ctx, factor, count, W, u + plan_->slots()[factor.slot].offset, plan_->num_parameters(), out + i, n);
+    }
+  }
+}
+
+template <class T>
 std::vector<Factor<T>> Tape<T>::factors(const Context& ctx, int64_t V, const T* g, int64_t n0, int64_t n, T* workspace, Arena<T>& storage,
-                                        bool outer) const {
+                                        FactorForm form) const {
   load_cotangents(ctx, V, n0, n, g, workspace);
-  FactorSink<T> sink(ctx, storage, outer);
+  FactorSink<T> sink(ctx, storage, form);
   for (const CotangentStep& step : plan_->schedules().cotangent) {
     if (step.params) {
       Sweep sweep(*this, ctx, step.node, V, n0, n);

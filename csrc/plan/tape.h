@@ -79,13 +79,13 @@ class Tape {
   void hvp(const Context& ctx, int64_t V, const T* v, const OutputHessian<T>& h, T* out) const;
 
   // ⟨J_nᵀ g[v, n], u_w⟩ for g [V, N, C] and u [W, P]: [V, W, N]. One cotangent sweep for g, then at each trained node ⟨g_y, ∂y/∂θ u_w⟩: the tangents
-  // go no further than the node, which is half the work of jvp.
+  // go no further than the node, which is half the work of jvp; or, where weights are shared by so many positions that it takes less, ⟨gradient,
+  // u_w⟩.
   void dots(const Context& ctx, int64_t V, const T* g, int64_t W, const T* u, T* out) const;
 
   // The cotangent sweep of g [V, N, C] for examples [n0, n0 + n): each node's factors. They point into the tape, `workspace` and `storage`.
-  // `outer`: as outer products wherever the rule has them (FactorSink).
   std::vector<Factor<T>> factors(const Context& ctx, int64_t V, const T* g, int64_t n0, int64_t n, T* workspace, Arena<T>& storage,
-                                 bool outer = false) const;
+                                 FactorForm form = FactorForm::cheapest) const;
   int64_t factor_workspace(int64_t V, int64_t n) const { return plan_->schedules().sweep_width * V * n; }
   // The same for all examples, a tile at a time, tiles side by side where that pays: body(context, first example, number of examples, factors,
   // sum). `out` [P] receives the sum of what the tiles add to their `sum` (null: none wanted, and none given).
@@ -119,9 +119,16 @@ class Tape {
                              T* workspace) const;
   void product(const Context& ctx, int64_t V, const T* v, const OutputHessian<T>& h, bool second_order, T* out) const;
   void keep_jacobians(const Context& ctx) const;
-  void pack_tangents(const Context& ctx, const Schedules& s, int64_t V, const std::vector<const T*>& t_theta, T* packed) const;
   // Are the tangents of V vectors packed before the sweep? Not where one tile takes all examples and so packs for itself, a node at a time.
   bool packs_ahead(const Context& ctx, int64_t V, bool shortened) const;
+  // Of all nodes that have some, or of those that `wanted` (Storage) names.
+  template <class Wanted>
+  void pack_tangents(const Context& ctx, const Schedules& s, int64_t V, const std::vector<const T*>& t_theta, T* packed, const Wanted& wanted) const;
+  void pack_tangents(const Context& ctx, const Schedules& s, int64_t V, const std::vector<const T*>& t_theta, T* packed) const {
+    pack_tangents(ctx, s, V, t_theta, packed, [](const Storage&) { return true; });
+  }
+  // out[w, n] += ⟨gradients of examples [n0, n0 + n) by the node's parameters, u_w⟩ for g_y [n, width] and u [W, P].
+  void add_gradient_dots(const Context& ctx, int node, int64_t n0, int64_t n, const T* g_y, int64_t W, const T* u, T* out) const;
   bool runs_as_chain(const Context& ctx, int64_t V) const;
   void run_chain(const Context& ctx, Mlp<T> product) const;
   Tiling tiling(const Context& ctx, int64_t V, int64_t sums, bool shortened = false) const;

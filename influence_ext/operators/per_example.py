@@ -140,7 +140,8 @@ def per_example_dots(model: nn.Module, loss: LossLike | Loss, data: Any, V: Tens
         ShapeError, DTypeError, DeviceError: ``V`` does not fit; otherwise as :func:`per_example_grads`.
 
     Cost: one forward pass, one cotangent sweep, and for each vector one product with the inputs of every trained layer: half of a
-    tangent sweep.
+    tangent sweep. Where positions share a weight (convolutions, sequences) and it costs less, its gradients are formed instead, by parts
+    that stay in the cache.
     """
     who = "per_example_dots"
     gradients = ExampleGradients.of(model, loss, data, params, who)
@@ -171,7 +172,8 @@ def grad_gram(model: nn.Module, loss: LossLike | Loss, data: Any, other: Any = N
     """Inner products of per-example gradients, ``[N, M]``: of ``data`` with ``other``, or with itself.
 
     Arguments and errors as :func:`per_example_grads`. Cost: a forward pass and a cotangent sweep for each data set, and one product
-    ``[N, width]·[width, M]`` for each side of each layer.
+    ``[N, width]·[width, M]`` for each side of each layer; where T positions share its weight, ``[N T, width]·[width, M T]``, or one of the
+    layer's gradients, whichever takes fewer multiplications.
     """
     who = "grad_gram"
     first = ExampleGradients.of(model, loss, data, params, who)

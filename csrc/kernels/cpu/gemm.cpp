@@ -415,7 +415,7 @@ void few_columns_rows(const Gemm<T>& g, const GemmTerm<T>* terms, int num_terms,
   T sums[R][C] = {};
   for (int t = 0; t < num_terms; ++t) {
     const GemmTerm<T>& term = terms[t];
-    add_dots<T, R, C, rounds>(term.K, term.a + v * term.a_batch + m * term.a_row, term.a_row, term.b + v * term.b_batch, term.K, sums);
+    add_dots<T, R, C, rounds>(term.K, term.a + v * term.a_batch + m * term.a_row, term.a_row, term.b + v * term.b_batch, term.b_col, sums);
   }
   for (int r = 0; r < R; ++r) {
     T* out = g.c + v * g.c_batch + (m + r) * g.ldc;
@@ -439,6 +439,7 @@ void few_columns(int threads, const Gemm<T>& g, const GemmTerm<T>* given, int nu
   T* columns = scratch<T>(size, 2);
   for (int t = 0; t < num_terms; ++t) {
     GemmTerm<T>& term = terms[t] = given[t];
+    if (!rounds && !term.packed && term.b_row == 1) continue;  // read where it lies
     const int64_t batch = term.packed ? term.packed_batch : term.b_batch, num = batch ? g.V : 1;
     const int64_t row = term.packed ? kPanel<T> : term.b_row, column = term.packed ? 1 : term.b_col;
     const T* from = term.packed ? term.packed : term.b;
@@ -449,6 +450,7 @@ void few_columns(int threads, const Gemm<T>& g, const GemmTerm<T>* given, int nu
     }
     term.b = columns;
     term.b_batch = batch ? C * term.K : 0;
+    term.b_col = term.K;
     columns += num * C * term.K;
   }
   const int64_t blocks = (g.M + kRows - 1) / kRows;

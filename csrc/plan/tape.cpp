@@ -1,26 +1,16 @@
 #include "plan/tape.h"
 
-#include <omp.h>
-
 #include <algorithm>
 #include <stdexcept>
 
 #include "common/interruption.h"
-#include "common/parallel.h"
 #include "common/scratch.h"
 #include "kernels/elementwise.h"
 #include "kernels/movement.h"
 #include "kernels/output_jacobian.h"
-#include "kernels/reduction.h"
-#include "per_example/dots.h"
+#include "plan/sweep.h"
 
 namespace infl {
-
-// Sets [first, first + sets), n examples each; or, with one set, the n examples of all of them.
-template <class T>
-struct Tape<T>::Part {
-  int64_t first = 0, sets = 1, n = 0;
-};
 
 template <class T>
 Tape<T>::Tape(const Context& ctx, std::shared_ptr<const Plan<T>> plan, int64_t N, std::vector<const T*> inputs, int64_t num_sets)
@@ -88,54 +78,6 @@ std::vector<T*> Tape<T>::slot_rows(T* flat) const {
   return rows;
 }
 
-namespace {
-
-// A node's view of arrays that are indexed by slot id: one entry per operand.
-template <class P>
-std::vector<P> operands(const Node& node, const std::vector<P>& by_slot) {
-  std::vector<P> picked;
-  for (int slot : node.slots) picked.push_back(slot >= 0 ? by_slot[slot] : nullptr);
-  return picked;
-}
-
-}  // namespace
-
-// The arrays a rule sees for one tile. Owns the small pointer tables that the Tile points to.
-template <class T>
-struct Tape<T>::Sweep {
-  Sweep(const Tape& tape, const Context& ctx, int index, int64_t V, int64_t n0, int64_t n) : Sweep(tape, ctx, index, V, n0, Part{0, 1, n}) {}
-  Sweep(const Tape& tape, const Context& ctx, int index, int64_t V, int64_t n0, const Part& part)
-      : node(tape.plan_->nodes()[index]), tile{ctx, node, V, part.n} {
-    const Plan<T>& plan = *tape.plan_;
-    const Storage& storage = plan.storage(index);
-    for (size_t k = 0; k < node.inputs.size(); ++k) {
-      const int id = plan.canonical(node.inputs[k]);
-      x.push_back(storage.keeps_input[k] ? tape.value(id, n0) + tape.skipped(id, part, tape.N_) : nullptr);
-      if (part.sets > 1) x_stride.push_back(plan.needs_tangent(id) ? tape.N_ * plan.width(id) : 0);
-    }
-    for (size_t k = 0; k < storage.state_widths.size(); ++k) {
-      state.push_back(const_cast<T*>(tape.states_[index][k].data()) + (n0 + part.first * tape.N_) * storage.state_widths[k]);
-    }
-    for (size_t k = 0; k < node.slots.size(); ++k) {
-      const T* at = node.slots[k] >= 0 ? tape.theta_at_[node.slots[k]] : nullptr;
-      theta.push_back(node.is_trainable(k) ? at + part.first * tape.theta_stride_ : at);
-    }
-    tile.x = x.data();
-    tile.state = state.data();
-    tile.theta = theta.data();
-    if (part.sets == 1) tile.packed = const_cast<T*>(tape.packed_[index].data()) + part.first * storage.packed_size;
-    tile.prepared = tape.prepared_[index];
-    tile.sets = part.sets;
-    tile.theta_stride = tape.theta_stride_;
-    tile.x_stride = x_stride.data();
-  }
-  const Node& node;
-  std::vector<const T*> x, theta;
-  std::vector<int64_t> x_stride;
-  std::vector<T*> state;
-  Tile<T> tile;
-};
-
 template <class T>
 void Tape<T>::linearize(const Context& ctx, const std::vector<const T*>& theta, bool borrow, int64_t stride) {
   theta_at_ = theta;
@@ -170,19 +112,6 @@ void Tape<T>::forward_tile(const Context& ctx, int64_t n0, int64_t n, T* workspa
       T* y = step.output == kNowhere ? const_cast<T*>(value(output, n0)) : workspace + step.output * sets_ * n;
       plan_->rule(step.node).forward(sweep.tile, y + skipped(output, part, n));
     }
-  }
-}
-
-template <class T>
-template <class Wanted>
-void Tape<T>::pack_tangents(const Context& ctx, const Schedules& s, int64_t V, const std::vector<const T*>& t_theta, T* packed,
-                            const Wanted& wanted) const {
-  for (const TangentStep& step : s.tangent) {
-    if (plan_->storage(step.node).tangent_packed_size == 0 || !wanted(plan_->storage(step.node))) continue;
-    Sweep sweep(*this, ctx, step.node, V, 0, 0);
-    const auto tangents = operands(sweep.node, t_theta);
-    T* to = packed + V * s.tangent_packed[step.node];
-    plan_->rule(step.node).pack_tangents(sweep.tile, {tangents.data(), plan_->num_parameters(), nullptr}, to);
   }
 }
 
@@ -285,14 +214,6 @@ void Tape<T>::keep_cotangents(const Context& ctx, const T* g) {
   });
 }
 
-// body(first, count): all V right-hand sides, in groups of nearly equal size.
-template <class T>
-template <class Body>
-void Tape<T>::each_group(const Context& ctx, int64_t V, const Body& body) const {
-  const int64_t size = sides(ctx, V);
-  for (int64_t v0 = 0; v0 < V; v0 += size) body(v0, std::min(size, V - v0));
-}
-
 // Zeroes num vectors [P], of every set: for the first tile of a cotangent sweep what its steps only add to, else all.
 template <class T>
 void Tape<T>::clear(const Context& ctx, int64_t num, const Schedules& s, bool first, T* sums) const {
@@ -301,54 +222,6 @@ void Tape<T>::clear(const Context& ctx, int64_t num, const Schedules& s, bool fi
   for (int64_t v = 0; v < num; ++v) {
     for (const auto& [begin, end] : s.added) fill_zero<T>(ctx, end - begin, sums + v * P + begin);
   }
-}
-
-// body(context, first example, number of examples, workspace, accumulator): every tile of the data once. `out` [sums, P] receives the sum of what
-// the tiles add to their accumulators (null: none wanted); `sweeps`: by cotangent sweeps, which can write. Exceptions do not cross the parallel
-// region.
-template <class T>
-template <class Body>
-void Tape<T>::run_tiles(const Context& ctx, int64_t V, int64_t sums_wanted, T* out, const Body& body, bool shortened, bool sweeps) const {
-  const Schedules& s = plan_->schedules(shortened);
-  const Tiling t = tiling(ctx, V, sums_wanted, shortened);
-  const int64_t size = sums_wanted * sets_ * plan_->num_parameters();
-  const int64_t workspace_size = std::max(s.sweep_width * V, s.forward_width) * sets_ * t.tile;
-  const int64_t num_tiles = (N_ + t.tile - 1) / t.tile;
-  const bool writes = sweeps && !ctx.on_device() && sets_ == 1;  // there one launch that zeroes all is what costs least
-  if (!t.by_example || t.num_threads == 1 || num_tiles <= 1) {
-    Context inner = ctx;
-    if (t.by_example && num_tiles > 1) inner.num_threads = 1;
-    if (out) clear(ctx, sums_wanted, s, writes && num_tiles > 0, out);
-    Scratch<T> workspace(ctx, workspace_size);
-    for (int64_t i = 0; i < num_tiles; ++i) body(inner, i * t.tile, std::min(t.tile, N_ - i * t.tile), workspace.data(), Sums{out, writes && i == 0});
-    return;
-  }
-  if (out) fill_zero<T>(ctx, size, out);
-  Scratch<T> accumulators(ctx, out ? t.num_threads * size : 0);  // [threads, V, P]
-  T* sums = accumulators.data();
-  RegionErrors errors;
-#pragma omp parallel num_threads(t.num_threads)
-  {
-    const int me = omp_get_thread_num(), count = omp_get_num_threads();
-    Context inner = ctx;
-    inner.num_threads = 1;
-    T* sum = out ? sums + me * size : nullptr;
-    try {
-      Scratch<T> workspace(inner, workspace_size);
-      if (out) clear(inner, sums_wanted, s, writes && me < num_tiles, sum);
-      for (int64_t i = me; i < num_tiles && !errors; i += count) {
-        body(inner, i * t.tile, std::min(t.tile, N_ - i * t.tile), workspace.data(), Sums{sum, writes && i == me});
-      }
-    } catch (...) {
-      errors.keep();
-    }
-#pragma omp barrier
-    if (out && !errors) {
-      const int64_t slice = (size + count - 1) / count, begin = std::min(size, me * slice), end = std::min(size, begin + slice);
-      row_accumulate_stub<T>(inner, count, end - begin, sums + begin, size, out + begin);
-    }
-  }
-  errors.rethrow();
 }
 
 template <class T>
@@ -515,86 +388,6 @@ void Tape<T>::keep_jacobians(const Context& of_product) const {
     });
   });
   jacobians_kept_ = true;
-}
-
-template <class T>
-void Tape<T>::dots(const Context& ctx, int64_t V, const T* g, int64_t W, const T* u, T* out) const {
-  const Schedules& s = plan_->schedules();
-  each_group(ctx, W, [&](int64_t first, int64_t count) {
-    const auto t_theta = slot_rows(u + first * plan_->num_parameters());
-    Scratch<T> packed(ctx, count * s.tangent_packed_size);
-    const T* packed_data = packed.data();
-    const auto forms = [&](const Storage& storage) { return forms_for_dots(ctx, storage.positions, V, count); };
-    pack_tangents(ctx, s, count, t_theta, packed.data(), [&](const Storage& storage) { return !forms(storage); });
-    run_tiles(ctx, V + count, count, nullptr, [&](const Context& inner, int64_t n0, int64_t n, T* workspace, Sums) {
-      Scratch<T> sums(inner, V * count * n), of_node(inner, count * n);
-      fill_zero<T>(inner, V * count * n, sums.data());
-      load_cotangents(inner, V, n0, n, g, workspace);
-      T* t_y = workspace + s.sweep_width * V * n;
-      for (const CotangentStep& step : s.cotangent) {
-        const int64_t width = plan_->nodes()[step.node].width;
-        const auto cotangent = [&](int64_t v) { return workspace + (step.g_output * V + v * width) * n; };
-        if (step.params && forms(plan_->storage(step.node))) {
-          const T* of_group = u + first * plan_->num_parameters();
-          for (int64_t v = 0; v < V; ++v) add_gradient_dots(inner, step.node, n0, n, cotangent(v), count, of_group, sums.data() + v * count * n);
-        } else if (step.params) {
-          Sweep sweep(*this, inner, step.node, count, n0, n);
-          const std::vector<const T*> no_tangents(sweep.x.size(), nullptr);
-          const auto tangents = operands(sweep.node, t_theta);
-          const ParameterTangents<T> t{tangents.data(), plan_->num_parameters(), packed_data + count * s.tangent_packed[step.node]};
-          plan_->rule(step.node).jvp(sweep.tile, no_tangents.data(), t, nullptr, t_y);
-          for (int64_t v = 0; v < V; ++v) {
-            weighted_sum_axis_stub<T>(inner, count, n, width, 1, cotangent(v), t_y, of_node.data());
-            combine_stub<T>(inner, count * n, T(1), of_node.data(), T(0), nullptr, sums.data() + v * count * n, true);
-          }
-        }
-        cotangent_step(inner, step, V, n0, n, {}, workspace);
-      }
-      for (int64_t v = 0; v < V; ++v) {
-        copy_rows_stub<T>(inner, count, n, sums.data() + v * count * n, n, out + (v * W + first) * N_ + n0, N_, false);
-      }
-    });
-  });
-}
-
-template <class T>
-void Tape<T>::add_gradient_dots(const Context& ctx, int node, int64_t n0, int64_t n, const T* g_y, int64_t W, const T* u, T* out) const {
-  const int64_t together = examples_for_dots<T>(plan_->storage(node).factor_size, n);
-  for (int64_t i = 0; i < n; i += together) {
-    const int64_t count = std::min(together, n - i);
-    Arena<T> storage(ctx);
-    FactorSink<T> sink(ctx, storage, FactorForm::for_products);
-    Sweep sweep(*this, ctx, node, 1, n0 + i, count);
-    plan_->rule(node).per_example(sweep.tile, g_y + i * sweep.node.width, sink);
-    for (const Factor<T>& factor : sink.take()) {
-      add_dots<T>(ctx, factor, count, W, u + plan_->slots()[factor.slot].offset, plan_->num_parameters(), out + i, n);
-    }
-  }
-}
-
-template <class T>
-std::vector<Factor<T>> Tape<T>::factors(const Context& ctx, int64_t V, const T* g, int64_t n0, int64_t n, T* workspace, Arena<T>& storage,
-                                        FactorForm form) const {
-  load_cotangents(ctx, V, n0, n, g, workspace);
-  FactorSink<T> sink(ctx, storage, form);
-  for (const CotangentStep& step : plan_->schedules().cotangent) {
-    if (step.params) {
-      Sweep sweep(*this, ctx, step.node, V, n0, n);
-      const T* g_y = workspace + step.g_output * V * n;
-      sink.passing(g_y, V * n * sweep.node.width);
-      plan_->rule(step.node).per_example(sweep.tile, g_y, sink);
-    }
-    cotangent_step(ctx, step, V, n0, n, {}, workspace);
-  }
-  return sink.take();
-}
-
-template <class T>
-void Tape<T>::each_tile_of_factors(const Context& ctx, int64_t V, const T* g, T* out, const FactorBody& body) const {
-  run_tiles(ctx, V, 1, out, [&](const Context& inner, int64_t n0, int64_t n, T* workspace, Sums sums) {
-    Arena<T> storage(inner);
-    body(inner, n0, n, factors(inner, V, g, n0, n, workspace, storage), sums.data);
-  });
 }
 
 template class Tape<float>;

@@ -1,4 +1,4 @@
-"""Gradients of single examples, and what is computed from them without forming them."""
+"""Gradients of single examples, and what is computed from them without holding them."""
 
 from __future__ import annotations
 
@@ -176,3 +176,25 @@ def test_weights_that_few_positions_share(num_vectors: int, dtype: torch.dtype) 
     assert_close(dots, grads @ V.double().T)
     assert_close(ie.grad_gram(model, loss, (X, y)), grads @ grads.T)
     assert_close(ie.grad_gram(model, loss, (X, y), (X[:6], y[:6])), grads @ grads[:6].T)
+
+
+class _Mean(nn.Module):
+    """A convolution that takes planes of any size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 40, 3), nn.Linear(40, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.conv(x)).mean((2, 3)))
+
+
+def test_gram_matrix_of_sets_of_different_shapes() -> None:
+    """One position, few and many: the plans hold the gradient of one weight as outer products or formed."""
+    torch.manual_seed(0)
+    model, loss, y = _Mean().double(), nn.CrossEntropyLoss(), torch.randint(3, (6,))
+    sets = [(torch.randn(6, 3, size, size, dtype=torch.float64), y) for size in (3, 4, 14)]
+    grads = [reference.per_example_grads(model, loss, *data) for data in sets]
+    for left, G in zip(sets, grads, strict=True):
+        for right, H in zip(sets, grads, strict=True):
+            assert_close(ie.grad_gram(model, loss, left, right), G @ H.T)

@@ -25,6 +25,13 @@ int64_t largest_block(int64_t N, int64_t width) {
   return std::clamp<int64_t>(kBlockBytes / (width * static_cast<int64_t>(sizeof(T))), 1, N);
 }
 
+// Whether two factors of one parameter have the same two sides. Plans of different shapes may differ in that: one forms the gradients that the other
+// leaves as outer products.
+template <class T>
+bool alike(const Factor<T>& f, const Factor<T>& g) {
+  return f.is_dense() == g.is_dense() && f.rows == g.rows && f.cols == g.cols && f.row_has_v == g.row_has_v;
+}
+
 // a [M, K] b [N, K]ᵀ
 template <class T>
 Gemm<T> transposed_product(int64_t M, int64_t N, int64_t K, const T* a, const T* b) {
@@ -214,13 +221,15 @@ std::map<int64_t, int64_t> FactorSet<T>::dense_partners(const FactorSet& other) 
     const Factor<T>& f = found->second.factors[0];
     return f.row_has_v ? f.row : f.col;
   };
-  const auto is_dense = [](const FactorSet& set, int64_t region) { return set.groups_.at(region).factors[0].is_dense(); };
+  const auto factor = [](const FactorSet& set, int64_t region) -> const Factor<T>& { return set.groups_.at(region).factors[0]; };
   std::map<int64_t, int64_t> partners;
   for (const auto& [dense, group] : groups_) {
     if (!vectors(*this, dense) || !vectors(other, dense) || !group.factors[0].is_dense()) continue;
+    if (!alike(group.factors[0], factor(other, dense))) continue;
     for (const auto& [outer, unused] : groups_) {
       const bool same = vectors(*this, outer) == vectors(*this, dense) && vectors(other, outer) == vectors(other, dense);
-      if (!same || is_dense(*this, outer) || partners.count(outer) > 0) continue;
+      if (!same || factor(*this, outer).is_dense() || partners.count(outer) > 0) continue;
+      if (!alike(factor(*this, outer), factor(other, outer))) continue;
       partners[outer] = dense;
       break;
     }
@@ -237,7 +246,7 @@ void FactorSet<T>::gram(const Context& ctx, const FactorSet& other, T* out) cons
   for (const auto& [begin, group] : groups_) {
     const auto it = other.groups_.find(begin);
     if (it == other.groups_.end() || included.count(begin) > 0) continue;
-    if (group.is_simple() && it->second.is_simple()) {
+    if (group.is_simple() && it->second.is_simple() && alike(group.factors[0], it->second.factors[0])) {
       add_simple_gram(ctx, group.factors[0], other, it->second.factors[0], partners.count(begin) > 0, out);
     } else {
       add_gram(ctx, group, other, it->second, out);
@@ -394,8 +403,8 @@ void FactorSet<T>::add_gram(const Context& ctx, const Group& mine, const FactorS
     RowScatter<T>(ctx, V_, N_, mine.factors[0]).add_gram(ctx, RowScatter<T>(ctx, other.V_, other.N_, theirs.factors[0]), out);
     return;
   }
-  if (mine.is_outer() && theirs.is_outer() && !ctx.on_device()) {
-    const Factor<T>&f = mine.factors[0], &g = theirs.factors[0];
+  const Factor<T>&f = mine.factors[0], &g = theirs.factors[0];
+  if (mine.is_outer() && theirs.is_outer() && alike(f, g) && !ctx.on_device()) {
     return pairs_positions(other, f, g) ? add_pair_gram(ctx, f, other, g, out) : add_outer_gram(ctx, f, other, g, out);
   }
   // Blocks of formed gradients against each other.

@@ -338,6 +338,7 @@ void FactorSet<T>::add_pair_gram(const Context& ctx, const Factor<T>& f, const F
   const int64_t half = upper ? rows_of_half() : N_;
   for (int64_t n0 = 0; n0 < N_;) {
     const int64_t begin = upper ? n0 / half * half : 0, cols = (M - begin) * s;
+    interruption_point();
     const int64_t n = std::min({most, N_ - n0, n0 / half * half + half - n0});
     Scratch<T> rows(ctx, n * t * cols), columns(ctx, n * t * cols), sums(ctx, n * cols), added(ctx, n * (M - begin));
     multiply_transposed<T>(ctx, n * t, cols, f.rows, f.row + n0 * t * f.rows, g.row + begin * s * f.rows, rows.data());
@@ -380,11 +381,13 @@ void FactorSet<T>::add_outer_gram(const Context& ctx, const Factor<T>& f, const 
   Scratch<T> a(ctx, V_ * N_ * most * f.cols), b(ctx, same ? 0 : cols * most * f.cols);
   for (int64_t r = 0; r < f.rows; r += most) {
     const int64_t rows = std::min(most, f.rows - r), size = rows * f.cols;
+    interruption_point();
     form_rows(ctx, mine, r, rows, size, a.data());
     if (!same) other.form_rows(ctx, theirs, r, rows, size, b.data());
     const T* with = same ? a.data() : b.data();
     for (int64_t v = 0; v < V_; ++v) {
       for (int64_t n0 = 0; n0 < N_; n0 += rows_of_half()) {
+        interruption_point();
         const int64_t begin = v * N_ + n0, from = upper ? begin : 0;
         Gemm<T> p = transposed_product<T>(std::min(rows_of_half(), N_ - n0), cols - from, size, a.data() + begin * size, with + from * size);
         p.c = out + begin * cols + from;

@@ -198,3 +198,24 @@ def test_gram_matrix_of_sets_of_different_shapes() -> None:
     for left, G in zip(sets, grads, strict=True):
         for right, H in zip(sets, grads, strict=True):
             assert_close(ie.grad_gram(model, loss, left, right), G @ H.T)
+
+
+class _Wide(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.rows, self.head = nn.Linear(width, 4), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.rows(x)).flatten(1))
+
+
+@pytest.mark.parametrize("width", [100, 12_000, 44_000])
+def test_gram_matrix_of_the_root_of_wide_layers(width: int) -> None:
+    """More roots than positions: all rows of the weight formed at a time, one of them, or no row of all roots, as 32 MiB have room for."""
+    torch.manual_seed(0)
+    model = _Wide(width).double()
+    G = ie.GGN(model, "cross_entropy", (torch.randn(20, 2, width, dtype=torch.float64), torch.randint(5, (20,))))
+    roots = G.root_gram()
+    U = G.root_rmatmat(torch.eye(len(roots), dtype=torch.float64))
+    assert torch.equal(roots, roots.T)
+    assert_close(roots, U @ U.T)

@@ -356,11 +356,16 @@ void FactorSet<T>::add_pair_gram(const Context& ctx, const Factor<T>& f, const F
 template <class T>
 std::vector<OuterProducts<T>> FactorSet<T>::outer_products(const Context& ctx, const Factor<T>& f) const {
   std::vector<OuterProducts<T>> each;
+  each.reserve(V_);
   for (int64_t v = 0; v < V_; ++v) {
     Factor<T> of = f;
     if (f.row_has_v) of.row += v * N_ * f.positions * f.rows;
     if (f.col_has_v) of.col += v * N_ * f.positions * f.cols;
-    each.emplace_back(ctx, N_, of);
+    if (v > 0 && !f.col_has_v) {
+      each.emplace_back(of, each.front());
+    } else {
+      each.emplace_back(ctx, N_, of);
+    }
   }
   return each;
 }
@@ -371,12 +376,23 @@ void FactorSet<T>::form_rows(const Context& ctx, const std::vector<OuterProducts
   for (int64_t v = 0; v < V_; ++v) each[v].form(ctx, 0, N_, first, rows, out + v * N_ * size, size);
 }
 
+// As many as stay in a cache, or four, which save passes over `out`, or one, of no more than a block or than the columns that are there already.
 template <class T>
-void FactorSet<T>::add_outer_gram(const Context& ctx, const Factor<T>& f, const FactorSet& other, const Factor<T>& g, T* out) const {
+int64_t FactorSet<T>::rows_of_outer_gram(const FactorSet& other, const Factor<T>& f, const Factor<T>& g) const {
   constexpr int64_t kPartBytes = 4 << 20, kFewestRows = 4;
+  const bool same = this == &other;
+  const int64_t of_position = f.cols * static_cast<int64_t>(sizeof(T));
+  const int64_t row = (V_ * N_ + (same ? 0 : other.V_ * other.N_)) * of_position;
+  const int64_t columns = (N_ * f.positions + (same ? 0 : other.N_ * g.positions)) * of_position;
+  if (row > std::max(kBlockBytes, columns)) return 0;
+  const int64_t fewest = kFewestRows * row <= kBlockBytes ? kFewestRows : 1;
+  return std::min(f.rows, std::max(fewest, kPartBytes / row));
+}
+
+template <class T>
+void FactorSet<T>::add_outer_gram(const Context& ctx, const Factor<T>& f, const FactorSet& other, const Factor<T>& g, int64_t most, T* out) const {
   const bool same = this == &other, upper = is_halved(ctx, other);
-  const int64_t cols = other.V_ * other.N_, examples = V_ * N_ + (same ? 0 : cols);
-  const int64_t most = std::min(f.rows, std::max(kFewestRows, kPartBytes / (examples * f.cols * static_cast<int64_t>(sizeof(T)))));
+  const int64_t cols = other.V_ * other.N_;
   const std::vector<OuterProducts<T>> mine = outer_products(ctx, f), theirs = same ? std::vector<OuterProducts<T>>{} : other.outer_products(ctx, g);
   Scratch<T> a(ctx, V_ * N_ * most * f.cols), b(ctx, same ? 0 : cols * most * f.cols);
   for (int64_t r = 0; r < f.rows; r += most) {
@@ -408,7 +424,9 @@ void FactorSet<T>::add_gram(const Context& ctx, const Group& mine, const FactorS
   }
   const Factor<T>&f = mine.factors[0], &g = theirs.factors[0];
   if (mine.is_outer() && theirs.is_outer() && alike(f, g) && !ctx.on_device()) {
-    return pairs_positions(other, f, g) ? add_pair_gram(ctx, f, other, g, out) : add_outer_gram(ctx, f, other, g, out);
+    if (pairs_positions(other, f, g)) return add_pair_gram(ctx, f, other, g, out);
+    const int64_t rows = rows_of_outer_gram(other, f, g);
+    if (rows > 0) return add_outer_gram(ctx, f, other, g, rows, out);
   }
   // Blocks of formed gradients against each other.
   const int64_t block = largest_block<T>(N_, size);

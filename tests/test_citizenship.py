@@ -365,6 +365,10 @@ for schedule, threads in (("by_example", 1), ("by_example", 2), ("by_operator", 
 torch.set_num_threads(1)
 X, y = data(500)
 check("gram", lambda scale: ie.grad_gram(wide, loss, (X.repeat(k := math.isqrt(scale), 1), y.repeat(k))))
+for name, conv, size in (("rows", nn.Conv2d(16, 32, 5), 8), ("pairs", nn.Conv2d(16, 64, 5, padding=2), 2)):
+    shared = nn.Sequential(conv, nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(conv.out_channels, 2))
+    planes = torch.randn(500, 16, size, size)
+    check(name, lambda scale: ie.grad_gram(shared, loss, (planes.repeat(k := math.isqrt(scale), 1, 1, 1), y.repeat(k))))
 
 # in another thread a call goes on, and so it does in this one if the handler raises nothing
 G = ie.GGN(model, loss, data(4000), 0.1)

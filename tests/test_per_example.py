@@ -1,4 +1,4 @@
-"""Gradients of single examples, and what is computed from them without forming them."""
+"""Gradients of single examples, and what is computed from them without holding them."""
 
 from __future__ import annotations
 
@@ -176,3 +176,46 @@ def test_weights_that_few_positions_share(num_vectors: int, dtype: torch.dtype) 
     assert_close(dots, grads @ V.double().T)
     assert_close(ie.grad_gram(model, loss, (X, y)), grads @ grads.T)
     assert_close(ie.grad_gram(model, loss, (X, y), (X[:6], y[:6])), grads @ grads[:6].T)
+
+
+class _Mean(nn.Module):
+    """A convolution that takes planes of any size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 40, 3), nn.Linear(40, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.conv(x)).mean((2, 3)))
+
+
+def test_gram_matrix_of_sets_of_different_shapes() -> None:
+    """One position, few and many: the plans hold the gradient of one weight as outer products or formed."""
+    torch.manual_seed(0)
+    model, loss, y = _Mean().double(), nn.CrossEntropyLoss(), torch.randint(3, (6,))
+    sets = [(torch.randn(6, 3, size, size, dtype=torch.float64), y) for size in (3, 4, 14)]
+    grads = [reference.per_example_grads(model, loss, *data) for data in sets]
+    for left, G in zip(sets, grads, strict=True):
+        for right, H in zip(sets, grads, strict=True):
+            assert_close(ie.grad_gram(model, loss, left, right), G @ H.T)
+
+
+class _Wide(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.rows, self.head = nn.Linear(width, 4), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.rows(x)).flatten(1))
+
+
+@pytest.mark.parametrize("width", [100, 12_000, 44_000])
+def test_gram_matrix_of_the_root_of_wide_layers(width: int) -> None:
+    """More roots than positions: all rows of the weight formed at a time, one of them, or no row of all roots, as 32 MiB have room for."""
+    torch.manual_seed(0)
+    model = _Wide(width).double()
+    G = ie.GGN(model, "cross_entropy", (torch.randn(20, 2, width, dtype=torch.float64), torch.randint(5, (20,))))
+    roots = G.root_gram()
+    U = G.root_rmatmat(torch.eye(len(roots), dtype=torch.float64))
+    assert torch.equal(roots, roots.T)
+    assert_close(roots, U @ U.T)

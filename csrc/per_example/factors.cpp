@@ -25,6 +25,13 @@ int64_t largest_block(int64_t N, int64_t width) {
   return std::clamp<int64_t>(kBlockBytes / (width * static_cast<int64_t>(sizeof(T))), 1, N);
 }
 
+// Whether two factors of one parameter have the same two sides. Plans of different shapes may differ in that: one forms the gradients that the other
+// leaves as outer products.
+template <class T>
+bool alike(const Factor<T>& f, const Factor<T>& g) {
+  return f.is_dense() == g.is_dense() && f.rows == g.rows && f.cols == g.cols && f.row_has_v == g.row_has_v;
+}
+
 // a [M, K] b [N, K]ᵀ
 template <class T>
 Gemm<T> transposed_product(int64_t M, int64_t N, int64_t K, const T* a, const T* b) {
@@ -214,13 +221,15 @@ std::map<int64_t, int64_t> FactorSet<T>::dense_partners(const FactorSet& other) 
     const Factor<T>& f = found->second.factors[0];
     return f.row_has_v ? f.row : f.col;
   };
-  const auto is_dense = [](const FactorSet& set, int64_t region) { return set.groups_.at(region).factors[0].is_dense(); };
+  const auto factor = [](const FactorSet& set, int64_t region) -> const Factor<T>& { return set.groups_.at(region).factors[0]; };
   std::map<int64_t, int64_t> partners;
   for (const auto& [dense, group] : groups_) {
     if (!vectors(*this, dense) || !vectors(other, dense) || !group.factors[0].is_dense()) continue;
+    if (!alike(group.factors[0], factor(other, dense))) continue;
     for (const auto& [outer, unused] : groups_) {
       const bool same = vectors(*this, outer) == vectors(*this, dense) && vectors(other, outer) == vectors(other, dense);
-      if (!same || is_dense(*this, outer) || partners.count(outer) > 0) continue;
+      if (!same || factor(*this, outer).is_dense() || partners.count(outer) > 0) continue;
+      if (!alike(factor(*this, outer), factor(other, outer))) continue;
       partners[outer] = dense;
       break;
     }
@@ -237,7 +246,7 @@ void FactorSet<T>::gram(const Context& ctx, const FactorSet& other, T* out) cons
   for (const auto& [begin, group] : groups_) {
     const auto it = other.groups_.find(begin);
     if (it == other.groups_.end() || included.count(begin) > 0) continue;
-    if (group.is_simple() && it->second.is_simple()) {
+    if (group.is_simple() && it->second.is_simple() && alike(group.factors[0], it->second.factors[0])) {
       add_simple_gram(ctx, group.factors[0], other, it->second.factors[0], partners.count(begin) > 0, out);
     } else {
       add_gram(ctx, group, other, it->second, out);
@@ -329,6 +338,7 @@ void FactorSet<T>::add_pair_gram(const Context& ctx, const Factor<T>& f, const F
   const int64_t half = upper ? rows_of_half() : N_;
   for (int64_t n0 = 0; n0 < N_;) {
     const int64_t begin = upper ? n0 / half * half : 0, cols = (M - begin) * s;
+    interruption_point();
     const int64_t n = std::min({most, N_ - n0, n0 / half * half + half - n0});
     Scratch<T> rows(ctx, n * t * cols), columns(ctx, n * t * cols), sums(ctx, n * cols), added(ctx, n * (M - begin));
     multiply_transposed<T>(ctx, n * t, cols, f.rows, f.row + n0 * t * f.rows, g.row + begin * s * f.rows, rows.data());
@@ -346,11 +356,16 @@ void FactorSet<T>::add_pair_gram(const Context& ctx, const Factor<T>& f, const F
 template <class T>
 std::vector<OuterProducts<T>> FactorSet<T>::outer_products(const Context& ctx, const Factor<T>& f) const {
   std::vector<OuterProducts<T>> each;
+  each.reserve(V_);
   for (int64_t v = 0; v < V_; ++v) {
     Factor<T> of = f;
     if (f.row_has_v) of.row += v * N_ * f.positions * f.rows;
     if (f.col_has_v) of.col += v * N_ * f.positions * f.cols;
-    each.emplace_back(ctx, N_, of);
+    if (v > 0 && !f.col_has_v) {
+      each.emplace_back(of, each.front());
+    } else {
+      each.emplace_back(ctx, N_, of);
+    }
   }
   return each;
 }
@@ -361,21 +376,34 @@ void FactorSet<T>::form_rows(const Context& ctx, const std::vector<OuterProducts
   for (int64_t v = 0; v < V_; ++v) each[v].form(ctx, 0, N_, first, rows, out + v * N_ * size, size);
 }
 
+// As many as stay in a cache, or four, which save passes over `out`, or one, of no more than a block or than the columns that are there already.
 template <class T>
-void FactorSet<T>::add_outer_gram(const Context& ctx, const Factor<T>& f, const FactorSet& other, const Factor<T>& g, T* out) const {
+int64_t FactorSet<T>::rows_of_outer_gram(const FactorSet& other, const Factor<T>& f, const Factor<T>& g) const {
   constexpr int64_t kPartBytes = 4 << 20, kFewestRows = 4;
+  const bool same = this == &other;
+  const int64_t of_position = f.cols * static_cast<int64_t>(sizeof(T));
+  const int64_t row = (V_ * N_ + (same ? 0 : other.V_ * other.N_)) * of_position;
+  const int64_t columns = (N_ * f.positions + (same ? 0 : other.N_ * g.positions)) * of_position;
+  if (row > std::max(kBlockBytes, columns)) return 0;
+  const int64_t fewest = kFewestRows * row <= kBlockBytes ? kFewestRows : 1;
+  return std::min(f.rows, std::max(fewest, kPartBytes / row));
+}
+
+template <class T>
+void FactorSet<T>::add_outer_gram(const Context& ctx, const Factor<T>& f, const FactorSet& other, const Factor<T>& g, int64_t most, T* out) const {
   const bool same = this == &other, upper = is_halved(ctx, other);
-  const int64_t cols = other.V_ * other.N_, examples = V_ * N_ + (same ? 0 : cols);
-  const int64_t most = std::min(f.rows, std::max(kFewestRows, kPartBytes / (examples * f.cols * static_cast<int64_t>(sizeof(T)))));
+  const int64_t cols = other.V_ * other.N_;
   const std::vector<OuterProducts<T>> mine = outer_products(ctx, f), theirs = same ? std::vector<OuterProducts<T>>{} : other.outer_products(ctx, g);
   Scratch<T> a(ctx, V_ * N_ * most * f.cols), b(ctx, same ? 0 : cols * most * f.cols);
   for (int64_t r = 0; r < f.rows; r += most) {
     const int64_t rows = std::min(most, f.rows - r), size = rows * f.cols;
+    interruption_point();
     form_rows(ctx, mine, r, rows, size, a.data());
     if (!same) other.form_rows(ctx, theirs, r, rows, size, b.data());
     const T* with = same ? a.data() : b.data();
     for (int64_t v = 0; v < V_; ++v) {
       for (int64_t n0 = 0; n0 < N_; n0 += rows_of_half()) {
+        interruption_point();
         const int64_t begin = v * N_ + n0, from = upper ? begin : 0;
         Gemm<T> p = transposed_product<T>(std::min(rows_of_half(), N_ - n0), cols - from, size, a.data() + begin * size, with + from * size);
         p.c = out + begin * cols + from;
@@ -394,9 +422,11 @@ void FactorSet<T>::add_gram(const Context& ctx, const Group& mine, const FactorS
     RowScatter<T>(ctx, V_, N_, mine.factors[0]).add_gram(ctx, RowScatter<T>(ctx, other.V_, other.N_, theirs.factors[0]), out);
     return;
   }
-  if (mine.is_outer() && theirs.is_outer() && !ctx.on_device()) {
-    const Factor<T>&f = mine.factors[0], &g = theirs.factors[0];
-    return pairs_positions(other, f, g) ? add_pair_gram(ctx, f, other, g, out) : add_outer_gram(ctx, f, other, g, out);
+  const Factor<T>&f = mine.factors[0], &g = theirs.factors[0];
+  if (mine.is_outer() && theirs.is_outer() && alike(f, g) && !ctx.on_device()) {
+    if (pairs_positions(other, f, g)) return add_pair_gram(ctx, f, other, g, out);
+    const int64_t rows = rows_of_outer_gram(other, f, g);
+    if (rows > 0) return add_outer_gram(ctx, f, other, g, rows, out);
   }
   // Blocks of formed gradients against each other.
   const int64_t block = largest_block<T>(N_, size);

@@ -48,13 +48,15 @@ class FactorSet {
   void form(const Context& ctx, const Group& group, int64_t v, int64_t n0, int64_t n, T* out, int64_t stride, bool stream = false) const;
   void add_square_norms(const Context& ctx, const Group& group, T* out) const;
   void add_gram(const Context& ctx, const Group& mine, const FactorSet& other, const Group& theirs, T* out) const;
-  // Of simple groups; `ones`: and of the dense ones with the same vectors.
+  // Of simple groups with the same sides; `ones`: and of the dense ones with the same vectors.
   void add_simple_gram(const Context& ctx, const Factor<T>& mine, const FactorSet& other, const Factor<T>& theirs, bool ones, T* out) const;
-  // Of groups that are outer products, by inner products of all positions of one example with all of the other: (row·row')(col·col'). One cotangent.
+  // Of groups that are outer products with the same sides, by inner products of all positions of one example with all of the other:
+  // (row·row')(col·col'). One cotangent.
   void add_pair_gram(const Context& ctx, const Factor<T>& mine, const FactorSet& other, const Factor<T>& theirs, T* out) const;
   bool pairs_positions(const FactorSet& other, const Factor<T>& mine, const Factor<T>& theirs) const;
-  // Of the same groups, by the gradients of all examples, formed some rows at a time.
-  void add_outer_gram(const Context& ctx, const Factor<T>& mine, const FactorSet& other, const Factor<T>& theirs, T* out) const;
+  // Of the same groups, by the gradients of all examples, formed `most` rows at a time.
+  void add_outer_gram(const Context& ctx, const Factor<T>& mine, const FactorSet& other, const Factor<T>& theirs, int64_t most, T* out) const;
+  int64_t rows_of_outer_gram(const FactorSet& other, const Factor<T>& mine, const Factor<T>& theirs) const;  // 0: a single one takes too much memory
   void form_rows(const Context& ctx, const std::vector<OuterProducts<T>>& each, int64_t first, int64_t rows, int64_t size, T* out) const;
   std::vector<OuterProducts<T>> outer_products(const Context& ctx, const Factor<T>& f) const;
   // The Gram matrix of a set with itself is computed above the diagonal alone, in blocks of so many rows; a device would rather have few launches.

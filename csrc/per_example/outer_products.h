@@ -19,10 +19,12 @@ class OuterProducts {
   OuterProducts(const Context& ctx, int64_t N, const Factor<T>& factor)
       : f_(factor),
         packed_size_(factor.is_dense() ? 0 : gemm_packed_size<T>(factor.positions, factor.cols)),
-        packed_(std::make_unique<Scratch<T>>(ctx, N * packed_size_)) {
+        packed_(std::make_shared<Scratch<T>>(ctx, N * packed_size_)) {
     if (f_.is_dense()) return;
     gemm_pack_stub<T>(ctx, N, f_.positions, f_.cols, f_.col, f_.positions * f_.cols, f_.cols, 1, packed_->data());
   }
+  // Of another right-hand side, with the columns that `other` has packed.
+  OuterProducts(const Factor<T>& factor, const OuterProducts& other) : f_(factor), packed_size_(other.packed_size_), packed_(other.packed_) {}
 
   // Rows of which the part of `together` examples stays in a second-level cache.
   int64_t rows_of_part(int64_t together) const {
@@ -57,7 +59,7 @@ class OuterProducts {
  private:
   Factor<T> f_;
   int64_t packed_size_;
-  std::unique_ptr<Scratch<T>> packed_;
+  std::shared_ptr<Scratch<T>> packed_;
 };
 
 }  // namespace infl

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "common/interruption.h"
 #include "common/scratch.h"
 #include "kernels/movement.h"
 #include "kernels/per_example.h"
@@ -59,6 +60,7 @@ void RowScatter<T>::add_square_sum(const Context& ctx, T* out) const {
 
 template <class T>
 void RowScatter<T>::add_gram(const Context& ctx, const RowScatter& other, T* out) const {
+  interruption_point();
   sparse_gram_stub<T>(ctx, cols_, view(), other.view(), out);
 }
 

@@ -1,4 +1,5 @@
 // The sweeps of per-example quantities: factors of the gradients, and the gradients' inner products with vectors.
+#include "common/interruption.h"
 #include "kernels/elementwise.h"
 #include "kernels/movement.h"
 #include "kernels/reduction.h"
@@ -51,6 +52,7 @@ template <class T>
 void Tape<T>::add_gradient_dots(const Context& ctx, int node, int64_t n0, int64_t n, const T* g_y, int64_t W, const T* u, T* out) const {
   const int64_t together = examples_for_dots<T>(plan_->storage(node).factor_size, n);
   for (int64_t i = 0; i < n; i += together) {
+    interruption_point();
     const int64_t count = std::min(together, n - i);
     Arena<T> storage(ctx);
     FactorSink<T> sink(ctx, storage, FactorForm::for_products);

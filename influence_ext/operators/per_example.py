@@ -1,4 +1,4 @@
-"""Per-example gradients and what is computed from them without forming them. All of the unreduced loss ``ℓ_n`` of each example."""
+"""Per-example gradients and what is computed from them without holding them. All of the unreduced loss ``ℓ_n`` of each example."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class ExampleGradients:
         return self.tape.vjp(self.output_gradients[None])[0]
 
     def dots(self, V: Tensor) -> Tensor:
-        """``⟨∇ℓ_n, v⟩``: ``[V, P] -> [N, V]``, node by node against the cotangents there; no gradients are formed."""
+        """``⟨∇ℓ_n, v⟩``: ``[V, P] -> [N, V]``, by tangents of each node, or gradients formed in parts where positions share a weight."""
         products: Tensor = self.tape.factors(self.output_gradients[None]).dots(V)
         return products[0].T.contiguous()
 
@@ -124,7 +124,7 @@ def _check_buffer(out: Any, shape: tuple[int, int], space: ParameterSpace, who: 
 
 @standalone
 def per_example_dots(model: nn.Module, loss: LossLike | Loss, data: Any, V: Tensor, *, params: Selection | None = None) -> Tensor:
-    """``⟨∇ℓ_n, v⟩`` for many vectors, without forming gradients.
+    """``⟨∇ℓ_n, v⟩`` for many vectors; ``[N, P]`` is never held.
 
     Args:
         model: used in evaluation mode, never modified.

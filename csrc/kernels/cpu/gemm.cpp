@@ -434,12 +434,13 @@ void few_columns(int threads, const Gemm<T>& g, const GemmTerm<T>* given, int nu
   constexpr int R = 4;
   constexpr int64_t kRows = 64;
   GemmTerm<T> terms[2];
+  const auto in_place = [](const GemmTerm<T>& term) { return !rounds && !term.packed && term.b_row == 1; };
   int64_t size = 0;
-  for (int t = 0; t < num_terms; ++t) size += g.V * C * given[t].K;
+  for (int t = 0; t < num_terms; ++t) size += in_place(given[t]) ? 0 : g.V * C * given[t].K;
   T* columns = scratch<T>(size, 2);
   for (int t = 0; t < num_terms; ++t) {
     GemmTerm<T>& term = terms[t] = given[t];
-    if (!rounds && !term.packed && term.b_row == 1) continue;  // read where it lies
+    if (in_place(term)) continue;
     const int64_t batch = term.packed ? term.packed_batch : term.b_batch, num = batch ? g.V : 1;
     const int64_t row = term.packed ? kPanel<T> : term.b_row, column = term.packed ? 1 : term.b_col;
     const T* from = term.packed ? term.packed : term.b;

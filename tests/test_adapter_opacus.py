@@ -114,6 +114,44 @@ def test_a_sampler_on_its_own(layer: nn.Module) -> None:
     assert [rows.shape for rows in empty.values()] == [(0, *p.shape) for p in layer.parameters()]
 
 
+@pytest.mark.parametrize(
+    ("layer", "autocast"),
+    [
+        (nn.Linear(4, 3).bfloat16(), False),
+        (nn.LayerNorm(4).bfloat16(), False),
+        (nn.Conv1d(4, 3, 1).bfloat16(), False),
+        (nn.Embedding(5, 4).bfloat16(), False),
+        (nn.Linear(4, 3), True),
+    ],
+    ids=["Linear", "LayerNorm", "Conv1d", "Embedding", "autocast"],
+)
+def test_samplers_in_half_precision(layer: nn.Module, autocast: bool) -> None:
+    opacus = pytest.importorskip("opacus.grad_sample")
+    torch.manual_seed(0)
+    x = torch.randint(5, (3, 2)) if isinstance(layer, nn.Embedding) else torch.randn(3, 4)
+    x = x[:, :, None] if isinstance(layer, nn.Conv1d) else x
+    x = x.bfloat16() if x.is_floating_point() and not autocast else x
+    exact = copy.deepcopy(layer).double()
+    with torch.no_grad():
+        g = torch.randn(layer(x).shape).bfloat16()
+    restore = register_grad_samplers()
+    try:
+        wrapped = opacus.GradSampleModule(layer)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            output = wrapped(x)
+        assert output.dtype == torch.bfloat16
+        output.backward(g)
+    finally:
+        restore()
+    x = x.bfloat16().double() if x.is_floating_point() else x
+    for n in range(3):
+        # Opacus undoes the mean over the batch.
+        grads = torch.autograd.grad(exact(x[n : n + 1]), list(exact.parameters()), 3 * g[n : n + 1].double())
+        for p, like in zip(layer.parameters(), grads, strict=True):
+            assert p.grad_sample.dtype == p.dtype
+            assert torch.allclose(p.grad_sample[n].double(), like, rtol=0, atol=2e-2 * float(like.abs().max()))
+
+
 def mlp() -> tuple[nn.Module, Tensor, Tensor]:
     return ROWS["mlp"].problem()
 

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from influence_ext.adapters.backward import ForwardPass, named, recording, run, without
+from influence_ext.context import standalone
 from influence_ext.errors import ArgumentError, DTypeError, ShapeError, UnsupportedModelError
 from influence_ext.plan import Plan
 
@@ -323,6 +324,7 @@ _twins: weakref.WeakKeyDictionary[nn.Module, nn.Module] = weakref.WeakKeyDiction
 _FOREIGN = ("activations", "max_batch_len", "ft_compute_sample_grad", "autograd_grad_sample_hooks")
 
 
+@standalone
 def grad_sampler(layer: nn.Module, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
     """A sampler in Opacus' sense: ``{parameter: [N, *shape]}`` of the layer's trained parameters.
 
@@ -337,11 +339,11 @@ def grad_sampler(layer: nn.Module, activations: list[Tensor], backprops: Tensor)
     trained = {name: p for name, p in layer.named_parameters() if p.requires_grad}
     if x.shape[0] == 0 or not trained:
         return {p: p.detach().new_zeros(x.shape[0], *p.shape) for p in trained.values()}
-    x = x.to(backprops.dtype) if x.is_floating_point() else x
+    x = x.to(next(iter(trained.values())).dtype) if x.is_floating_point() else x  # under autocast it arrives in half precision
     plan = Plan.of(_twin(layer), x, None, "grad_sampler")
     tape = plan.linearize(x)
-    rows = tape.factors(backprops.detach()[None]).materialise(None).view(x.shape[0], -1)
-    return {trained[name]: value for name, value in plan.space.unflatten(rows).items()}
+    rows = tape.factors(backprops.detach().to(tape.outputs.dtype)[None]).materialise(None).view(x.shape[0], -1)
+    return {trained[name]: value.to(trained[name].dtype) for name, value in plan.space.unflatten(rows).items()}
 
 
 def _twin(layer: nn.Module) -> nn.Module:

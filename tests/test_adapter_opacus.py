@@ -379,6 +379,45 @@ def test_samples_have_the_dtype_of_their_parameters() -> None:
         assert_close(like[name], rows, scope="model")
 
 
+def test_autocast_around_everything() -> None:
+    """Layers before the wrapper compute in bfloat16, the wrapped network in float32; so does its backward pass."""
+    model, X, y = WIDE.problem()
+    model, X = model.float(), X.float()
+    wrapped, plain = GradSampleModule(model), copy.deepcopy(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        arrives = (X @ torch.eye(X.shape[1])).requires_grad_()
+        output = wrapped(arrives)
+        loss = F.cross_entropy(output, y)
+        loss.backward()
+        empty = wrapped(arrives[:0])
+    assert (arrives.dtype, output.dtype, empty.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+    leaf = arrives.detach().float().requires_grad_()
+    F.cross_entropy(plain(leaf), y).backward()
+    assert arrives.grad.dtype == torch.bfloat16
+    assert torch.equal(arrives.grad, leaf.grad.bfloat16())
+    for name, rows in expected(WIDE, plain.double(), leaf.detach().double(), y).items():
+        assert_close(samples(wrapped)[name], rows, scope="model")
+    half = GradSampleModule(copy.deepcopy(model).bfloat16())
+    assert half(arrives.detach()[:0]).dtype == half(arrives.detach()).dtype == torch.float32
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        return self.fc(x) * scale
+
+
+def test_mixed_arguments_on_the_second_axis() -> None:
+    X, scale = torch.randn(5, 2, 4).double(), torch.randn(5, 2, 1).double()
+    wrapped = GradSampleModule(Scaled().double(), batch_first=False, loss_reduction="sum")
+    wrapped(X, scale=scale).sum().backward()
+    rows = torch.einsum("tnk,tni->nki", scale.expand(5, 2, 3), X)
+    assert_close(samples(wrapped)["fc.weight"], rows)
+
+
 def test_a_pass_is_freed_with_its_graph() -> None:
     model, X, _ = mlp()
     wrapped = GradSampleModule(model)

@@ -318,17 +318,17 @@ def _inputs(network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
         found = ", ".join([*(type(a).__name__ for a in args), *(f"{key}={type(a).__name__}" for key, a in kwargs.items())]) or "nothing"
         raise DTypeError(f"{who}: expected tensors as arguments of the network, got {found}; bind other arguments in a module around it.")
     args, kwargs = one_way(network, args, kwargs, who)
-    return dict(kwargs) if kwargs else args[0] if len(args) == 1 else tuple(args)
+    return kwargs if kwargs else args[0] if len(args) == 1 else tuple(args)
 
 
-def one_way(network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], who: str) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+def one_way(network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], who: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments all by position or all by name, as plans take them.
 
     Raises:
         DTypeError: both, for a network that takes ``*args``.
     """
     if not (args and kwargs):
-        return args, kwargs
+        return args, dict(kwargs)
     bound = inspect.signature(network.forward).bind(*args, **kwargs).arguments
     named = {key: x for name, value in bound.items() for key, x in (value.items() if isinstance(value, dict) else [(name, value)])}
     if any(isinstance(x, tuple) for x in named.values()):
@@ -336,11 +336,11 @@ def one_way(network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     return (), named
 
 
-def before_autocast(network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+def before_autocast(network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Under ``torch.autocast``: arguments that layers before the network made half precision, in the dtype of its parameters again."""
     dtypes = {p.dtype for p in network.parameters() if p.is_floating_point()}
     if len(dtypes) != 1:
-        return args, kwargs
+        return args, dict(kwargs)
     dtype = dtypes.pop()
 
     def cast(x: Any) -> Any:

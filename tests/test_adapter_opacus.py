@@ -114,44 +114,6 @@ def test_a_sampler_on_its_own(layer: nn.Module) -> None:
     assert [rows.shape for rows in empty.values()] == [(0, *p.shape) for p in layer.parameters()]
 
 
-@pytest.mark.parametrize(
-    ("layer", "autocast"),
-    [
-        (nn.Linear(4, 3).bfloat16(), False),
-        (nn.LayerNorm(4).bfloat16(), False),
-        (nn.Conv1d(4, 3, 1).bfloat16(), False),
-        (nn.Embedding(5, 4).bfloat16(), False),
-        (nn.Linear(4, 3), True),
-    ],
-    ids=["Linear", "LayerNorm", "Conv1d", "Embedding", "autocast"],
-)
-def test_samplers_in_half_precision(layer: nn.Module, autocast: bool) -> None:
-    opacus = pytest.importorskip("opacus.grad_sample")
-    torch.manual_seed(0)
-    x = torch.randint(5, (3, 2)) if isinstance(layer, nn.Embedding) else torch.randn(3, 4)
-    x = x[:, :, None] if isinstance(layer, nn.Conv1d) else x
-    x = x.bfloat16() if x.is_floating_point() and not autocast else x
-    exact = copy.deepcopy(layer).double()
-    with torch.no_grad():
-        g = torch.randn(layer(x).shape).bfloat16()
-    restore = register_grad_samplers()
-    try:
-        wrapped = opacus.GradSampleModule(layer)
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            output = wrapped(x)
-        assert output.dtype == torch.bfloat16
-        output.backward(g)
-    finally:
-        restore()
-    x = x.bfloat16().double() if x.is_floating_point() else x
-    for n in range(3):
-        # Opacus undoes the mean over the batch.
-        grads = torch.autograd.grad(exact(x[n : n + 1]), list(exact.parameters()), 3 * g[n : n + 1].double())
-        for p, like in zip(layer.parameters(), grads, strict=True):
-            assert p.grad_sample.dtype == p.dtype
-            assert torch.allclose(p.grad_sample[n].double(), like, rtol=0, atol=2e-2 * float(like.abs().max()))
-
-
 def mlp() -> tuple[nn.Module, Tensor, Tensor]:
     return ROWS["mlp"].problem()
 
@@ -359,46 +321,6 @@ def test_an_empty_batch_gives_no_rows() -> None:
     assert_all_close(samples(wrapped), expected(WIDE, model, X, y))
     with torch.no_grad():
         assert wrapped(X[:0]).shape == (0, 3)
-
-
-def test_samples_have_the_dtype_of_their_parameters() -> None:
-    """In half precision too; autocast of the caller changes nothing."""
-    model, X, y = WIDE.problem()
-    model, X = model.float(), X.float()
-    wrapped = GradSampleModule(model)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = F.cross_entropy(wrapped(X), y)
-    loss.backward()
-    like = samples(wrapped)
-    half = GradSampleModule(copy.deepcopy(model).bfloat16())
-    F.cross_entropy(half(X.bfloat16()), y).backward()
-    for name, rows in samples(half).items():
-        assert (like[name].dtype, rows.dtype) == (torch.float32, torch.bfloat16)
-        assert (rows - like[name]).norm() < 0.05 * like[name].norm()
-    for name, rows in expected(WIDE, copy.deepcopy(model).double(), X.double(), y).items():
-        assert_close(like[name], rows, scope="model")
-
-
-def test_autocast_around_everything() -> None:
-    """Layers before the wrapper compute in bfloat16, the wrapped network in float32; so does its backward pass."""
-    model, X, y = WIDE.problem()
-    model, X = model.float(), X.float()
-    wrapped, plain = GradSampleModule(model), copy.deepcopy(model)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        arrives = (X @ torch.eye(X.shape[1])).requires_grad_()
-        output = wrapped(arrives)
-        loss = F.cross_entropy(output, y)
-        loss.backward()
-        empty = wrapped(arrives[:0])
-    assert (arrives.dtype, output.dtype, empty.dtype) == (torch.bfloat16, torch.float32, torch.float32)
-    leaf = arrives.detach().float().requires_grad_()
-    F.cross_entropy(plain(leaf), y).backward()
-    assert arrives.grad.dtype == torch.bfloat16
-    assert torch.equal(arrives.grad, leaf.grad.bfloat16())
-    for name, rows in expected(WIDE, plain.double(), leaf.detach().double(), y).items():
-        assert_close(samples(wrapped)[name], rows, scope="model")
-    half = GradSampleModule(copy.deepcopy(model).bfloat16())
-    assert half(arrives.detach()[:0]).dtype == half(arrives.detach()).dtype == torch.float32
 
 
 class Scaled(nn.Module):

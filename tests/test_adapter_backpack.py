@@ -148,7 +148,7 @@ def test_some_examples_only() -> None:
     model, X, y = mlp()
     extend(model)
     like = expected(ROWS["mlp"], model, X, y)
-    with backpack(BatchGrad(subsampling=[4, 0])):
+    with backpack(BatchGrad(subsampling=[4, -N])):
         F.cross_entropy(model(X), y).backward()
     for name, rows in fields(model, "grad_batch").items():
         assert_close(rows, like[name][[4, 0]] / N, scope="model")
@@ -296,7 +296,7 @@ def test_bad_input() -> None:
         with pytest.raises(ArgumentError, match="expected subsampling as a list of indices, got"):
             BatchGrad(subsampling=subsampling)  # type: ignore[arg-type]
     extend(model)
-    with backpack(BatchGrad(subsampling=[N])), pytest.raises(IndexError, match=f"indices from 0 to {N - 1}, got {N}"):
+    with backpack(BatchGrad(subsampling=[N])), pytest.raises(IndexError, match=f"indices from {-N} to {N - 1}, got {N}"):
         F.cross_entropy(model(X), y).backward()
     model.append(nn.BatchNorm1d(3).double())
     with pytest.raises(UnsupportedModelError, match=r"(?s)backpack: .*batch norm 3 is in training mode"):

@@ -141,6 +141,20 @@ def test_fields_of_inputs_that_depend_on_the_parameters() -> None:
     assert_close(fields[1], fields[0])
 
 
+def test_autocast_around_the_backward_pass_changes_nothing() -> None:
+    fields = []
+    for enabled in (False, True):
+        model, X, y = mlp()
+        model, X = model.float(), X.float()
+        loss = F.cross_entropy(extend(model)(X), y)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled), backpack(BatchGrad()):
+            loss.backward(create_graph=True)
+        fields.append([(p.grad, p.grad_batch) for p in model.parameters()])
+    for plain, cast in zip(*fields, strict=True):
+        for a, b in zip(plain, cast, strict=True):
+            assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("what", ["trained", "frozen", "buffer"])
 def test_what_changed_since_the_forward_pass_is_noticed(what: str) -> None:
     model, X, y = mlp()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from influence_ext.adapters import curvlinops as adapter
+from influence_ext.errors import DataError
 from influence_ext.testing import assert_close
 from tests.test_adapter_curvlinops import batches, both, names, network, random
 
@@ -71,6 +72,23 @@ def test_lengths_may_differ_between_batches(name: str) -> None:
         assert_close(g, h)
     model.embedding.weight.data.mul_(2)
     assert_close(ours @ V, theirs @ V)
+
+
+@names
+def test_empty_batches(name: str) -> None:
+    """They add nothing to a sum, wherever they stand, and have no mean."""
+    model, loss = network(), nn.MSELoss(reduction="sum")
+    data = batches(loss, (0, 3, 0, 2))
+    ours, theirs = both(name, model, loss, list(model.parameters()), data)
+    V = random(ours.shape[0], 2)
+    assert_close(ours @ V, theirs @ V)
+    assert_close(ours.gradient_and_loss()[1], theirs.gradient_and_loss()[1])
+    for reduction, wrong, text in (
+        ("mean", data, "at least one example with reduction='mean', got y of shape"),
+        ("sum", data[:1], "got empty data"),
+    ):
+        with pytest.raises(DataError, match=text):
+            getattr(adapter, name)(model, nn.MSELoss(reduction=reduction), list(model.parameters()), wrong)
 
 
 @names

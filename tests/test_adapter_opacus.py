@@ -323,22 +323,21 @@ def test_an_empty_batch_gives_no_rows() -> None:
         assert wrapped(X[:0]).shape == (0, 3)
 
 
-def test_samples_have_the_dtype_of_their_parameters() -> None:
-    """In half precision too; autocast of the caller changes nothing."""
-    model, X, y = WIDE.problem()
-    model, X = model.float(), X.float()
-    wrapped = GradSampleModule(model)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = F.cross_entropy(wrapped(X), y)
-    loss.backward()
-    like = samples(wrapped)
-    half = GradSampleModule(copy.deepcopy(model).bfloat16())
-    F.cross_entropy(half(X.bfloat16()), y).backward()
-    for name, rows in samples(half).items():
-        assert (like[name].dtype, rows.dtype) == (torch.float32, torch.bfloat16)
-        assert (rows - like[name]).norm() < 0.05 * like[name].norm()
-    for name, rows in expected(WIDE, copy.deepcopy(model).double(), X.double(), y).items():
-        assert_close(like[name], rows, scope="model")
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        return self.fc(x) * scale
+
+
+def test_mixed_arguments_on_the_second_axis() -> None:
+    X, scale = torch.randn(5, 2, 4).double(), torch.randn(5, 2, 1).double()
+    wrapped = GradSampleModule(Scaled().double(), batch_first=False, loss_reduction="sum")
+    wrapped(X, scale=scale).sum().backward()
+    rows = torch.einsum("tnk,tni->nki", scale.expand(5, 2, 3), X)
+    assert_close(samples(wrapped)["fc.weight"], rows)
 
 
 def test_a_pass_is_freed_with_its_graph() -> None:

@@ -152,6 +152,7 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @standalone
     def backward(ctx: Any, cotangents: Tensor) -> tuple[Tensor | None, ...]:
         call: ForwardPass = ctx.call
         cotangents = cotangents.contiguous()
@@ -173,6 +174,7 @@ class _TwiceNode(_Node):
         return _Node.forward(ctx, call, *leaves)
 
     @staticmethod
+    @standalone
     def backward(ctx: Any, cotangents: Tensor) -> tuple[Tensor | None, ...]:
         if not torch.is_grad_enabled():
             found: tuple[Tensor | None, ...] = _Node.backward(ctx, cotangents)
@@ -185,7 +187,6 @@ class _TwiceNode(_Node):
         return (None, *gradients)
 
 
-@standalone
 def run(
     network: nn.Module,
     args: tuple[Any, ...],
@@ -198,7 +199,7 @@ def run(
     """``network(*args, **kwargs)`` with gradients by the tape, and the pass that was made of it.
 
     Gradients of parameters and of inputs arrive as from torch. With ``twice`` they have derivatives themselves where the backward pass
-    says ``create_graph=True``, computed by torch; else torch refuses to differentiate a second time.
+    says ``create_graph=True``, computed by torch; else torch refuses to differentiate a second time. Autocast changes nothing.
 
     Raises:
         DTypeError: an argument is not a tensor.
@@ -207,7 +208,14 @@ def run(
 
     Cost: one forward pass; for a network in training mode, the first time, a copy of it and its forward pass on two examples.
     """
-    X = _inputs(network, args, kwargs, who)
+    X = _inputs(network, *before_autocast(network, args, kwargs), who)
+    return _run(network, X, observer, who, _TwiceNode if twice else _Node)
+
+
+@standalone
+def _run(
+    network: nn.Module, X: ModelInput, observer: Callable[[ForwardPass, Tensor], None], who: str, node: type[_Node]
+) -> tuple[Tensor, ForwardPass]:
     _check_dropout(network, who)
     with _alone():
         plan = Plan.of(network, X, None, who)
@@ -215,7 +223,7 @@ def run(
         parameters = {name: named[name] for name in plan.space.names if name in plan.parameters_read}
         call = ForwardPass(network, plan.linearize(X), X, parameters, observer)
         _check_training(call, who)
-    outputs: Tensor = (_TwiceNode if twice else _Node).apply(call, *_tensors(X), *parameters.values())
+    outputs: Tensor = node.apply(call, *_tensors(X), *parameters.values())
     return outputs, call
 
 
@@ -309,12 +317,37 @@ def _inputs(network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     if not values or not all(isinstance(value, Tensor) for value in values):
         found = ", ".join([*(type(a).__name__ for a in args), *(f"{key}={type(a).__name__}" for key, a in kwargs.items())]) or "nothing"
         raise DTypeError(f"{who}: expected tensors as arguments of the network, got {found}; bind other arguments in a module around it.")
-    if args and kwargs:  # plans take all by position or all by name
-        bound = inspect.signature(network.forward).bind(*args, **kwargs).arguments
-        kwargs = {key: x for name, value in bound.items() for key, x in (value.items() if isinstance(value, dict) else [(name, value)])}
-        if any(isinstance(x, tuple) for x in kwargs.values()):
-            raise DTypeError(f"{who}: expected tensors by position or by name, got both for a network that takes *args; give them one way.")
-    return dict(kwargs) if kwargs else args[0] if len(args) == 1 else tuple(args)
+    args, kwargs = one_way(network, args, kwargs, who)
+    return kwargs if kwargs else args[0] if len(args) == 1 else tuple(args)
+
+
+def one_way(network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], who: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments all by position or all by name, as plans take them.
+
+    Raises:
+        DTypeError: both, for a network that takes ``*args``.
+    """
+    if not (args and kwargs):
+        return args, dict(kwargs)
+    bound = inspect.signature(network.forward).bind(*args, **kwargs).arguments
+    named = {key: x for name, value in bound.items() for key, x in (value.items() if isinstance(value, dict) else [(name, value)])}
+    if any(isinstance(x, tuple) for x in named.values()):
+        raise DTypeError(f"{who}: expected tensors by position or by name, got both for a network that takes *args; give them one way.")
+    return (), named
+
+
+def before_autocast(network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Under ``torch.autocast``: arguments that layers before the network made half precision, in the dtype of its parameters again."""
+    dtypes = {p.dtype for p in network.parameters() if p.is_floating_point()}
+    if len(dtypes) != 1:
+        return args, dict(kwargs)
+    dtype = dtypes.pop()
+
+    def cast(x: Any) -> Any:
+        half = isinstance(x, Tensor) and x.dtype in (torch.bfloat16, torch.float16)
+        return x.to(dtype) if half and torch.is_autocast_enabled(x.device.type) else x
+
+    return tuple(map(cast, args)), {key: cast(x) for key, x in kwargs.items()}
 
 
 def _tensors(X: ModelInput) -> tuple[Tensor, ...]:

@@ -8,12 +8,14 @@ loss of example n; a loss that averages over the batch has its 1/N undone.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from influence_ext.adapters.backward import ForwardPass, named, recording, run, without
+from influence_ext.adapters.backward import ForwardPass, before_autocast, named, one_way, recording, run, without
+from influence_ext.context import standalone
 from influence_ext.errors import ArgumentError, DTypeError, ShapeError, UnsupportedModelError
 from influence_ext.plan import Plan
 
@@ -102,21 +104,25 @@ class GradSampleModule(nn.Module):
         axis = 0 if self.batch_first else 1
         inputs = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
         if any(x.dim() > axis and x.shape[axis] == 0 for x in inputs):
-            return self._of_no_examples(*args, **kwargs)
+            return self._of_no_examples(*before_autocast(self._module, args, kwargs))
         if self.batch_first:
             output, call = run(self._module, args, kwargs, self._record, _WHO)
         else:
             if any(x.dim() < 2 for x in inputs):
                 raise ShapeError(f"{_WHO}: expected inputs [K, N, ...] with batch_first=False, got {[list(x.shape) for x in inputs]}.")
+            args, kwargs = one_way(self._module, args, kwargs, _WHO)
             args, kwargs = tuple(map(_turn, args)), {key: _turn(x) for key, x in kwargs.items()}
             output, call = run(self.__dict__["_turned"], args, kwargs, self._record, _WHO)
             output = _turn(output)
         self._waiting.add(call)
         return output
 
-    def _of_no_examples(self, *args: Any, **kwargs: Any) -> Any:
+    @standalone
+    def _of_no_examples(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Of an empty batch, as Poisson sampling draws them: torch computes, and no row is recorded for any parameter."""
         output: Tensor = self._module(*args, **kwargs)
+        if output.dtype in (torch.bfloat16, torch.float16):
+            output = output.float()  # as full batches come
 
         def record(_: Tensor) -> None:
             self._waiting.discard(record)
@@ -323,6 +329,7 @@ _twins: weakref.WeakKeyDictionary[nn.Module, nn.Module] = weakref.WeakKeyDiction
 _FOREIGN = ("activations", "max_batch_len", "ft_compute_sample_grad", "autograd_grad_sample_hooks")
 
 
+@standalone
 def grad_sampler(layer: nn.Module, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
     """A sampler in Opacus' sense: ``{parameter: [N, *shape]}`` of the layer's trained parameters.
 
@@ -337,11 +344,11 @@ def grad_sampler(layer: nn.Module, activations: list[Tensor], backprops: Tensor)
     trained = {name: p for name, p in layer.named_parameters() if p.requires_grad}
     if x.shape[0] == 0 or not trained:
         return {p: p.detach().new_zeros(x.shape[0], *p.shape) for p in trained.values()}
-    x = x.to(backprops.dtype) if x.is_floating_point() else x
+    x = x.to(next(iter(trained.values())).dtype) if x.is_floating_point() else x  # under autocast it arrives in half precision
     plan = Plan.of(_twin(layer), x, None, "grad_sampler")
     tape = plan.linearize(x)
-    rows = tape.factors(backprops.detach()[None]).materialise(None).view(x.shape[0], -1)
-    return {trained[name]: value for name, value in plan.space.unflatten(rows).items()}
+    rows = tape.factors(backprops.detach().to(tape.outputs.dtype)[None]).materialise(None).view(x.shape[0], -1)
+    return {trained[name]: value.to(trained[name].dtype) for name, value in plan.space.unflatten(rows).items()}
 
 
 def _twin(layer: nn.Module) -> nn.Module:

@@ -37,7 +37,7 @@ class BatchGrad(Extension):
     """``p.grad_batch [N, *shape]``: the gradient of each example's part of the loss.
 
     Args:
-        subsampling: indices of the examples wanted; default all.
+        subsampling: indices of the examples wanted, negative ones from the end; default all.
     """
 
     savefield = "grad_batch"
@@ -56,10 +56,11 @@ class BatchGrad(Extension):
         """See :class:`Extension`."""
         if self.subsampling is None:
             return rows
-        outside = [index for index in self.subsampling if not 0 <= index < len(rows)]
+        outside = [index for index in self.subsampling if not -len(rows) <= index < len(rows)]
         if outside:
             raise IndexError(
-                f"backpack: expected subsampling with indices from 0 to {len(rows) - 1}, got {outside[0]}; name examples of the batch."
+                f"backpack: expected subsampling with indices from {-len(rows)} to {len(rows) - 1}, got {outside[0]}; "
+                "name examples of the batch."
             )
         return rows[self.subsampling]
 

@@ -96,7 +96,8 @@ class CurvatureLinearOperator(PyTorchLinearOperator):
         batch_size_fn: size of a batch from its X, needed where X is a mapping.
 
     Raises:
-        ValueError: mappings without ``batch_size_fn``, ``block_sizes`` that do not fit, parameters that are not the model's, no data.
+        ValueError: mappings without ``batch_size_fn``, ``block_sizes`` that do not fit, parameters that are not the model's, no data,
+            or a mean over an empty batch.
         RuntimeError: data or model are not deterministic, parameters on several devices or of several dtypes, or a model that cannot be
             captured (:class:`~influence_ext.errors.UnsupportedModelError`).
         NotImplementedError: a loss that the matrix is not defined for.
@@ -144,7 +145,7 @@ class CurvatureLinearOperator(PyTorchLinearOperator):
         self._check_loss(who)
         passes = 2 if check_deterministic else 1
         with torch.random.fork_rng(devices=[]):  # one for both passes: they are to draw different random numbers
-            self._groups, *again = [Batches.read(data, self.device, batch_size_fn, progressbar, who) for _ in range(passes)]
+            self._groups, *again = [Batches.read(data, self.device, batch_size_fn, progressbar, stated, who) for _ in range(passes)]
         self._num_data = sum(sum(batches.sizes) for batches in self._groups) if num_data is None else num_data
         self._common("dtype")
         super().__init__([tuple(t.shape) for t in self._tensors], [tuple(t.shape) for t in self._tensors])

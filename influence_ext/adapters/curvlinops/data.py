@@ -74,12 +74,14 @@ class Batches:
 
     @classmethod
     def read(
-        cls, data: Iterable[Any], device: torch.device, batch_size_fn: BatchSize | None, progressbar: bool, who: str
+        cls, data: Iterable[Any], device: torch.device, batch_size_fn: BatchSize | None, progressbar: bool, reduction: str, who: str
     ) -> tuple[Batches, ...]:
         """One pass over ``data``: its batches by the shapes of their examples, which padding to a batch's longest makes several of.
 
+        A batch of no examples adds nothing to a sum and is left out; the mean over it is not defined.
+
         Raises:
-            ValueError: a mapping without ``batch_size_fn``, no data, or data that can be read only once.
+            ValueError: a mapping without ``batch_size_fn``, no data, data that can be read only once, or a mean with an empty batch.
         """
         if iter(data) is data:
             raise DataError(
@@ -98,12 +100,21 @@ class Batches:
                         f"{who}: expected batch_size_fn with data whose X is a {type(X).__name__}, got None; pass for instance "
                         "batch_size_fn=lambda X: X['x'].shape[0]."
                     )
+            if isinstance(y, Tensor) and y.dim() > 0 and y.shape[0] == 0:
+                if reduction == "sum":
+                    continue
+                raise DataError(
+                    f"{who}: expected batches of at least one example with reduction='mean', got y of shape {list(y.shape)}; leave empty "
+                    "batches out of the data."
+                )
             moved = _moved(structure.tensors(X), y, device)
             batches, sizes = by_shapes.setdefault(_shapes(*moved), ([], []))
             batches.append(moved)
             sizes.append(int(batch_size_fn(X)) if batch_size_fn is not None else int(X.shape[0]))
-        if structure is None:
-            raise DataError(f"{who}: expected at least one batch (X, y), got empty data; check the file or the filter it came from.")
+        if structure is None or not by_shapes:
+            raise DataError(
+                f"{who}: expected at least one batch (X, y) with examples, got empty data; check the file or the filter it came from."
+            )
         return tuple(
             cls(load(batches, who), structure, tuple(len(y) for _, y in batches), tuple(sizes)) for batches, sizes in by_shapes.values()
         )

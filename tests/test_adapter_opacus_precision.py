@@ -1,0 +1,95 @@
+"""The Opacus adapter in half precision and under autocast, against a loop over examples in float64."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from influence_ext.adapters.opacus import GradSampleModule, register_grad_samplers
+from influence_ext.testing import assert_close
+from tests.cases.backward import WIDE, expected
+from tests.test_adapter_opacus import samples
+
+pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+
+
+@pytest.mark.parametrize(
+    ("layer", "autocast"),
+    [
+        (nn.Linear(4, 3).bfloat16(), False),
+        (nn.LayerNorm(4).bfloat16(), False),
+        (nn.Conv1d(4, 3, 1).bfloat16(), False),
+        (nn.Embedding(5, 4).bfloat16(), False),
+        (nn.Linear(4, 3), True),
+    ],
+    ids=["Linear", "LayerNorm", "Conv1d", "Embedding", "autocast"],
+)
+def test_samplers_in_half_precision(layer: nn.Module, autocast: bool) -> None:
+    opacus = pytest.importorskip("opacus.grad_sample")
+    torch.manual_seed(0)
+    x = torch.randint(5, (3, 2)) if isinstance(layer, nn.Embedding) else torch.randn(3, 4)
+    x = x[:, :, None] if isinstance(layer, nn.Conv1d) else x
+    x = x.bfloat16() if x.is_floating_point() and not autocast else x
+    exact = copy.deepcopy(layer).double()
+    with torch.no_grad():
+        g = torch.randn(layer(x).shape).bfloat16()
+    restore = register_grad_samplers()
+    try:
+        wrapped = opacus.GradSampleModule(layer)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            output = wrapped(x)
+        assert output.dtype == torch.bfloat16
+        output.backward(g)
+    finally:
+        restore()
+    x = x.bfloat16().double() if x.is_floating_point() else x
+    for n in range(3):
+        # Opacus undoes the mean over the batch.
+        grads = torch.autograd.grad(exact(x[n : n + 1]), list(exact.parameters()), 3 * g[n : n + 1].double())
+        for p, like in zip(layer.parameters(), grads, strict=True):
+            assert p.grad_sample.dtype == p.dtype
+            assert torch.allclose(p.grad_sample[n].double(), like, rtol=0, atol=2e-2 * float(like.abs().max()))
+
+
+def test_samples_have_the_dtype_of_their_parameters() -> None:
+    """In half precision too; autocast of the caller changes nothing."""
+    model, X, y = WIDE.problem()
+    model, X = model.float(), X.float()
+    wrapped = GradSampleModule(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = F.cross_entropy(wrapped(X), y)
+    loss.backward()
+    like = samples(wrapped)
+    half = GradSampleModule(copy.deepcopy(model).bfloat16())
+    F.cross_entropy(half(X.bfloat16()), y).backward()
+    for name, rows in samples(half).items():
+        assert (like[name].dtype, rows.dtype) == (torch.float32, torch.bfloat16)
+        assert (rows - like[name]).norm() < 0.05 * like[name].norm()
+    for name, rows in expected(WIDE, copy.deepcopy(model).double(), X.double(), y).items():
+        assert_close(like[name], rows, scope="model")
+
+
+def test_autocast_around_everything() -> None:
+    """Layers before the wrapper compute in bfloat16, the wrapped network in float32; so does its backward pass."""
+    model, X, y = WIDE.problem()
+    model, X = model.float(), X.float()
+    wrapped, plain = GradSampleModule(model), copy.deepcopy(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        arrives = (X @ torch.eye(X.shape[1])).requires_grad_()
+        output = wrapped(arrives)
+        loss = F.cross_entropy(output, y)
+        loss.backward()
+        empty = wrapped(arrives[:0])
+    assert (arrives.dtype, output.dtype, empty.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+    leaf = arrives.detach().float().requires_grad_()
+    F.cross_entropy(plain(leaf), y).backward()
+    assert arrives.grad.dtype == torch.bfloat16
+    assert torch.equal(arrives.grad, leaf.grad.bfloat16())
+    for name, rows in expected(WIDE, plain.double(), leaf.detach().double(), y).items():
+        assert_close(samples(wrapped)[name], rows, scope="model")
+    half = GradSampleModule(copy.deepcopy(model).bfloat16())
+    assert half(arrives.detach()[:0]).dtype == half(arrives.detach()).dtype == torch.float32

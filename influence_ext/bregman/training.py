@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,15 @@ CHUNK = 4096
 """Examples in one forward pass outside training; the same everywhere, so that equal parameters give equal outputs."""
 
 _generators = threading.RLock()
+
+
+def _after_fork() -> None:
+    """The child lacks the thread that may have held the lock, for as long as an epoch; a `with` around the fork leaves its own object."""
+    global _generators
+    _generators = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def seeded(seed: int, epoch: int) -> torch.Generator:

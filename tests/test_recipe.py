@@ -248,6 +248,19 @@ def test_what_does_not_fit_is_said_before_training_in_the_order_of_the_data() ->
         ie.train(recipe, (X, y))
 
 
+def test_a_callable_is_checked_on_outputs_with_their_own_targets() -> None:
+    class Carrying(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([super().forward(x), x[:, :1]], dim=1)
+
+    def near(z: Tensor, t: Tensor) -> Tensor:  # finite where the example's own input is the second target
+        return ((z[:, 0] - t[:, 0]) ** 2 / (1e-3 - (z[:, 1] - t[:, 1]).abs()).sqrt()).mean()
+
+    X, y = regression()
+    recipe = replace(BASE, build_model=lambda: Carrying(3, 1).double(), loss=near, lr=1e-4, batch_size=1)
+    assert ie.train(recipe, (X, torch.cat([y, X[:, :1]], dim=1))).loss.reduction == "mean"
+
+
 def test_a_callable_says_itself_whether_it_is_a_mean_or_a_sum() -> None:
     def steep(z: Tensor, t: Tensor) -> Tensor:
         return (z - t).cosh().log().sum(dim=1).mean()

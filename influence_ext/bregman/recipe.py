@@ -26,6 +26,7 @@ from influence_ext.context import standalone
 from influence_ext.data import Examples, call_model, load
 from influence_ext.errors import ArgumentError, DeviceError, DTypeError, ShapeError
 from influence_ext.losses import Loss, resolve
+from influence_ext.losses.generic import CallableLoss
 from influence_ext.params import SUPPORTED_DTYPES, ParameterSpace, is_half
 
 OPTIMIZERS = ("sgd", "adam")
@@ -263,9 +264,12 @@ def _build(recipe: Recipe) -> nn.Module:
 
 
 def _check_fit(trainer: Trainer) -> None:
-    """Whether network, loss and data fit each other, on the outputs of one batch, which stand in for those of all."""
+    """Whether network, loss and data fit each other: one batch, and all targets where the loss knows what targets may be.
+
+    The latter with the first output for all, as a view: the outputs of all examples may be larger than memory.
+    """
     examples, N = trainer.examples, trainer.examples.num_examples
-    size = min(trainer.recipe.batch_size, N)
+    size = min(max(trainer.recipe.batch_size, 2), N)  # of one example a callable's reduction cannot be told
     trainer.model.eval()
     with isolated_random_state(trainer.space.device), torch.no_grad(), calling_the_network("train"):
         z = call_model(trainer.model, rows(examples.X, slice(0, size)))
@@ -275,7 +279,9 @@ def _check_fit(trainer: Trainer) -> None:
             f"train: expected a network that returns one tensor with an output for each of {size} examples, got {found}; wrap it in a "
             "module that does."
         )
-    trainer.loss.check(z[torch.arange(N, device=z.device) % size], examples.targets, "train")
+    if not isinstance(trainer.loss, CallableLoss):  # which may be defined for an output and its own target alone
+        trainer.loss.check(z[:1].expand(N, *z.shape[1:]), examples.targets, "train")
+    trainer.loss.check(z, examples.targets[:size], "train")
 
 
 def _placed(examples: Examples, space: ParameterSpace, dtype: torch.dtype | None) -> Examples:

@@ -86,7 +86,7 @@ def auto(
       one round of refinement;
     - CG: ``12 (0.1/λ)^0.25`` steps where as many past residuals can be kept, ``14 (0.1/λ)^0.38`` where none can, and no more than P or
       R + 1 (2 P without the past), of a product with V vectors, 12 P V operations, with a past 200 P V more and those that make residuals
-      orthogonal to the ones before; λ is measured against the sum of the examples' weights, which is 1 for a mean;
+      orthogonal to the ones before; λ is measured against what the objective's terms weigh together, 1 for a mean;
     - BlockCG: ``V^-0.4`` of these steps, of a product with V vectors, 600 P V + 45 P V² operations and the same; no more than R/V + 2 of
       them.
 
@@ -130,7 +130,7 @@ def auto(
     ruled_out = []
     vectors = V * P * itemsize  # bytes of one for each column
 
-    damping = max(LEAST_DAMPING, getattr(operator, "damping", UNKNOWN_DAMPING) / operator.objective_weight)
+    damping = max(LEAST_DAMPING, getattr(operator, "damping", UNKNOWN_DAMPING) / (operator.objective_weight or 1.0))  # weightless: G = 0
     plain_steps = max(1.0, STEPS_AT * (0.1 / damping) ** STEPS_EXPONENT)
     orthogonal_steps = min(plain_steps, max(1.0, ORTHOGONAL_STEPS_AT * (0.1 / damping) ** ORTHOGONAL_STEPS_EXPONENT))
 

@@ -89,7 +89,7 @@ def test_auto_knows_parts_and_memory() -> None:
     small = auto(operator, 100, memory_budget=10_000_000)
     assert small.name == "CG"
     assert "BlockCG would take 534 MiB" in small.reason
-    with pytest.raises(ArgumentError, match=r"expected at_once in \[1, 10\], got 11"):
+    with pytest.raises(ArgumentError, match=r"expected at_once, a whole number in \[1, 10\], got 11"):
         auto(operator, 10, at_once=11)
 
 

@@ -192,6 +192,7 @@ ERRORS = {
     "optimizer": ({"optimizer": "lbfgs"}, "expected optimizer 'sgd' or 'adam', got 'lbfgs'"),
     "lr": ({"lr": 0.0}, "expected lr to be a positive number, got 0.0"),
     "lr-nan": ({"lr": math.nan}, "expected lr to be a positive number, got nan"),
+    "lr-beyond-floats": ({"lr": 10**400}, "expected lr to be a positive number, got 10000"),
     "momentum": ({"momentum": 1.0}, r"expected momentum to be a number in \[0, 1\), got 1.0"),
     "betas": ({"betas": (0.9, 1.0)}, r"expected betas to be two numbers in \[0, 1\)"),
     "eps": ({"eps": 0}, "expected eps to be a positive number"),
@@ -238,6 +239,14 @@ def test_unusable_training() -> None:
         ie.train(replace(BASE, build_model=lambda: nn.LSTM(X.shape[1], 2).double()), (X, y))
     with pytest.raises(ArgumentError, match="expected schedule to return a number of at least 0, got nan for epoch 1"):
         ie.train(replace(BASE, schedule=lambda epoch: math.nan if epoch else 1.0), (X, y))
+
+
+def test_a_schedule_that_draws_repeats_itself_and_leaves_the_generators_alone() -> None:
+    recipe, state = replace(BASE, schedule=lambda epoch: float(torch.rand(()))), torch.get_rng_state()
+    first, second = (ie.train(recipe, regression()) for _ in range(2))
+    assert len(set(first.history["lr"])) == recipe.epochs
+    assert torch.equal(first.params, second.params)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_what_does_not_fit_is_said_before_training_in_the_order_of_the_data() -> None:

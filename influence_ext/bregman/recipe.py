@@ -54,7 +54,8 @@ class Recipe:
         batch_size: Examples in a batch; the last batch of an epoch may be smaller.
         seed: Decides the initial parameters, the order of the batches and dropout; the global random state is left alone.
         schedule: Factor on ``lr``: ``"constant"``, ``"cosine"`` (from 1 to 0 over the ``K`` epochs of base training, and again over
-            the later epochs of the branches) or a function of the epoch, which keeps counting from ``K`` in the branches.
+            the later epochs of the branches) or a function of the epoch, which keeps counting from ``K`` in the branches; random numbers
+            that it draws on the CPU depend on ``seed`` and the epoch alone.
         betas: Of Adam.
         eps: Of Adam.
         reduction: ``"mean"`` or ``"sum"`` where it cannot be read from ``loss``.
@@ -124,10 +125,17 @@ class Recipe:
         """``K/2``, rounded up: the epochs of every branch after base training."""
         return (self.epochs + 1) // 2
 
+    @property
+    def schedule_name(self) -> str:
+        """``"constant"``, ``"cosine"`` or the name of the function."""
+        return getattr(self.schedule, "__name__", "function") if callable(self.schedule) else self.schedule
+
     def lr_factor(self, epoch: int) -> float:
         """The schedule's factor on ``lr`` in ``epoch``, counted from 0; epochs from ``K`` on belong to a branch."""
         if callable(self.schedule):
-            found = self.schedule(epoch)
+            with isolated_random_state(None):
+                seed_everything(self.seed, epoch, None)
+                found = self.schedule(epoch)
             try:
                 factor = float(found)
             except (TypeError, ValueError):
@@ -158,7 +166,7 @@ class Recipe:
             "branch_epochs": self.branch_epochs,
             "batch_size": self.batch_size,
             "seed": self.seed,
-            "schedule": getattr(self.schedule, "__name__", "function") if callable(self.schedule) else self.schedule,
+            "schedule": self.schedule_name,
         }
 
 

@@ -170,6 +170,16 @@ def test_saved_and_loaded(found: Decomposition, tmp_path: Path) -> None:
         loaded.correlations(data())
 
 
+def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
+    run = ie.train(replace(RECIPE, epochs=1), data())
+    found = ie.decompose(run, [[np.int64(2)]], np.float32(0.5), epochs=np.int64(2), max_steps=np.int32(50), rtol=np.float32(1e-3))
+    found.save(tmp_path / "terms.json")
+    assert Decomposition.load(tmp_path / "terms.json").protocol == found.protocol
+    assert found.protocol["epochs"] == 2
+    by_numpy, by_python = (ie.pbrf(run, remove=[2], damping=0.5, epsilon=epsilon) for epsilon in (np.float32(2**-5), 2**-5))
+    assert torch.equal(by_numpy.params, by_python.params)
+
+
 def test_a_missing_file_is_told_and_a_missing_folder_made(found: Decomposition, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"Decomposition\.load: .* got .*nowhere\.json \(FileNotFoundError\); check the path"):
         Decomposition.load(tmp_path / "nowhere.json")

@@ -342,8 +342,8 @@ def decompose(
         "num_parameters": network.space.num_parameters,
         "damping": float(damping),
         "solver": type(solver).__name__,
-        "converge": converge,
-        "epochs": epochs,
+        "converge": bool(converge),
+        "epochs": None if epochs is None else int(epochs),
         "recipe": run.recipe.describe(),
     }
     return Decomposition(

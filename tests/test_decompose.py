@@ -21,6 +21,7 @@ from influence_ext.bregman.chart import bar_chart
 from influence_ext.bregman.correlation import correlate, ranks
 from influence_ext.bregman.decompose import KINDS, TERMS, Decomposition, Distance
 from influence_ext.errors import ArgumentError, DataError, ShapeError
+from influence_ext.files import whole_file
 from influence_ext.losses import HalfMSE
 from influence_ext.testing import assert_close
 from tests.cases import generator
@@ -185,6 +186,24 @@ def test_a_missing_file_is_told_and_a_missing_folder_made(found: Decomposition, 
         Decomposition.load(tmp_path / "nowhere.json")
     found.save(tmp_path / "a" / "b" / "terms.json")
     assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["terms.json"]
+
+
+def test_files_appear_whole_or_not_at_all(tmp_path: Path) -> None:
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.touch()
+    permissions = target.stat().st_mode
+    link.symlink_to(target)
+    with whole_file(link) as first, whole_file(target) as second:  # at once
+        second.write_text("second")
+        first.write_text("first")
+        assert target.read_text() == ""
+    assert link.is_symlink()
+    assert target.read_text() == "first"
+    with pytest.raises(TypeError), whole_file(target) as file:
+        file.write_text(None)  # type: ignore[arg-type]
+    assert target.read_text() == "first"
+    assert target.stat().st_mode == permissions
+    assert set(tmp_path.iterdir()) == {link, target}
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "other"}', '{"format": "influence_ext.decomposition/1"}'])

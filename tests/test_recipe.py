@@ -257,6 +257,36 @@ def test_what_does_not_fit_is_said_before_training_in_the_order_of_the_data() ->
         ie.train(recipe, (X, y))
 
 
+def test_what_a_network_says_in_training_mode_is_told_in_a_sentence() -> None:
+    class Pair(nn.Linear):
+        def forward(self, x: Tensor) -> Any:
+            return (super().forward(x),) if self.training else super().forward(x)
+
+    class Vast(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x + torch.empty(10**15))
+
+    with pytest.raises(ShapeError, match=r"training: expected a network that returns one tensor .* got tuple"):
+        ie.train(replace(BASE, build_model=lambda: Pair(3, 1).double()), regression())
+    normed = replace(BASE, build_model=lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)).double(), batch_size=11)
+    with pytest.raises(DataError, match=r"training: .* got ValueError: Expected more than 1 value .* no batch of a single example"):
+        ie.train(normed, regression())
+    with pytest.raises(RuntimeError, match="allocate memory") as caught:
+        ie.train(replace(BASE, build_model=lambda: Vast(3, 1).double()), regression())
+    assert not isinstance(caught.value, DataError)
+    weight_norm = replace(BASE, build_model=lambda: nn.utils.weight_norm(nn.Linear(3, 1).double()))
+    with pytest.warns(FutureWarning), pytest.raises(ArgumentError, match=r"that copy\.deepcopy copies, got .*use torch\.nn\.utils\.param"):
+        ie.train(weight_norm, regression())
+
+
+def test_training_in_inference_mode_is_training() -> None:
+    expected = ie.retrain(ie.train(BASE, regression()), [1])
+    with torch.inference_mode():
+        found = ie.retrain(ie.train(BASE, regression()), [1])
+        assert torch.equal(found.params, expected.params)
+        assert found.gradient_norm == expected.gradient_norm
+
+
 def test_a_callable_is_checked_on_outputs_with_their_own_targets() -> None:
     class Carrying(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:

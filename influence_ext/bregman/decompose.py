@@ -244,6 +244,7 @@ class Decomposition:
 
 
 @standalone
+@torch.inference_mode(False)
 def decompose(
     run: Run,
     remove: Iterable[Iterable[int]],

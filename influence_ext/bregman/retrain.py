@@ -28,6 +28,7 @@ Start = Literal["cold", "warm"]
 
 
 @standalone
+@torch.inference_mode(False)
 def retrain(
     run: Run,
     remove: Iterable[int] = (),
@@ -80,6 +81,7 @@ def retrain(
 
 
 @standalone
+@torch.inference_mode(False)
 def retrain_many(
     run: Run,
     remove: Iterable[Iterable[int]],
@@ -135,6 +137,7 @@ def retrain_many(
 
 
 @standalone
+@torch.inference_mode(False)
 def proximal_response(
     run: Run,
     remove: Iterable[int] = (),
@@ -176,6 +179,7 @@ def proximal_response(
 
 
 @standalone
+@torch.inference_mode(False)
 def proximal_response_many(
     run: Run,
     remove: Iterable[Iterable[int]],

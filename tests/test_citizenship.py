@@ -310,6 +310,28 @@ with exclusive:
         other.join()
         os._exit(0 if taken == [True] else 1)
     assert os.waitpid(pid, 0)[1] == 0
+
+# while another thread is in the middle of an epoch
+class Waiting(nn.Linear):
+    def forward(self, x):
+        if self.training and threading.current_thread() is busy:
+            inside.set()
+            stop.wait()
+        return super().forward(x)
+inside.clear()
+stop.clear()
+recipe = ie.Recipe(lambda: Waiting(8, 2), nn.CrossEntropyLoss(), epochs=1)
+expected = ie.train(recipe, (X, y)).params
+busy = threading.Thread(target=lambda: ie.train(recipe, (X, y)))
+busy.start()
+inside.wait()
+pid = os.fork()
+if pid == 0:
+    signal.alarm(20)
+    os._exit(0 if torch.allclose(ie.train(recipe, (X, y)).params, expected, atol=1e-6) else 1)
+assert os.waitpid(pid, 0)[1] == 0
+stop.set()
+busy.join()
 print("right")
 """
 

@@ -21,6 +21,7 @@ from influence_ext.bregman.chart import bar_chart
 from influence_ext.bregman.correlation import correlate, ranks
 from influence_ext.bregman.decompose import KINDS, TERMS, Decomposition, Distance
 from influence_ext.errors import ArgumentError, DataError, ShapeError
+from influence_ext.files import whole_file
 from influence_ext.losses import HalfMSE
 from influence_ext.testing import assert_close
 from tests.cases import generator
@@ -170,11 +171,39 @@ def test_saved_and_loaded(found: Decomposition, tmp_path: Path) -> None:
         loaded.correlations(data())
 
 
+def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
+    run = ie.train(replace(RECIPE, epochs=1), data())
+    found = ie.decompose(run, [[np.int64(2)]], np.float32(0.5), epochs=np.int64(2), max_steps=np.int32(50), rtol=np.float32(1e-3))
+    found.save(tmp_path / "terms.json")
+    assert Decomposition.load(tmp_path / "terms.json").protocol == found.protocol
+    assert found.protocol["epochs"] == 2
+    by_numpy, by_python = (ie.pbrf(run, remove=[2], damping=0.5, epsilon=epsilon) for epsilon in (np.float32(2**-5), 2**-5))
+    assert torch.equal(by_numpy.params, by_python.params)
+
+
 def test_a_missing_file_is_told_and_a_missing_folder_made(found: Decomposition, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"Decomposition\.load: .* got .*nowhere\.json \(FileNotFoundError\); check the path"):
         Decomposition.load(tmp_path / "nowhere.json")
     found.save(tmp_path / "a" / "b" / "terms.json")
     assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["terms.json"]
+
+
+def test_files_appear_whole_or_not_at_all(tmp_path: Path) -> None:
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.touch()
+    permissions = target.stat().st_mode
+    link.symlink_to(target)
+    with whole_file(link) as first, whole_file(target) as second:  # at once
+        second.write_text("second")
+        first.write_text("first")
+        assert target.read_text() == ""
+    assert link.is_symlink()
+    assert target.read_text() == "first"
+    with pytest.raises(TypeError), whole_file(target) as file:
+        file.write_text(None)  # type: ignore[arg-type]
+    assert target.read_text() == "first"
+    assert target.stat().st_mode == permissions
+    assert set(tmp_path.iterdir()) == {link, target}
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "other"}', '{"format": "influence_ext.decomposition/1"}'])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from influence_ext import reference
+from influence_ext.errors import DataError
 from influence_ext.losses import NATIVE, Loss, resolve
 from influence_ext.testing import assert_close
 from tests.cases import cast
@@ -282,6 +283,13 @@ def test_strided_outputs_and_targets(row: LossCase, dtype: torch.dtype) -> None:
     for call in (loss.value, loss.gradient):
         assert torch.equal(call(wide, t_wide), call(z, t))
     assert torch.equal(loss.bregman(wide + 0, wide, t_wide), loss.bregman(z, z, t))
+
+
+def test_classes_are_checked_without_a_copy_of_the_outputs() -> None:
+    z = torch.zeros(1, 10**6).expand(10**6, 10**6)  # 4 TB as numbers of their own
+    resolve(torch.nn.CrossEntropyLoss()).check(z, torch.arange(10**6), "test")
+    with pytest.raises(DataError, match="got 1000000 in example 999999"):
+        resolve(torch.nn.CrossEntropyLoss()).check(z, torch.arange(1, 10**6 + 1), "test")
 
 
 def test_integer_targets_stand_for_numbers() -> None:

@@ -192,6 +192,7 @@ ERRORS = {
     "optimizer": ({"optimizer": "lbfgs"}, "expected optimizer 'sgd' or 'adam', got 'lbfgs'"),
     "lr": ({"lr": 0.0}, "expected lr to be a positive number, got 0.0"),
     "lr-nan": ({"lr": math.nan}, "expected lr to be a positive number, got nan"),
+    "lr-beyond-floats": ({"lr": 10**400}, "expected lr to be a positive number, got 10000"),
     "momentum": ({"momentum": 1.0}, r"expected momentum to be a number in \[0, 1\), got 1.0"),
     "betas": ({"betas": (0.9, 1.0)}, r"expected betas to be two numbers in \[0, 1\)"),
     "eps": ({"eps": 0}, "expected eps to be a positive number"),
@@ -240,12 +241,63 @@ def test_unusable_training() -> None:
         ie.train(replace(BASE, schedule=lambda epoch: math.nan if epoch else 1.0), (X, y))
 
 
+def test_a_schedule_that_draws_repeats_itself_and_leaves_the_generators_alone() -> None:
+    recipe, state = replace(BASE, schedule=lambda epoch: float(torch.rand(()))), torch.get_rng_state()
+    first, second = (ie.train(recipe, regression()) for _ in range(2))
+    assert len(set(first.history["lr"])) == recipe.epochs
+    assert torch.equal(first.params, second.params)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_what_does_not_fit_is_said_before_training_in_the_order_of_the_data() -> None:
     X, y = torch.randn(9, 4), torch.arange(9) % 3
     y[7] = 3
     recipe = ie.Recipe(lambda: nn.Linear(4, 3), nn.CrossEntropyLoss(), epochs=1, batch_size=4)
     with pytest.raises(DataError, match=r"train: expected class indices in \[0, 3\), got 3 in example 7 \(1 of 9 examples\)"):
         ie.train(recipe, (X, y))
+
+
+def test_what_a_network_says_in_training_mode_is_told_in_a_sentence() -> None:
+    class Pair(nn.Linear):
+        def forward(self, x: Tensor) -> Any:
+            return (super().forward(x),) if self.training else super().forward(x)
+
+    class Vast(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x + torch.empty(10**15))
+
+    with pytest.raises(ShapeError, match=r"training: expected a network that returns one tensor .* got tuple"):
+        ie.train(replace(BASE, build_model=lambda: Pair(3, 1).double()), regression())
+    normed = replace(BASE, build_model=lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)).double(), batch_size=11)
+    with pytest.raises(DataError, match=r"training: .* got ValueError: Expected more than 1 value .* no batch of a single example"):
+        ie.train(normed, regression())
+    with pytest.raises(RuntimeError, match="allocate memory") as caught:
+        ie.train(replace(BASE, build_model=lambda: Vast(3, 1).double()), regression())
+    assert not isinstance(caught.value, DataError)
+    weight_norm = replace(BASE, build_model=lambda: nn.utils.weight_norm(nn.Linear(3, 1).double()))
+    with pytest.warns(FutureWarning), pytest.raises(ArgumentError, match=r"that copy\.deepcopy copies, got .*use torch\.nn\.utils\.param"):
+        ie.train(weight_norm, regression())
+
+
+def test_training_in_inference_mode_is_training() -> None:
+    expected = ie.retrain(ie.train(BASE, regression()), [1])
+    with torch.inference_mode():
+        found = ie.retrain(ie.train(BASE, regression()), [1])
+        assert torch.equal(found.params, expected.params)
+        assert found.gradient_norm == expected.gradient_norm
+
+
+def test_a_callable_is_checked_on_outputs_with_their_own_targets() -> None:
+    class Carrying(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([super().forward(x), x[:, :1]], dim=1)
+
+    def near(z: Tensor, t: Tensor) -> Tensor:  # finite where the example's own input is the second target
+        return ((z[:, 0] - t[:, 0]) ** 2 / (1e-3 - (z[:, 1] - t[:, 1]).abs()).sqrt()).mean()
+
+    X, y = regression()
+    recipe = replace(BASE, build_model=lambda: Carrying(3, 1).double(), loss=near, lr=1e-4, batch_size=1)
+    assert ie.train(recipe, (X, torch.cat([y, X[:, :1]], dim=1))).loss.reduction == "mean"
 
 
 def test_a_callable_says_itself_whether_it_is_a_mean_or_a_sum() -> None:

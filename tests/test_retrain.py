@@ -318,6 +318,17 @@ def test_a_proximity_that_sgd_cannot_hold_is_refused_before_training() -> None:
     assert ie.proximal_response(run, [1], damping=5.75, converge=True).status is ResponseStatus.CONVERGED
 
 
+def test_a_proximity_that_smaller_steps_come_to_hold_is_taken() -> None:
+    X, y = data()
+    base = replace(SGD, build_model=lambda: nn.Linear(X.shape[1], 1).double(), lr=0.1, momentum=0.0, weight_decay=0.0, epochs=40)
+    run = ie.train(replace(base, batch_size=len(X), schedule="cosine"), (X, y))
+    found, exact = (ie.proximal_response(run, [1], damping=22.0, converge=converge) for converge in (False, True))
+    assert float((found.params - exact.params).norm()) < 1e-2 * float(exact.displacement.norm())
+    halving = ie.train(replace(base, schedule=lambda epoch: 0.5 if epoch % 2 else 1.0), (X, y))
+    with pytest.raises(ArgumentError, match=r"/ lr = 40 \(at the least lr of schedule '<lambda>'\), beyond which"):
+        ie.proximal_response(halving, [1], damping=41.0)
+
+
 def test_what_cannot_be_compared_is_refused() -> None:
     run = ie.train(SGD, data())
     response = ie.retrain(run, [1], "warm")

@@ -57,6 +57,25 @@ def test_auto_counts_costs(P: int, R: int, damping: float, V: int, name: str, re
     assert choice.costs[name] == min(choice.costs.values())
 
 
+def test_auto_measures_the_damping_against_what_the_targets_weigh() -> None:
+    g = Generator().manual_seed(0)
+    X, y = torch.randn(40, 5, generator=g), torch.randint(3, (40,), generator=g)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3))
+
+    def costs(loss: torch.nn.Module, damping: float, y: Tensor = y, weights: Tensor | None = None) -> dict[str, float]:
+        return auto(GGN(model, loss, (X, y), damping, weights=weights), 4).costs
+
+    expected = costs(torch.nn.CrossEntropyLoss(), 1e-3)
+    # Each matrix is that of a mean up to a factor, damping included, or a mean over fewer examples.
+    assert costs(torch.nn.CrossEntropyLoss(weight=torch.full((3,), 0.01)), 1e-3) == pytest.approx(expected, rel=1e-4)
+    assert costs(torch.nn.CrossEntropyLoss(), 1e-5, weights=torch.full((40,), 0.01)) == pytest.approx(expected, rel=1e-4)
+    assert costs(torch.nn.CrossEntropyLoss(reduction="sum"), 4e-2) == pytest.approx(expected, rel=1e-4)
+    ignored = torch.where(torch.arange(40) < 30, -100, y)
+    assert costs(torch.nn.CrossEntropyLoss(), 1e-3, ignored) == pytest.approx(expected, rel=1e-4)
+    assert costs(torch.nn.CrossEntropyLoss(reduction="sum"), 1e-2, ignored) == pytest.approx(expected, rel=1e-4)
+    assert costs(torch.nn.CrossEntropyLoss(), 1e-3, weights=torch.zeros(40)).keys() == expected.keys()
+
+
 def test_auto_knows_parts_and_memory() -> None:
     operator = Sized(100_000, 30_000, 1e-3)
     whole, parts = auto(operator, 100), auto(operator, 100, at_once=10)
@@ -70,7 +89,7 @@ def test_auto_knows_parts_and_memory() -> None:
     small = auto(operator, 100, memory_budget=10_000_000)
     assert small.name == "CG"
     assert "BlockCG would take 534 MiB" in small.reason
-    with pytest.raises(ArgumentError, match=r"expected at_once in \[1, 10\], got 11"):
+    with pytest.raises(ArgumentError, match=r"expected at_once, a whole number in \[1, 10\], got 11"):
         auto(operator, 10, at_once=11)
 
 

@@ -11,7 +11,10 @@ from influence_ext.errors import ArgumentError
 
 def is_number(x: Any) -> bool:
     """Whether ``x`` is a finite real number, of Python's or NumPy's."""
-    return not isinstance(x, bool) and isinstance(x, Real) and math.isfinite(x)
+    try:
+        return not isinstance(x, bool) and isinstance(x, Real) and math.isfinite(x)
+    except OverflowError:  # a whole number beyond all floats
+        return False
 
 
 def is_whole(x: Any) -> bool:

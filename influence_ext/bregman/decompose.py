@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,6 +24,7 @@ from influence_ext.bregman.retrain import Branches, removed_sets
 from influence_ext.context import standalone
 from influence_ext.data import load
 from influence_ext.errors import ArgumentError, DataError
+from influence_ext.files import whole_file
 from influence_ext.plan import Plan
 from influence_ext.solvers.base import check_solver
 
@@ -193,14 +193,8 @@ class Decomposition:
                 term: {m: {"mean": _number(self.mean(term, m)), "spread": self.spread(term, m)} for m in MEASURES} for term in TERMS
             },
         }
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(target.name + ".partial")
-        try:
-            partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-            os.replace(partial, target)
-        finally:
-            partial.unlink(missing_ok=True)
+        with whole_file(path) as file:
+            file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Decomposition:
@@ -250,6 +244,7 @@ class Decomposition:
 
 
 @standalone
+@torch.inference_mode(False)
 def decompose(
     run: Run,
     remove: Iterable[Iterable[int]],
@@ -342,8 +337,8 @@ def decompose(
         "num_parameters": network.space.num_parameters,
         "damping": float(damping),
         "solver": type(solver).__name__,
-        "converge": converge,
-        "epochs": epochs,
+        "converge": bool(converge),
+        "epochs": None if epochs is None else int(epochs),
         "recipe": run.recipe.describe(),
     }
     return Decomposition(

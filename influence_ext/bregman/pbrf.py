@@ -90,6 +90,7 @@ def pbrf(
     removed = removed_indices(remove, network.num_examples, who="pbrf")
     check_damping(damping, network.weight_decay, who="pbrf")
     report = reporter(progress)
+    epsilon = None if epsilon is None else float(epsilon)
     response = solve_pbrf(
         Reference(network), removed, damping, epsilon, rtol, max_steps, on_step=lambda step: report("PBRF", step, max_steps)
     )

@@ -16,16 +16,18 @@ from influence_ext.bregman.progress import Progress, reporter
 from influence_ext.bregman.training import (
     Trainer,
     TrainingPoint,
-    calling_the_network,
+    first_line,
     isolated_random_state,
+    outputs_of,
     rows,
     seed_everything,
     seeded,
 )
 from influence_ext.context import standalone
-from influence_ext.data import Examples, call_model, load
-from influence_ext.errors import ArgumentError, DeviceError, DTypeError, ShapeError
+from influence_ext.data import Examples, load
+from influence_ext.errors import ArgumentError, DeviceError, DTypeError
 from influence_ext.losses import Loss, resolve
+from influence_ext.losses.generic import CallableLoss
 from influence_ext.params import SUPPORTED_DTYPES, ParameterSpace, is_half
 
 OPTIMIZERS = ("sgd", "adam")
@@ -53,7 +55,8 @@ class Recipe:
         batch_size: Examples in a batch; the last batch of an epoch may be smaller.
         seed: Decides the initial parameters, the order of the batches and dropout; the global random state is left alone.
         schedule: Factor on ``lr``: ``"constant"``, ``"cosine"`` (from 1 to 0 over the ``K`` epochs of base training, and again over
-            the later epochs of the branches) or a function of the epoch, which keeps counting from ``K`` in the branches.
+            the later epochs of the branches) or a function of the epoch, which keeps counting from ``K`` in the branches; random numbers
+            that it draws on the CPU depend on ``seed`` and the epoch alone.
         betas: Of Adam.
         eps: Of Adam.
         reduction: ``"mean"`` or ``"sum"`` where it cannot be read from ``loss``.
@@ -123,10 +126,17 @@ class Recipe:
         """``K/2``, rounded up: the epochs of every branch after base training."""
         return (self.epochs + 1) // 2
 
+    @property
+    def schedule_name(self) -> str:
+        """``"constant"``, ``"cosine"`` or the name of the function."""
+        return getattr(self.schedule, "__name__", "function") if callable(self.schedule) else self.schedule
+
     def lr_factor(self, epoch: int) -> float:
         """The schedule's factor on ``lr`` in ``epoch``, counted from 0; epochs from ``K`` on belong to a branch."""
         if callable(self.schedule):
-            found = self.schedule(epoch)
+            with isolated_random_state(None):
+                seed_everything(self.seed, epoch, None)
+                found = self.schedule(epoch)
             try:
                 factor = float(found)
             except (TypeError, ValueError):
@@ -157,7 +167,7 @@ class Recipe:
             "branch_epochs": self.branch_epochs,
             "batch_size": self.batch_size,
             "seed": self.seed,
-            "schedule": getattr(self.schedule, "__name__", "function") if callable(self.schedule) else self.schedule,
+            "schedule": self.schedule_name,
         }
 
 
@@ -206,12 +216,14 @@ class Run:
 
 
 @standalone
+@torch.inference_mode(False)
 def train(recipe: Recipe, data: Any, progress: bool | Progress = False) -> Run:
     """Train the recipe's network on ``data``.
 
     Args:
         recipe: What to train and how.
-        data: ``(X, y)``, or a re-iterable of such batches. Not copied where it is one ``(X, y)``: leave it as it is while the run is used.
+        data: ``(X, y)``, or a re-iterable of such batches. Not copied where it is one ``(X, y)`` made outside of
+            inference mode: leave it as it is while the run is used.
         progress: ``True`` for a line on stderr, or a function ``(label, done, total)``.
 
     Returns:
@@ -253,7 +265,14 @@ def _build(recipe: Recipe) -> nn.Module:
         raise ArgumentError(
             f"train: expected build_model to return an nn.Module, got {type(model).__name__}; return the network from the function."
         )
-    model = copy.deepcopy(model).to(device=recipe.device, dtype=recipe.dtype)
+    try:
+        model = copy.deepcopy(model)
+    except (RuntimeError, TypeError) as error:
+        raise ArgumentError(
+            f"train: expected build_model to return a network that copy.deepcopy copies, got {first_line(error)}; where it is "
+            "torch.nn.utils.weight_norm, use torch.nn.utils.parametrizations.weight_norm."
+        ) from error
+    model = model.to(device=recipe.device, dtype=recipe.dtype)
     if is_half(model):
         raise DTypeError(
             "train: expected a network in float32 or float64, got parameters in half precision, in which the small differences of "
@@ -263,26 +282,26 @@ def _build(recipe: Recipe) -> nn.Module:
 
 
 def _check_fit(trainer: Trainer) -> None:
-    """Whether network, loss and data fit each other, on the outputs of one batch, which stand in for those of all."""
+    """Whether network, loss and data fit each other: one batch, and all targets where the loss knows what targets may be.
+
+    The latter with the first output for all, as a view: the outputs of all examples may be larger than memory.
+    """
     examples, N = trainer.examples, trainer.examples.num_examples
-    size = min(trainer.recipe.batch_size, N)
+    size = min(max(trainer.recipe.batch_size, 2), N)  # of one example a callable's reduction cannot be told
     trainer.model.eval()
-    with isolated_random_state(trainer.space.device), torch.no_grad(), calling_the_network("train"):
-        z = call_model(trainer.model, rows(examples.X, slice(0, size)))
-    if not isinstance(z, torch.Tensor) or z.shape[:1] != (size,):
-        found = list(z.shape) if isinstance(z, torch.Tensor) else type(z).__name__
-        raise ShapeError(
-            f"train: expected a network that returns one tensor with an output for each of {size} examples, got {found}; wrap it in a "
-            "module that does."
-        )
-    trainer.loss.check(z[torch.arange(N, device=z.device) % size], examples.targets, "train")
+    with isolated_random_state(trainer.space.device), torch.no_grad():
+        z = outputs_of(trainer.model, rows(examples.X, slice(0, size)), size, "train")
+    if not isinstance(trainer.loss, CallableLoss):  # which may be defined for an output and its own target alone
+        trainer.loss.check(z[:1].expand(N, *z.shape[1:]), examples.targets, "train")
+    trainer.loss.check(z, examples.targets[:size], "train")
 
 
 def _placed(examples: Examples, space: ParameterSpace, dtype: torch.dtype | None) -> Examples:
     """The examples on the parameters' device and, where the recipe names a dtype, their floating-point tensors in it."""
 
     def place(x: Tensor) -> Tensor:
-        return x.to(space.device, dtype if x.is_floating_point() else None)
+        x = x.to(space.device, dtype if x.is_floating_point() else None)
+        return x.clone() if x.is_inference() else x  # no backward pass takes what inference mode made
 
     placed = replace(examples, inputs=tuple(map(place, examples.inputs)), targets=place(examples.targets))
     other = {str(x.dtype) for x in placed.inputs if x.is_floating_point() and x.dtype != space.dtype}

@@ -28,6 +28,7 @@ Start = Literal["cold", "warm"]
 
 
 @standalone
+@torch.inference_mode(False)
 def retrain(
     run: Run,
     remove: Iterable[int] = (),
@@ -80,6 +81,7 @@ def retrain(
 
 
 @standalone
+@torch.inference_mode(False)
 def retrain_many(
     run: Run,
     remove: Iterable[Iterable[int]],
@@ -135,6 +137,7 @@ def retrain_many(
 
 
 @standalone
+@torch.inference_mode(False)
 def proximal_response(
     run: Run,
     remove: Iterable[int] = (),
@@ -152,7 +155,7 @@ def proximal_response(
         run: The base run.
         remove: Indices of the training examples removed together.
         damping: λ. The weight decay stays where the training has it, in ``(w/2)‖θ‖²``. With SGD and ``epochs``, ``λ + w`` has to be below
-            ``2 (1 + momentum) / lr``, where its steps are stable.
+            ``2 (1 + momentum) / lr``, where its steps are stable, in one epoch at least of those that the schedule names.
         epochs: Epochs from θs; ``None`` is ``K/2``, rounded up.
         converge: Solve to convergence instead of those epochs.
         rtol: Goal of ``converge`` for the relative gradient norm; ``None`` is 1e-6 in float64 and 1e-4 in float32.
@@ -176,6 +179,7 @@ def proximal_response(
 
 
 @standalone
+@torch.inference_mode(False)
 def proximal_response_many(
     run: Run,
     remove: Iterable[Iterable[int]],
@@ -294,16 +298,18 @@ class Branches:
     def check_proximity(self, damping: float) -> None:
         """Refuse a proximity term on which SGD's steps grow along every direction in which the loss is flat or bends upwards.
 
-        With momentum m and learning rate η, steps along a curvature κ are stable for ``η κ < 2 (1 + m)``; here ``κ = λ + w``.
+        With momentum m and learning rate η, steps along a curvature κ are stable for ``η κ < 2 (1 + m)``; here ``κ = λ + w``. Where the
+        schedule comes to a smaller η, what grew before may shrink again, so the smallest one decides.
         """
         recipe = self.run.recipe
         check_damping(damping, recipe.weight_decay, who=self._who)
-        lr = recipe.lr * max(map(recipe.lr_factor, self._later))
+        lr = recipe.lr * min(map(recipe.lr_factor, self._later))
         most = 2 * (1 + recipe.momentum) / lr if lr else math.inf
         if recipe.optimizer == "sgd" and not self._converge and damping + recipe.weight_decay >= most:
+            where = "" if recipe.schedule == "constant" else f" (at the least lr of schedule {recipe.schedule_name!r})"
             raise ArgumentError(
-                f"{self._who}: expected damping + weight_decay below 2 (1 + momentum) / lr = {most:.3g}, beyond which SGD's steps on the "
-                f"proximity term grow without end, got {damping + recipe.weight_decay:g}; lower damping, or pass converge=True."
+                f"{self._who}: expected damping + weight_decay below 2 (1 + momentum) / lr = {most:.3g}{where}, beyond which SGD's steps "
+                f"on the proximity term grow without end, got {damping + recipe.weight_decay:g}; lower damping, or pass converge=True."
             )
 
     def proximal(self, groups: Sequence[tuple[int, ...]], damping: float, report: Progress) -> list[Response]:

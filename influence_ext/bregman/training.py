@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from influence_ext.bregman.progress import Progress
 from influence_ext.data import Examples, ModelInput, call_model
-from influence_ext.errors import DataError, DivergenceError, InfluenceExtError
+from influence_ext.errors import DataError, DivergenceError, InfluenceExtError, ShapeError
 from influence_ext.losses import Loss
 from influence_ext.params import ParameterSpace
 
@@ -24,6 +25,15 @@ CHUNK = 4096
 """Examples in one forward pass outside training; the same everywhere, so that equal parameters give equal outputs."""
 
 _generators = threading.RLock()
+
+
+def _after_fork() -> None:
+    """The child lacks the thread that may have held the lock, for as long as an epoch; a `with` around the fork leaves its own object."""
+    global _generators
+    _generators = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def seeded(seed: int, epoch: int) -> torch.Generator:
@@ -94,8 +104,8 @@ def first_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def calling_the_network(who: str) -> Iterator[None]:
-    """What a network says of inputs that it does not take becomes an error in the name of ``who``.
+def calling_the_network(who: str, remedy: str = "correct their shape, dtype or values, or the network") -> Iterator[None]:
+    """What a network says of inputs that it does not take becomes an error in the name of ``who``; lack of memory stays what it is.
 
     Raises:
         DataError: the network raised; its own exception is the cause.
@@ -105,9 +115,28 @@ def calling_the_network(who: str) -> Iterator[None]:
     except (InfluenceExtError, torch.OutOfMemoryError):
         raise
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        raise DataError(
-            f"{who}: expected inputs that the network takes, got {first_line(error)}; correct their shape, dtype or values, or the network."
-        ) from error
+        if "DefaultCPUAllocator" in str(error) or "can't allocate memory" in str(error):
+            raise
+        raise DataError(f"{who}: expected inputs that the network takes, got {first_line(error)}; {remedy}.") from error
+
+
+def outputs_of(model: nn.Module, X: ModelInput, size: int, who: str) -> Tensor:
+    """``[size, *out]``, the network's outputs for ``size`` examples.
+
+    Raises:
+        DataError: the network raised.
+        ShapeError: it returned something else.
+    """
+    alone = ("correct the network, or choose a batch_size that leaves no batch of a single example",) if size == 1 else ()
+    with calling_the_network(who, *alone):
+        z = call_model(model, X)
+    if not isinstance(z, Tensor) or z.shape[:1] != (size,):
+        found = list(z.shape) if isinstance(z, Tensor) else type(z).__name__
+        raise ShapeError(
+            f"{who}: expected a network that returns one tensor with an output for each of {size} examples, got {found}; wrap it in a "
+            "module that does."
+        )
+    return z
 
 
 def no_moments(recipe: Recipe, theta: Tensor) -> tuple[Tensor, ...]:
@@ -213,7 +242,7 @@ class Trainer:
                     index = batch[kept[batch]].to(theta.device)
                     if len(index):
                         t = self.examples.targets[index]
-                        z = call_model(self.model, rows(self.examples.X, index))
+                        z = outputs_of(self.model, rows(self.examples.X, index), len(index), label)
                         z_value = z.detach()
                         z.backward(self.loss.gradient(z_value, t) * (scale / len(batch)))
                         total += self.loss.value(z_value, t).sum(dtype=torch.float64)
@@ -264,7 +293,7 @@ class Trainer:
         self.load_buffers(point.buffers)
         self._grad.zero_()
         self.model.eval()
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             for start in range(0, examples.num_examples, CHUNK):
                 part = slice(start, start + CHUNK)
                 z = call_model(self.model, rows(examples.X, part))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from influence_ext.errors import ArgumentError, DataError
+from influence_ext.files import whole_file
 
 FORMAT = "influence_ext.scores/1"
 
@@ -64,21 +65,15 @@ class Scores:
         target = Path(path)
         if target.suffix != ".npz":
             target = target.with_name(target.name + ".npz")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(target.name + ".partial")
-        try:
-            with partial.open("wb") as file:
-                np.savez(
-                    file,
-                    format=np.array(FORMAT),
-                    values=self.values.numpy(),
-                    error_bound=self.error_bound.numpy(),
-                    residual_norm=self.residual_norm.numpy(),
-                    info=np.array(json.dumps(self.info)),
-                )
-            os.replace(partial, target)
-        finally:
-            partial.unlink(missing_ok=True)
+        with whole_file(target) as path, path.open("wb") as file:
+            np.savez(
+                file,
+                format=np.array(FORMAT),
+                values=self.values.numpy(),
+                error_bound=self.error_bound.numpy(),
+                residual_norm=self.residual_norm.numpy(),
+                info=np.array(json.dumps(self.info)),
+            )
         return target
 
     def __repr__(self) -> str:

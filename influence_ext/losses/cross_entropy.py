@@ -49,8 +49,8 @@ class ClassLoss(Loss):
         return replace(self, reduction=reduction)
 
     def check(self, z: Tensor, target: Tensor, who: str) -> None:
-        """See :meth:`Loss.check`."""
-        self._prepare(z, target, who)
+        """See :meth:`Loss.check`. Cost: reads the targets; of the outputs the shape alone."""
+        self._checked_targets(z, target, who)
 
     def _scale(self, z: Tensor) -> float:
         return 1.0 / max(count(z.shape) // z.shape[1], 1) if self.reduction == "mean" else 1.0
@@ -66,7 +66,12 @@ class ClassLoss(Loss):
         return self.weight.detach().to(z.dtype).contiguous()
 
     def _prepare(self, z: Tensor, target: Tensor, who: str) -> tuple[Tensor, Tensor]:
-        """Outputs ``[N, K]`` or ``[N, K, T]`` and indices ``[N, T]`` with −1 where a position does not count."""
+        """Outputs ``[N, K]`` or ``[N, K, T]`` and the targets that go with them."""
+        targets = self._checked_targets(z, target, who)
+        return self._rows(z), targets
+
+    def _checked_targets(self, z: Tensor, target: Tensor, who: str) -> Tensor:
+        """Indices ``[N, T]`` with −1 where a position does not count."""
         check_outputs(z, who)
         if z.dim() < 2:
             raise ShapeError(f"{who}: expected outputs [N, C, ...] with classes on axis 1, got {list(z.shape)}; return a row an example.")
@@ -86,7 +91,7 @@ class ClassLoss(Loss):
         if outside >= 0:
             target = target.masked_fill(target == self.ignore_index, 0)
             self._check_range(target, target, z.shape[1], who)
-        return self._rows(z), index.view(z.shape[0], count(target.shape))
+        return index.view(z.shape[0], count(target.shape))
 
     def _rows(self, z: Tensor) -> Tensor:
         if z.dim() == 2:
@@ -174,9 +179,10 @@ class CrossEntropy(ClassLoss):
         weight = self._class_weights(rows, self.name)
         _C.loss_evaluate(self.native, self._scale(rows), self.label_smoothing, rows, target, weight, z_s, results)
 
-    def _prepare(self, z: Tensor, target: Tensor, who: str) -> tuple[Tensor, Tensor]:
+    def _checked_targets(self, z: Tensor, target: Tensor, who: str) -> Tensor:
+        """Indices as of every loss of classes, or probabilities shaped like the outputs' rows."""
         if not target.is_floating_point():
-            return super()._prepare(z, target, who)
+            return super()._checked_targets(z, target, who)
         check_outputs(z, who)
         if target.shape != z.shape or z.dim() < 2:
             raise ShapeError(
@@ -194,7 +200,7 @@ class CrossEntropy(ClassLoss):
         if bool((target < 0).any()):
             raise DataError(f"{who}: expected probabilities >= 0 as targets, got {float(target.min()):g}; correct the targets.")
         self._class_weights(z, who)
-        return self._rows(z), self._rows(target)
+        return self._rows(target)
 
 
 @dataclass(frozen=True)
@@ -230,5 +236,5 @@ class NegativeLogLikelihood(ClassLoss):
 
     def bregman(self, z: Tensor, z_s: Tensor, target: Tensor) -> Tensor:
         """Zero: the loss is linear."""
-        self._prepare(z, target, self.name)
+        self._checked_targets(z, target, self.name)
         return z.new_zeros(z.shape[0])

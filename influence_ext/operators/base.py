@@ -99,7 +99,10 @@ class LinearOperator(abc.ABC):
 
     @property
     def objective_weight(self) -> float:
-        """What the examples' weights sum to: 1 for a mean over them, N for a sum; what a damping is large or small against."""
+        """What the objective's terms weigh together: 1 for a mean, N for a sum where nothing weighs them otherwise.
+
+        It is what a damping is large or small against.
+        """
         return 1.0
 
     def product_operations(self, V: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, ClassVar, Self
 
 import torch
@@ -158,10 +159,14 @@ class LinearisedOperator(LinearOperator):
         """The operator in full precision; itself if it is."""
         return self if self.precision == "full" else self.at_precision("full")
 
-    @property
+    @cached_property
     def objective_weight(self) -> float:
-        """``c N`` of ``J = c Σ ℓ_n``: 1 for a mean loss, N for a sum."""
-        return self._factor * self.num_examples
+        """What the terms of ``J = c Σ w_n ℓ_n`` weigh together, classes' weights and ignored targets included: 1 for a mean, N for a sum.
+
+        Of a mean with ``weights`` their mean, of a sum with class weights or ignored targets ``total_weight`` of the loss.
+        """
+        weight = self._factor * self.loss.total_weight(self.examples.targets)
+        return weight if self.weights is None else weight * float(self.weights.mean())
 
     def product_operations(self, V: int) -> float:
         """Counted arithmetic of a product with V vectors.

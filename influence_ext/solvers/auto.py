@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,13 +88,15 @@ def auto(
       one round of refinement;
     - CG: ``12 (0.1/λ)^0.25`` steps where as many past residuals can be kept, ``14 (0.1/λ)^0.38`` where none can, and no more than P or
       R + 1 (2 P without the past), of a product with V vectors, 12 P V operations, with a past 200 P V more and those that make residuals
-      orthogonal to the ones before; λ is measured against the sum of the examples' weights, which is 1 for a mean;
+      orthogonal to the ones before; λ is measured against what the objective's terms weigh together, 1 for a mean;
     - BlockCG: ``V^-0.4`` of these steps, of a product with V vectors, 600 P V + 45 P V² operations and the same; no more than R/V + 2 of
       them.
 
     Calls from Python count as operations that take as long: 2e6 a step of CG and 1.5e6 for each column that keeps its past, 1e7 a step of
-    BlockCG. All depends on the number of steps, which λ alone tells within a factor of two on most networks
-    (``bench/notes/solves.md``); where it matters, time the solvers on a few right-hand sides.
+    BlockCG. All depends on the number of steps, which λ alone tells within a factor of two on most networks. Steps are those
+    to a tolerance of 1e-4, whatever ``rtol``, and all constants were measured on CPUs (``bench/notes/solves.md``): for smaller tolerances
+    CG and BlockCG cost more than is said here, and on a device another solver may be the fastest. Where it matters, time the solvers on a
+    few right-hand sides.
 
     Direct is out beyond its ``max_parameters``, Dual beyond its ``max_roots``, without a root or without damping; Direct and BlockCG
     are also out without damping where R < P, as the matrix is singular then; whatever takes more than ``memory_budget`` is out,
@@ -112,15 +116,16 @@ def auto(
         An :class:`AutoChoice`, itself a solver.
 
     Raises:
-        ArgumentError: ``num_rhs`` is below 1, ``at_once`` is not in between, or the operator is not one.
+        ArgumentError: ``num_rhs`` is no whole number of at least 1, ``at_once`` none in between, or the operator is not one.
     """
     if not isinstance(operator, LinearOperator):
         raise ArgumentError(f"auto: expected a LinearOperator, got {type(operator).__name__}; pass a curvature such as GGN(...).")
-    if num_rhs < 1:
-        raise ArgumentError(f"auto: expected num_rhs of at least 1, got {num_rhs}; pass the number of right-hand sides.")
+    if not _is_count(num_rhs):
+        raise ArgumentError(f"auto: expected num_rhs, a whole number of at least 1, got {num_rhs!r}; pass the number of right-hand sides.")
     V = num_rhs if at_once is None else at_once
-    if not 1 <= V <= num_rhs:
-        raise ArgumentError(f"auto: expected at_once in [1, {num_rhs}], got {at_once}; it is a part of the right-hand sides.")
+    if not _is_count(V) or num_rhs < V:
+        raise ArgumentError(f"auto: expected at_once, a whole number in [1, {num_rhs}], got {at_once!r}; a part of the right-hand sides.")
+    num_rhs, V = int(num_rhs), int(V)
     P = operator.num_parameters
     itemsize = operator.dtype.itemsize
     root = operator if isinstance(operator, CurvatureOperator) else None
@@ -130,7 +135,7 @@ def auto(
     ruled_out = []
     vectors = V * P * itemsize  # bytes of one for each column
 
-    damping = max(LEAST_DAMPING, getattr(operator, "damping", UNKNOWN_DAMPING) / operator.objective_weight)
+    damping = max(LEAST_DAMPING, getattr(operator, "damping", UNKNOWN_DAMPING) / (operator.objective_weight or 1.0))  # weightless: G = 0
     plain_steps = max(1.0, STEPS_AT * (0.1 / damping) ** STEPS_EXPONENT)
     orthogonal_steps = min(plain_steps, max(1.0, ORTHOGONAL_STEPS_AT * (0.1 / damping) ** ORTHOGONAL_STEPS_EXPONENT))
 
@@ -205,3 +210,7 @@ def auto(
     reason += f", against {', '.join(others)}" if others else ""
     reason += f" ({'; '.join(ruled_out)})." if ruled_out else "."
     return AutoChoice(solver=options[name], reason=reason, costs=costs, memory=memory, on_failure=on_failure)
+
+
+def _is_count(x: Any) -> bool:
+    return isinstance(x, Integral) and int(x) >= 1

@@ -35,14 +35,18 @@ using namespace infl;
 template <class T>
 OutputHessian<T> make_hessian(int shape, int64_t C, double scale, int64_t N, const std::optional<at::Tensor>& state,
                               const std::optional<at::Tensor>& weights, at::Device device) {
-  TORCH_CHECK(shape >= 0 && shape <= 2 && (shape == 0) == !state.has_value(), "OutputHessian: expected a state for shapes 1 and 2 only, got shape ",
-              shape, ".");
+  constexpr int kSoftmax = static_cast<int>(HessianShape::softmax), kInnermostSoftmax = 3;  // [N, K, positions], [N, positions, K]
+  TORCH_CHECK(shape >= 0 && shape <= kInnermostSoftmax && (shape == 0) == !state.has_value(),
+              "OutputHessian: expected a state for shapes 1 to 3 only, got shape ", shape, ".");
   OutputHessian<T> h;
-  h.shape = static_cast<HessianShape>(shape);
+  h.shape = static_cast<HessianShape>(std::min(shape, kSoftmax));
   h.C = C;
   h.scale = static_cast<T>(scale);
-  if (state) h.state = data<T>(*state, N * C, device, "OutputHessian state");
-  if (state && h.shape == HessianShape::softmax && state->dim() == 3) h.positions = state->size(2);  // [N, K, positions]
+  const bool at_positions = shape >= kSoftmax && state->dim() == 3;
+  if (at_positions) h.positions = state->size(shape == kSoftmax ? 2 : 1);
+  h.untransposed = at_positions && shape == kSoftmax && !state->is_contiguous() && state->transpose(1, 2).is_contiguous();
+  h.classes_innermost = h.untransposed || shape == kInnermostSoftmax;
+  if (state) h.state = data<T>(h.untransposed ? state->transpose(1, 2) : *state, N * C, device, "OutputHessian state");
   if (weights) h.weights = data<T>(*weights, N * h.positions, device, "OutputHessian weights");
   return h;
 }
@@ -154,6 +158,7 @@ void bind(py::module_& m, const std::string& suffix) {
       .def_property_readonly("num_parameters", &Plan<T>::num_parameters)
       .def_property_readonly("output_depends_on_parameters", &Plan<T>::output_depends_on_parameters)
       .def_property_readonly("widest_activation", &Plan<T>::widest_activation)
+      .def_property_readonly("output_is_transposed", [](const Plan<T>& plan) { return plan.untransposed() >= 0; })
       .def_property_readonly("sweep_width", [](const Plan<T>& plan) { return plan.schedules().sweep_width; })
       .def_property_readonly("curved_nodes",
                              [](const Plan<T>& plan) {

@@ -182,7 +182,7 @@ class DerivedFactors:
         P = self.point.parameters.space.num_parameters
         return {offset: uses for offset, uses in self.native.outer_products().items() if offset < P}
 
-    def gram(self, other: DerivedFactors) -> Tensor:
-        """``[V·N, V'·N']``."""
+    def gram(self, other: Any) -> Tensor:
+        """``[V·N, V'·N']``; the other factors may be of any kind."""
         mine, theirs = self.materialise(), other.materialise()
         return mine.reshape(-1, mine.shape[-1]) @ theirs.reshape(-1, theirs.shape[-1]).T

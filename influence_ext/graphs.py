@@ -12,7 +12,7 @@ import functools
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 import influence_ext._C as _C
+from influence_ext.checks import is_one_of
 from influence_ext.errors import ArgumentError
 from influence_ext.params import PRECISIONS, Precision
 
@@ -80,7 +81,8 @@ class Recordings:
         self._refused = False
         self._moves = 0
         self._kept: OrderedDict[Hashable, Any] = OrderedDict()  # None: seen once, or taken
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._busy = False  # a recording's memory is in use: by this thread, if it is asked with the lock, from a signal handler then
 
     def product(self, call: Call, v: Tensor) -> Tensor:
         """``call.run(v)``, by a replay if it is recorded; outside of autograd, as launches are."""
@@ -89,13 +91,19 @@ class Recordings:
         if key is None:
             return call.run(v)
         with self._lock:
-            seen, recorded = self._look_up(key)
-            if recorded is None and seen:
-                recorded = self._made(lambda: _RecordedProduct(call, v))
-                self._keep(key, recorded)
-            if recorded is not None:
-                product: Tensor = recorded(v)
-                return product
+            if self._busy:
+                return call.run(v)
+            self._busy = True
+            try:
+                seen, recorded = self._look_up(key)
+                if recorded is None and seen:
+                    recorded = self._made(lambda: _RecordedProduct(call, v))
+                    self._keep(key, recorded)
+                if recorded is not None:
+                    product: Tensor = recorded(v)
+                    return product
+            finally:
+                self._busy = False
         return call.run(v)
 
     def take(self, key: Hashable, v: Tensor, make: Callable[[], Any]) -> tuple[Hashable, Any]:
@@ -108,9 +116,15 @@ class Recordings:
         if full is None:
             return None, None
         with self._lock:
-            seen, found = self._look_up(full)
-            self._kept[full] = None
-            return full, self._made(make) if found is None and seen else found
+            if self._busy:
+                return None, None
+            self._busy = True
+            try:
+                seen, found = self._look_up(full)
+                self._kept[full] = None
+                return full, self._made(make) if found is None and seen else found
+            finally:
+                self._busy = False
 
     def put(self, key: Hashable, taken: Any) -> None:
         """Let others have it."""
@@ -131,7 +145,7 @@ class Recordings:
     def num_launches(self) -> dict[tuple[Any, int], int]:
         """Launches of recorded products, by their call's key and the number of vectors."""
         with self._lock:
-            return {kept.key: kept.num_launches for kept in self._kept.values() if isinstance(kept, _RecordedProduct)}
+            return {kept.key: kept.num_launches for kept in list(self._kept.values()) if isinstance(kept, _RecordedProduct)}
 
     def _key(self, key: Hashable, v: Tensor, beside: int = 0) -> Hashable:
         """None where a call is not to be recorded: also while somebody else records the stream."""
@@ -237,6 +251,7 @@ class Replayable:
     plan: Plan
     precision: Precision
     _native: Any
+    _at_point: Any
 
     def replayed(self, graphs: Graphs, budgeted: bool = False) -> None:
         """Record and replay products from now on where ``graphs`` says so.
@@ -250,7 +265,7 @@ class Replayable:
             ArgumentError: another word, or "always" where products cannot be recorded.
         """
         who = self.plan._who
-        if graphs not in get_args(Graphs):
+        if not is_one_of(graphs, get_args(Graphs)):
             raise ArgumentError(f"{who}: expected graphs among {', '.join(get_args(Graphs))}, got {graphs!r}; choose one.")
         if graphs == "never" or (graphs == "auto" and budgeted):
             return
@@ -270,10 +285,16 @@ class Replayable:
         """``A v + damping·v`` for what records more than a product; None if torch takes part in it, or nothing is to be recorded."""
         if not isinstance(self._native, ReplayedTape) or self.plan.has_derived_parameters or (hessian is not None and not hessian.native):
             return None
-        arguments: Sequence[Any] = (0, 0.0, None, None)
-        if hessian is not None:
-            arguments = (hessian.shape, hessian.scale, hessian.state, hessian.weights)
-        return RecordableProduct(self._native.call(method, *arguments), damping, self._native.recordings)
+        return RecordableProduct(self._at_point.call(method, *self.as_native(hessian)), damping, self._native.recordings)
+
+    def as_native(self, hessian: OutputHessian | None) -> tuple[int, float, Tensor | None, Tensor | None]:
+        """What the core takes for a native Hessian, or for none."""
+        if hessian is None:
+            return 0, 0.0, None, None
+        state = hessian.state
+        if state is not None and not self.plan.output_is_transposed:
+            state = state.contiguous()  # one made of outputs in another order in memory
+        return hessian.shape, hessian.scale, state, hessian.weights
 
     def launches(self, V: int) -> str:
         """How a product onto V vectors is launched, in words; empty where there is nothing to choose."""

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from influence_ext.checks import is_one_of
 from influence_ext.errors import ArgumentError, DataError, DeviceError, DTypeError, ShapeError
 from influence_ext.finite import all_finite, flatten_finite
 
 SUPPORTED_DTYPES = (torch.float32, torch.float64)
+DEVICES = ("cpu", "cuda")
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 """Parameters of these are read as they are; everything is computed, and returned, in float32."""
 Selection = str | Tensor | Iterable[str | Tensor]
@@ -68,11 +70,13 @@ class ParameterSpace:
             ArgumentError: nothing to train, a selection that names no trainable parameter, or an uninitialised
                 parameter.
             DTypeError: a complex, integer or sparse parameter, or several dtypes.
-            DeviceError: parameters on several devices.
+            DeviceError: parameters on several devices, or on one that there are no kernels for.
             DataError: a parameter holds NaN or an infinity.
 
         Cost: one pass over the selected parameters (the finiteness check).
         """
+        if not isinstance(model, nn.Module):
+            raise ArgumentError(f"{who}: expected model to be an nn.Module, got {type(model).__name__}; pass the network itself.")
         by_name = dict(model.named_parameters(remove_duplicate=False))
         first = {id(p): name for name, p in model.named_parameters()}
         aliases = {name: first[id(p)] for name, p in by_name.items() if name != first[id(p)]}
@@ -253,6 +257,8 @@ def widened_model(model: nn.Module) -> nn.Module:
 def _select(params: Selection, by_name: Mapping[str, Tensor], aliases: Mapping[str, str], first: Mapping[int, str], who: str) -> set[str]:
     """Names of the selected trainable parameters."""
     chosen: set[str] = set()
+    if not isinstance(params, Iterable):
+        raise ArgumentError(f"{who}: expected params= to be a name, a parameter or a list of them, got {params!r}; leave it out for all.")
     for item in [params] if isinstance(params, (str, Tensor)) else params:
         if isinstance(item, Tensor):
             if id(item) not in first:
@@ -313,6 +319,12 @@ def _check_parameters(named: Mapping[str, nn.Parameter], who: str) -> None:
         if len(groups) > 1:
             listed = ", ".join(f"{value} ({name})" for value, name in groups.items())
             raise error(f"{who}: expected all parameters of one {what}, got {listed}; {fix}, or select with params=.")
+    elsewhere = [f"{name} on {p.device}" for name, p in named.items() if p.device.type not in DEVICES]
+    if elsewhere:
+        raise DeviceError(
+            f"{who}: expected parameters on the CPU or a CUDA device, got {', '.join(elsewhere)}; move the model with model.to('cpu'), or "
+            "load its values first if they are on no device yet."
+        )
     _check_finite(named, who)
 
 
@@ -331,7 +343,7 @@ def check_precision(precision: Precision, space: ParameterSpace, who: str) -> No
     Raises:
         ArgumentError: another word, or a precision that the device or the data type has not.
     """
-    if precision not in PRECISIONS:
+    if not is_one_of(precision, PRECISIONS):
         raise ArgumentError(f"{who}: expected a precision among {', '.join(PRECISIONS)}, got {precision!r}; choose one.")
     device, dtype = space.device.type, space.dtype
     if precision == "full":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from influence_ext.ensemble import Ensemble
 from influence_ext.errors import ArgumentError, DataError, DeviceError, DTypeError, ShapeError, UnsupportedModelError
 from influence_ext.losses import Loss
 from influence_ext.params import ParameterSpace, Precision, Selection, check_precision, is_half, widened
-from influence_ext.tape import Tape
+from influence_ext.tape import SCHEDULES, Tape
 
 
 class Plan:
@@ -92,7 +92,7 @@ class Plan:
         Cost: one ``torch.export`` the first time a structure is seen (about a second; a recurrent layer: about 25 ms a step); half a
         millisecond the first time for another model of that structure, or after a change to it; microseconds for an unchanged model.
         """
-        if params is not None and not isinstance(params, (str, Tensor)):
+        if isinstance(params, Iterable) and not isinstance(params, (str, Tensor)):
             params = tuple(params)
         with exclusive:
             key = plan_key(X, params)
@@ -131,7 +131,8 @@ class Plan:
             X: inputs of N examples, the structure the plan was captured with, or ``Examples``.
             theta: ``[P]``; by default the model's own parameters at this moment. Frozen parameters and buffers are read now.
             memory_budget: bytes that the forward state and one product's workspace may take, at most three quarters of those that a
-                CUDA device has left. What does not fit is recomputed in every product, a chunk of examples at a time.
+                CUDA device has left. What does not fit is recomputed in every product, a chunk of examples at a time; a schedule that
+                takes more than it runs by operator.
             second_order: also keep what ``Tape.hvp`` needs.
             precision: how products multiply float32 matrices, see :meth:`Tape.at_precision`.
 
@@ -139,7 +140,8 @@ class Plan:
             ShapeError, DTypeError, DeviceError: inputs or theta do not fit.
             DataError: outputs are not finite.
             ArgumentError: not even one example fits the budget; a precision that the device has not.
-            MemoryError: the forward state does not fit; for a CUDA device it names a budget that does, and its chunks.
+            MemoryError: the forward state does not fit; for a CUDA device it names a budget that does, and its chunks. With a budget: not
+                even one example fits what the device has free.
 
         Cost: one forward pass; memory ``Tape.cached_bytes``.
         """
@@ -159,20 +161,23 @@ class Plan:
         examples = X if isinstance(X, Examples) else None
         if memory_budget is None and isinstance(examples, StreamedExamples):
             memory_budget = examples.memory_budget
+        if examples is None and memory_budget is not None:
+            examples = Examples.of_inputs(X)
+        if examples is not None and examples.num_examples == 0:
+            memory_budget = None  # nothing to recompute
         make = functools.partial(self._make, native, shortcuts=memory_budget is None)
         if memory_budget is None:
             return Tape(self, make(self._inputs(X if examples is None else examples.X, tensors)), theta, tensors, curved)
-        if examples is None:
-            examples = Examples.of_inputs(X)
-        room = self._room()
-        memory_budget = memory_budget if room is None else min(memory_budget, room)
-        chunk = self._chunk(native, examples, memory_budget)
+        assert examples is not None
+        room, budget = self._room(), int(memory_budget)
+        chunk = self._chunk(native, examples, budget, room)
+        budget = budget if room is None else min(budget, room)
         if chunk >= examples.num_examples and examples.resident:
             tape = Tape(self, make(self._inputs(examples.X, tensors)), theta, tensors, curved)
         else:
             tape = Tape(self, ChunkedTape(make, self._inputs, examples.blocks, examples.num_examples, chunk), theta, tensors, curved)
-        if self._on_device and tape.cached_bytes + tape.workspace_bytes(1) > memory_budget:
-            tape.set_schedule("by_operator")  # the sums of a chain's blocks, in one kernel, take more than a sweep by operator
+        if _taken(tape) > budget:
+            tape.set_schedule("by_operator")  # the sums of each thread, or of a chain's blocks in one kernel, take more
         return tape
 
     def ensemble(self, examples: Examples, loss: Loss) -> Ensemble | None:
@@ -207,6 +212,11 @@ class Plan:
         return self._derived is not None
 
     @property
+    def output_is_transposed(self) -> bool:
+        """Whether the network ends by moving its innermost axis to the front, which products may leave out."""
+        return bool(self._native.output_is_transposed)
+
+    @property
     def _on_device(self) -> bool:
         """Whether tapes are on a device now: the parameters', or an emulated one in its place."""
         return self.space.device.type != "cpu" or _C.emulates_device()
@@ -238,22 +248,43 @@ class Plan:
         return None if free is None else free * 3 // 4
 
     def _bytes(self, native: Any, examples: Examples) -> tuple[int, int]:
-        """Of the forward state and the workspace of a product onto one vector: what is taken in any case, and by each example."""
-        _, first = next(examples.blocks(2))
-        one = self._make(native, self._inputs(first_rows(first, 1)))
-        two = self._make(native, self._inputs(first_rows(first, 1, repeat=2)))
-        each = two.cached_bytes - one.cached_bytes + native.sweep_width * self.space.dtype.itemsize
-        return 2 * one.cached_bytes - two.cached_bytes, each
+        """Of the forward state and the workspace of a product onto one vector: what is taken in any case, and by each example.
 
-    def _chunk(self, native: Any, examples: Examples, budget: int) -> int:
-        """Examples whose forward state and workspace, for one vector, take at most ``budget`` bytes."""
+        By operator, where all examples are one tile: both grow in proportion, and the vector is packed a node at a time.
+        """
+        one, two = (self._taken_by_operator(native, examples, count) for count in (1, 2))
+        return 2 * one - two, two - one
+
+    def _taken_by_operator(self, native: Any, examples: Examples, count: int) -> int:
+        """By so many examples; by the first one as often where they are not in memory, or not so many."""
+        whole = examples.resident and count <= examples.num_examples
+        _, X = next(examples.blocks(count if whole else 1))
+        tape = self._make(native, self._inputs(X if whole else first_rows(X, 1, repeat=count)))
+        tape.set_schedule(SCHEDULES["by_operator"])
+        return _taken(tape)
+
+    def _chunk(self, native: Any, examples: Examples, budget: int, room: int | None) -> int:
+        """Examples whose forward state and workspace, for one vector, take at most ``budget`` bytes, and ``room`` if that is less."""
         fixed, each = self._bytes(native, examples)
+        if room is not None and fixed + each > room:
+            raise MemoryError(
+                f"{self.graph.model_name}: expected {fixed + each} bytes on {self.space.device} for the weights and one example, got "
+                f"{room}, three quarters of those that are free there; free memory on the device or move the model to another."
+            )
         if fixed + each > budget:
+            several = 64 if room is None else min(64, (room - fixed) // each)
             raise ArgumentError(
                 f"{self.graph.model_name}: expected memory_budget to hold at least one example, got {budget} bytes where the weights take "
-                f"{fixed} and an example {each}; raise it to {fixed + 64 * each} for chunks of 64 examples."
+                f"{fixed} and an example {each}; raise it to {fixed + several * each} for chunks of {several} examples."
             )
-        return int(min(examples.num_examples, (budget - fixed) // each))
+        budget = budget if room is None else min(budget, room)
+        chunk = min(examples.most_at_once, (budget - fixed) // each)
+        while chunk > 1:  # in several tiles the whole vector is packed at once
+            excess = self._taken_by_operator(native, examples, chunk) - budget
+            if excess <= 0:
+                break
+            chunk = max(1, chunk - -(-excess // each))
+        return chunk
 
     def _with_chunk(self, shortage: MemoryError, X: Any, native: Any) -> MemoryError:
         """The same with the examples that do fit; as it is where that is not known."""
@@ -291,10 +322,15 @@ class Plan:
         for name, shape, dtype, x in zip(graph.input_names, graph.input_shapes, graph.input_dtypes, tensors, strict=True):
             if self._half:
                 x = widened(x)
-            if x.shape[1:] != shape:
+            if x.dim() == 0 or x.shape[1:] != shape:
                 raise ShapeError(
                     f"{graph.model_name}: expected {name} of shape [N, {', '.join(map(str, shape))}], got {list(x.shape)}; "
                     "pass examples of one shape."
+                )
+            if len(x) != len(tensors[0]):
+                raise ShapeError(
+                    f"{graph.model_name}: expected as many examples in {name} as in {graph.input_names[0]}, {len(tensors[0])}, "
+                    f"got {len(x)}; pass one row of each an example."
                 )
             if x.dtype != dtype:
                 raise DTypeError(
@@ -330,3 +366,8 @@ class Plan:
         """Values of the slots that are not differentiated; None for the others."""
         dtype, slots = self.space.dtype, zip(self.graph.slots, self.slot_offsets, strict=True)
         return [None if offset >= 0 else slot.read(tensors).to(dtype).contiguous() for slot, offset in slots]
+
+
+def _taken(tape: Any) -> int:
+    """Bytes of a tape's forward state and of the workspace of a product onto one vector."""
+    return int(tape.cached_bytes + tape.workspace_bytes(1))

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from influence_ext.capture import named_tensors
+from influence_ext.checks import is_one_of
 from influence_ext.chunks import ChunkedTape
-from influence_ext.context import about_to_start_threads
 from influence_ext.derived import DerivedFactors, DerivedPoint
 from influence_ext.errors import ArgumentError, DataError, ShapeError
 from influence_ext.finite import all_finite
@@ -23,7 +23,30 @@ if TYPE_CHECKING:
     from influence_ext.plan import Plan
 
 Schedule = Literal["auto", "by_example", "by_operator"]
-_SCHEDULES: dict[str, int] = {"auto": 0, "by_example": 1, "by_operator": 2}
+SCHEDULES: dict[str, int] = {"auto": 0, "by_example": 1, "by_operator": 2}
+
+
+class _Point:
+    """Where the core's tape stands; copies of a tape share it, as they share that.
+
+    Attributes:
+        stands: the state of θ is complete; not while it moves, nor after a move that did not end.
+        theta: ``[P]``.
+        derived: parameters that are expressions of θ, if there are any.
+        outputs: ``[N, *out]``, once somebody has asked.
+        has_cotangents: those of one call of ``keep_cotangents`` are complete.
+        gradient: what they are of, in θ̃, if parameters are derived.
+    """
+
+    def __init__(self) -> None:
+        self.stands = False
+
+    def leave(self, theta: Tensor, derived: DerivedPoint | None) -> None:
+        """For θ, where the core's tape has yet to come."""
+        self.stands = self.has_cotangents = False
+        self.theta, self.derived = theta, derived
+        self.outputs: Tensor | None = None
+        self.gradient: Tensor | None = None
 
 
 class Tape(Replayable):
@@ -33,25 +56,23 @@ class Tape(Replayable):
         plan: where it came from.
         num_examples: N.
         state_bytes: of ``cached_bytes``, what it holds from the start: without the Jacobians of shortcuts.
-        theta: ``[P]``, the parameters it stands at.
         precision: how its products multiply float32 matrices.
         curved_nodes: nodes with a second-order term; None if the tape was not made for second-order products.
     """
 
     def __init__(self, plan: Plan, native: Any, theta: Tensor, tensors: Mapping[str, Tensor], curved_nodes: tuple[str, ...] | None):
-        about_to_start_threads()
         self.plan = plan
         self.curved_nodes = curved_nodes
         self.precision: Precision = "full"
         self._constants = plan._constants(tensors)
         self._native = native
-        self._derived: DerivedPoint | None = None
+        self._point = _Point()
         self.num_examples: int = native.num_examples
         self._move_to(theta)
         self.state_bytes = int(native.cached_bytes)
 
     def at_precision(self, precision: Precision) -> Tape:
-        """The same point, state shared, whose products multiply float32 matrices otherwise; valid until either is moved.
+        """The same point, state shared, whose products multiply float32 matrices otherwise; where one moves, so does the other.
 
         "bfloat16" rounds both factors to 8 bits, an error of up to 2⁻⁹ each, "tf32", on a CUDA device, to 11; sums are float32. The point
         itself (outputs, derivatives, kept cotangents) is always computed in full.
@@ -76,35 +97,56 @@ class Tape(Replayable):
         Raises:
             ShapeError, DTypeError, DeviceError: theta is not ``[P]`` of the plan's dtype; X does not fit.
             ArgumentError: X for a tape that a memory budget has recompute its forward state.
+
+        After one that does not end (Ctrl-C, no memory) the tape stands nowhere, and products raise ArgumentError until another does.
         """
-        theta = self.plan._copied(theta)
+        theta, sources = self.plan._copied(theta), None
         if X is not None:
             if self.chunk is not None:
                 raise ArgumentError("Tape: expected no other inputs for a tape that is recomputed in chunks, got some; linearize anew.")
             sources, N = self.plan._inputs(X), self.num_examples
             if sources[0].shape[0] != N:
                 raise ShapeError(f"Tape: expected inputs of {N} examples, got {sources[0].shape[0]}; linearize another number anew.")
-            self._native.rebind(sources)
-        self._move_to(theta)
+        self._move_to(theta, sources)
 
-    def _move_to(self, theta: Tensor) -> None:
+    def _move_to(self, theta: Tensor, sources: list[Tensor] | None = None) -> None:
         plan = self.plan
-        self.theta = theta
-        values = self._constants
+        values, derived = self._constants, None
         if plan._derived is not None:
-            self._derived = plan._derived.at(plan.space.unflatten(theta), named_tensors(plan._model))
-            values = [self._derived.values.get(slot, value) for slot, value in enumerate(values)]
+            derived = plan._derived.at(plan.space.unflatten(theta), named_tensors(plan._model))
+            values = [derived.values.get(slot, value) for slot, value in enumerate(values)]
+        self._point.leave(theta, derived)
+        if sources is not None:
+            self._native.rebind(sources)
         self._native.linearize(values, theta)
-        self._outputs: Tensor | None = None
-        self._has_cotangents = False
-        self._gradient: Tensor | None = None  # of what keep_cotangents was given, in θ̃, if there are derived parameters
+        self._point.stands = True
+
+    @property
+    def theta(self) -> Tensor:
+        """``[P]``, the parameters it stands at."""
+        return self._point.theta
+
+    @property
+    def _at_point(self) -> Any:
+        """The core's tape, for what reads its point."""
+        if not self._point.stands:
+            raise ArgumentError("Tape: expected a tape that stands at a point, got one whose relinearize did not end; relinearize it.")
+        return self._native
 
     @property
     def outputs(self) -> Tensor:
-        """``[N, *out]``, the network's outputs (a copy, made once)."""
-        if self._outputs is None:
-            self._outputs = self._native.outputs().view(self.num_examples, *self.plan.output_shape)
-        return self._outputs
+        """``[N, *out]``, the network's outputs (a copy, made once).
+
+        Where the network ends by moving its innermost axis to the front, they lie in memory as before that, and so does what a loss keeps
+        of them: products then leave the transposition out, in either direction.
+        """
+        native, point = self._at_point, self._point
+        if point.outputs is None:
+            outputs = native.outputs().view(self.num_examples, *self.plan.output_shape)
+            if self.plan.output_is_transposed:
+                outputs = outputs.movedim(1, -1).contiguous().movedim(-1, 1)
+            point.outputs = outputs
+        return point.outputs
 
     @property
     def cached_bytes(self) -> int:
@@ -126,9 +168,9 @@ class Tape(Replayable):
         Raises:
             ArgumentError: another word.
         """
-        if schedule not in _SCHEDULES:
-            raise ArgumentError(f"Tape: expected a schedule among {', '.join(_SCHEDULES)}, got {schedule!r}; choose one.")
-        self._native.set_schedule(_SCHEDULES[schedule])
+        if not is_one_of(schedule, SCHEDULES):
+            raise ArgumentError(f"Tape: expected a schedule among {', '.join(SCHEDULES)}, got {schedule!r}; choose one.")
+        self._native.set_schedule(SCHEDULES[schedule])
 
     def without_shortcuts(self) -> Tape:
         """The same tape, for a product or two: what shortcuts need is made once a point, and pays after several vectors."""
@@ -148,12 +190,12 @@ class Tape(Replayable):
 
     def jvp(self, V: Tensor) -> Tensor:
         """``J_n v``: ``[V, P] -> [V, N, *out]``. Cost: one tangent sweep for all V."""
-        out: Tensor = self._native.jvp(self._push(V))
+        out: Tensor = self._at_point.jvp(self._push(V))
         return out.view(V.shape[0], self.num_examples, *self.plan.output_shape)
 
     def vjp(self, G: Tensor) -> Tensor:
         """``Σ_n J_nᵀ g[v, n]``: ``[V, N, *out] -> [V, P]``. Cost: one cotangent sweep for all V."""
-        return self._pull(self._native.vjp(G.contiguous()))
+        return self._pull(self._at_point.vjp(G.contiguous()))
 
     def ggn(self, V: Tensor, hessian: OutputHessian) -> Tensor:
         """``Σ_n J_nᵀ (w_n H_n) J_n v``: ``[V, P] -> [V, P]``. Cost: one tangent and one cotangent sweep for all V.
@@ -162,7 +204,7 @@ class Tape(Replayable):
         """
         if not hessian.native:
             return self.vjp(hessian.matmat(self.jvp(V)))
-        return self._pull(self._native.ggn(self._push(V), hessian.shape, hessian.scale, hessian.state, hessian.weights))
+        return self._pull(self._at_point.ggn(self._push(V), *self.as_native(hessian)))
 
     def keep_cotangents(self, G: Tensor) -> None:
         """Fix the cotangents ``g [N, *out]`` of the outputs for :meth:`hvp`, until ``relinearize``.
@@ -174,9 +216,11 @@ class Tape(Replayable):
         """
         if self.curved_nodes is None:
             raise ArgumentError("Tape: expected a tape for second-order products, got another; linearize with second_order=True.")
-        self._native.keep_cotangents(G.contiguous())
-        self._has_cotangents = True
-        self._gradient = None if self._derived is None else self._native.vjp(G[None].contiguous())[0]
+        native, point = self._at_point, self._point
+        point.has_cotangents = False
+        native.keep_cotangents(G.contiguous())
+        point.gradient = None if point.derived is None else native.vjp(G[None].contiguous())[0]
+        point.has_cotangents = True
 
     def hvp(self, V: Tensor, hessian: OutputHessian | None) -> Tensor:
         """``∇²_θ(Σ_n g_nᵀ f_n) v + Σ_n J_nᵀ (w_n H_n) J_n v``: ``[V, P] -> [V, P]`` at the cotangents that are kept; None: without the H_n.
@@ -187,18 +231,18 @@ class Tape(Replayable):
         Cost: one tangent and one cotangent sweep for all V, in which every curved node costs about one vjp more. A Hessian that is not
         native takes a tangent and a cotangent sweep more.
         """
-        if not self._has_cotangents:
+        native, point = self._at_point, self._point
+        if not point.has_cotangents:
             raise ArgumentError("Tape.hvp: expected the outputs' cotangents, got none at this point; call keep_cotangents first.")
         pushed = self._push(V)
-        native = hessian is not None and hessian.native
-        state = (hessian.shape, hessian.scale, hessian.state, hessian.weights) if native else (0, 0.0, None, None)  # type: ignore[union-attr]
-        product = self._native.hvp(pushed, *state)
-        if hessian is not None and not native:
-            tangents = self._native.jvp(pushed).view(V.shape[0], self.num_examples, *self.plan.output_shape)
-            product += self._native.vjp(hessian.matmat(tangents).contiguous())
-        if self._derived is None or self._gradient is None or V.shape[0] == 0:
+        fused = hessian is not None and hessian.native
+        product = native.hvp(pushed, *self.as_native(hessian if fused else None))
+        if hessian is not None and not fused:
+            tangents = native.jvp(pushed).view(V.shape[0], self.num_examples, *self.plan.output_shape)
+            product += native.vjp(hessian.matmat(tangents).contiguous())
+        if point.derived is None or point.gradient is None or V.shape[0] == 0:
             return self._pull(product)
-        return self._pull(product).add_(self._derived.second_order(self._gradient, V))
+        return self._pull(product).add_(point.derived.second_order(point.gradient, V))
 
     def factors(self, G: Tensor) -> Any:
         """Per-example gradients ``J_nᵀ g[v, n]`` for ``G [V, N, *out]``, as factors.
@@ -207,14 +251,17 @@ class Tape(Replayable):
         They read the tape when they are called. Cost: one cotangent sweep each; factors are held for a tile of examples, by ``gram`` and
         ``outer_products`` for all: V·N times the widths of the trainable nodes.
         """
-        factors = self._native.factors(G.contiguous())
-        return factors if self._derived is None else DerivedFactors(factors, self._derived)
+        factors = self._at_point.factors(G.contiguous())
+        derived = self._point.derived
+        return factors if derived is None else DerivedFactors(factors, derived)
 
     def _push(self, V: Tensor) -> Tensor:
-        return V if self._derived is None else self._derived.push(V)
+        derived = self._point.derived
+        return V if derived is None else derived.push(V)
 
     def _pull(self, G: Tensor) -> Tensor:
-        return G if self._derived is None else self._derived.pull(G)
+        derived = self._point.derived
+        return G if derived is None else derived.pull(G)
 
     def check_outputs(self, who: str) -> None:
         """Raise if an output is not finite.
@@ -222,7 +269,8 @@ class Tape(Replayable):
         Raises:
             DataError: names the first such example.
         """
-        if not all_finite(self.outputs):
+        in_memory = self.outputs.movedim(1, -1) if self.plan.output_is_transposed else self.outputs
+        if not all_finite(in_memory):
             finite = torch.isfinite(self.outputs).reshape(self.num_examples, -1).all(dim=1)
             first = int((~finite).nonzero()[0, 0])
             raise DataError(

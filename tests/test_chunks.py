@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +14,11 @@ from torch import Tensor, nn
 
 import influence_ext as ie
 from influence_ext import errors
+from influence_ext.chunks import ChunkedTape
 from influence_ext.data import StreamedExamples, load
+from influence_ext.plan import Plan
 from influence_ext.testing import assert_close
-from tests.cases import Network, build
+from tests.cases import Network, budget_of, build
 from tests.cases.models import NETWORKS
 
 F64 = torch.float64
@@ -64,8 +68,77 @@ def test_chunks_against_resident_factors(pair: tuple[ie.GGN, ie.GGN]) -> None:
 def test_the_state_stays_within_the_budget(pair: tuple[ie.GGN, ie.GGN]) -> None:
     whole, parts = pair
     assert whole.cached_bytes > BUDGET
-    assert parts.cached_bytes + parts.tape.plan._native.sweep_width * parts.tape.chunk * 8 <= BUDGET  # type: ignore[operator]
+    assert parts.cached_bytes + parts.tape.workspace_bytes(1) <= BUDGET
     assert f"recomputed in chunks of {parts.tape.chunk} examples" in parts.report()
+
+
+@pytest.mark.parametrize("N", [3000, 6000])
+def test_the_vectors_of_a_product_are_within_the_budget(N: int) -> None:
+    """Wide layers, whose packed vectors are of the weights' size; with more examples than a tile takes, those of all layers at once."""
+    model = nn.Sequential(nn.Linear(200, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
+    inputs, targets = torch.randn(N, 200), torch.arange(N) % 10
+    for budget in (2_000_000, 6_000_000, 10_000_000):
+        G = ie.GGN(model, nn.CrossEntropyLoss(), (inputs, targets), memory_budget=budget)
+        assert G.tape.chunk is not None
+        native: Any = G.tape._native
+        taken = []
+        native.each(lambda tape, start, stop, taken=taken: taken.append(tape.cached_bytes + tape.workspace_bytes(1)))
+        assert 0.7 * budget < max(taken) <= budget
+        assert G.cached_bytes + G.tape.workspace_bytes(1) == taken[0]
+
+
+def test_two_states_are_never_held_at_once(monkeypatch: pytest.MonkeyPatch, pair: tuple[ie.GGN, ie.GGN]) -> None:
+    """The last chunk is smaller, so each pass takes a tape of another size twice: what was made before is gone by then."""
+    whole, parts = pair
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    before: list[int] = []
+    new = ChunkedTape._new
+
+    def counted(self: ChunkedTape, sources: list[Tensor]) -> Any:
+        before.append(len(alive))
+        tape = new(self, sources)
+        alive.add(tape)
+        return tape
+
+    monkeypatch.setattr(ChunkedTape, "_new", counted)
+    native: Any = parts.tape._native
+    native._spares.clear()
+    V, g = torch.randn(1, whole.shape[0], dtype=F64), torch.randn(1, 101, 3, dtype=F64)
+    factors = parts.tape.factors(g)
+    passes = [
+        lambda: parts.tape.relinearize(parts.tape.theta),
+        lambda: parts.tape.jvp(V),
+        lambda: parts.tape.vjp(g),
+        lambda: parts.matmat(V),
+        lambda: factors.materialise(None),
+        lambda: factors.dots(V),
+        factors.square_norms,
+        factors.square_norms_by_region,
+        factors.square_sum,
+        lambda: factors.gram(whole.tape.factors(g)),
+        lambda: parts.tape.set_schedule("auto"),
+    ]
+    for one in passes:
+        one()
+    assert len(before) >= 2 * len(passes) - 1
+    assert set(before) == {0}
+
+
+@pytest.mark.parametrize("rest", [0, 1])
+def test_a_schedule_is_that_of_every_chunk(rest: int) -> None:
+    """Whether or not the last chunk is as large as the others, whose memory the next pass takes again."""
+    data = torch.randn(40 + rest, 5, dtype=F64), torch.arange(40 + rest) % 3
+    budget = budget_of(10, lambda budget: ie.GGN(wide(), nn.CrossEntropyLoss(), data, memory_budget=budget))
+    G = ie.GGN(wide(), nn.CrossEntropyLoss(), data, memory_budget=budget)
+    assert G.tape.chunk == 10
+    native: Any = G.tape._native
+    for schedule in ("by_example", "by_operator", "by_example"):
+        G.tape.set_schedule(schedule)  # type: ignore[arg-type]
+        truly = []
+        native.each(lambda tape, start, stop, truly=truly: truly.append((tape.tiling(1)[0], tape.workspace_bytes(1))))
+        assert {by_example for by_example, _ in truly} == {schedule == "by_example"}
+        assert schedule.replace("_", " ") in G.tape.schedule(1)
+        assert G.tape.workspace_bytes(1) == truly[0][1]
 
 
 def test_a_large_budget_keeps_everything() -> None:
@@ -83,9 +156,12 @@ def test_a_budget_for_less_than_one_example_is_refused() -> None:
 def test_other_curvatures_and_inputs(curvature: type, name: str) -> None:
     network: Network = build(NETWORKS[name], F64)
     whole = curvature(network.model, network.loss, network.data)
-    budget = whole.cached_bytes - 1
-    parts = curvature(network.model, network.loss, network.data, memory_budget=budget)
-    assert parts.tape.chunk is not None
+
+    def chunked(budget: int) -> Any:
+        return curvature(network.model, network.loss, network.data, memory_budget=budget)
+
+    parts = chunked(budget_of(3, chunked))
+    assert parts.tape.chunk == 3
     v = network.random("v", network.P)
     assert_close(parts @ v, whole @ v)
 
@@ -127,6 +203,48 @@ def test_data_that_change_between_passes_are_noticed() -> None:
         list(examples.blocks(10))
 
 
+@pytest.mark.parametrize("sizes", [(1, 60, 40), (0, 60, 41), (60, 0, 41), (0, 0, 101)])
+def test_small_and_empty_first_batches_take_the_budget_that_others_do(sizes: tuple[int, ...]) -> None:
+    budget = budget_of(20, lambda budget: ie.GGN(wide(), nn.CrossEntropyLoss(), (X, Y), memory_budget=budget))
+    examples = load(Loader(sizes), "test", memory_budget=2000)
+    assert isinstance(examples, StreamedExamples)
+    G = ie.GGN(wide(), nn.CrossEntropyLoss(), examples, memory_budget=float(budget))
+    assert G.tape.chunk == 20
+    v = torch.randn(G.shape[0], dtype=F64)
+    assert_close(G @ v, ie.GGN(wide(), nn.CrossEntropyLoss(), (X, Y)) @ v)
+    native: Any = G.tape._native
+    taken: list[int] = []
+    native.each(lambda tape, start, stop: taken.append(tape.cached_bytes + tape.workspace_bytes(1)))
+    assert max(taken) <= budget
+    assert G.cached_bytes + G.tape.workspace_bytes(1) == max(taken)
+
+
+def test_chunks_of_a_stream_are_no_larger_than_its_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However much larger the budget: what measures a chunk holds its inputs."""
+    most = []
+
+    def counted(self: Plan, X: Any, *state: Any) -> list[Tensor]:
+        most.append(len(X))
+        return inputs(self, X, *state)
+
+    inputs = Plan._inputs
+    monkeypatch.setattr(Plan, "_inputs", counted)
+    G = ie.GGN(wide(), nn.CrossEntropyLoss(), load(Loader((10,) * 10 + (1,)), "test", memory_budget=2000), memory_budget=BUDGET)
+    assert G.tape.chunk == max(most) == 10
+
+
+@pytest.mark.parametrize("budget", [float("nan"), float("inf"), True, "1e6"])
+def test_what_is_no_number_of_bytes_is_refused(budget: Any) -> None:
+    with pytest.raises(errors.ArgumentError, match="expected memory_budget to be a finite number of bytes, got"):
+        ie.GGN(wide(), nn.CrossEntropyLoss(), (X, Y), memory_budget=budget)
+
+
+def test_no_examples_have_nothing_to_recompute() -> None:
+    tape = Plan.of(wide(), X).linearize(X[:0], memory_budget=1)
+    assert tape.outputs.shape == (0, 3)
+    assert tape.chunk is None
+
+
 # Run in a process of its own: its peak resident memory is then that of these products.
 PRODUCT = """
 import torch
@@ -162,6 +280,7 @@ print(resident("VmHWM") - before, budget, outputs, needed)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_ten_times_more_data_than_the_budget_holds() -> None:
     run = subprocess.run([sys.executable, "-c", PRODUCT], capture_output=True, text=True, check=True)

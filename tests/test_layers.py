@@ -85,6 +85,27 @@ def test_forced_schedules_are_told() -> None:
         assert tape.schedule(1).startswith(words)
 
 
+@pytest.mark.parametrize("size", [(6, 10), (14, 14), (28, 28), (2, 34), (7, 9)])
+def test_a_max_pool_takes_the_first_of_equals(size: tuple[int, int]) -> None:
+    """Of many: the elements are 0, 1 and 2, and the gradient shows where each maximum was found. Windows beside one another, and others."""
+
+    class Pool(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(3, *size))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.nn.functional.max_pool2d(x * self.weight, 2).flatten(1)
+
+    model = Pool()
+    X = torch.randint(0, 3, (4, 3, *size), generator=torch.Generator().manual_seed(0)).float()
+    G = torch.randn(model(X).shape, generator=torch.Generator().manual_seed(1))
+    found = Plan.of(model, X).linearize(X).factors(G[None]).materialise().view(4, 3, *size)
+    for n in range(4):
+        (expected,) = torch.autograd.grad((model(X[n : n + 1]) * G[n]).sum(), model.weight)
+        assert torch.equal(found[n], expected)
+
+
 @in_float64
 def test_weights_enter_the_product_per_example(problem: Network) -> None:
     tape = Plan.of(problem.model, problem.X).linearize(problem.X)

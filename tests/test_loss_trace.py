@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 import influence_ext as ie
 from influence_ext import reference
-from influence_ext.errors import ArgumentError
+from influence_ext.adapters.opacus import GradSampleModule
+from influence_ext.errors import ArgumentError, UnsupportedLossError
 from influence_ext.losses import resolve
+from influence_ext.losses.generic import CallableLoss
 from influence_ext.testing import assert_close
 
 F64 = torch.float64
@@ -161,3 +163,158 @@ def test_a_callable_that_changes_its_mind_is_not_trusted() -> None:
     found.check(z, t, "test")
     assert found.name == "loss"
     assert_close(found.value(z, t).sum(), F.cross_entropy(z, t, reduction="sum", label_smoothing=0.5))
+
+
+class Reversed(torch.autograd.Function):
+    """The identity, with the opposite derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        return z.view_as(z)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return -g
+
+
+def swallowing(z: Tensor, t: Tensor) -> Tensor:
+    """Catches what the trace raises at a look at values."""
+    try:
+        if z.max() > 10:
+            return F.cross_entropy(2 * z, t)
+    except Exception:
+        pass
+    return F.cross_entropy(z, t)
+
+
+def unseen(z: Tensor, t: Tensor) -> Tensor:
+    """Looks at values where no mode sees it, as scripted functions do; and decides for each example."""
+    with torch._C.DisableTorchFunction():
+        factor = 1 + (z.amax(1, keepdim=True) > 100) if bool(z.max() > 100) and bool(t.max() < 6) else None
+    return F.cross_entropy(z if factor is None else factor * z, t)
+
+
+@pytest.mark.parametrize(
+    ("function", "largest"),
+    [
+        (lambda z, t: F.cross_entropy(Reversed.apply(z), t), 1.0),
+        (swallowing, 1.0),
+        (swallowing, 20.0),
+        (unseen, 200.0),
+        (lambda z, t: F.cross_entropy(z.to(torch.float16).to(z.dtype), t), 1.0),
+        (lambda z, t: F.cross_entropy(z, t.to(torch.float16).long()), 1.0),
+    ],
+    ids=["reversed-gradient", "caught", "caught-and-branched", "unseen-branch", "rounded-outputs", "rounded-targets"],
+)
+def test_what_looks_like_a_loss_and_is_none_keeps_its_own_numbers(function: Callable[[Tensor, Tensor], Tensor], largest: float) -> None:
+    """All rows, or none of them, take a branch; float32, whose tolerances are the widest."""
+    z = torch.randn(60, 5, generator=torch.Generator().manual_seed(0)).clamp(max=0.9)
+    z[:, 0] = largest
+    t = torch.arange(60) % 5
+    loss = resolve(function)
+    loss.check(z, t, "test")
+    assert "found in" not in loss.name
+    expected = torch.cat([_grad(function, z[n : n + 1].double(), t[n : n + 1]) for n in range(len(z))])
+    assert_close(loss.gradient(z, t), expected, scope="layer")
+
+
+def _grad(function: Callable[[Tensor, Tensor], Tensor], z: Tensor, t: Tensor) -> Tensor:
+    leaf = z.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(function(leaf, t), leaf)
+    return gradient
+
+
+def test_a_branch_that_later_data_take_ends_the_replacement(caplog: pytest.LogCaptureFixture) -> None:
+    """One row of 2000 far from the first ones decides."""
+    z, t = torch.randn(2000, 5, generator=torch.Generator().manual_seed(0), dtype=F64), torch.arange(2000) % 5
+    loss = resolve(unseen)
+    loss.check(z, t, "test")
+    assert "found in" in loss.name
+    z[1234, 2] = 200.0
+    loss.check(z, t, "test")
+    assert loss.name == "unseen"
+    assert "unseen is not cross_entropy (found in unseen); PyTorch differentiates it" in caplog.text
+    assert_close(loss.gradient(z, t) / len(z), _grad(unseen, z, t), scope="layer")
+
+
+def test_training_looks_at_every_batch_again() -> None:
+    """The branch is taken in the second batch only, and the trained parameters are those of the callable itself."""
+    X = torch.randn(40, 5, generator=torch.Generator().manual_seed(0), dtype=F64)
+    recipe = ie.Recipe(lambda: nn.Linear(5, 5), unseen, lr=0.01, epochs=2, batch_size=20, dtype=F64)
+    X[recipe.batch_order(0, 40)[30]] *= 1000
+    y = torch.arange(40) % 5
+    run = ie.train(recipe, (X, y))
+    torch.manual_seed(0)
+    expected = ie.train(ie.Recipe(**{**recipe.__dict__, "loss": lambda z, t: 1.0 * unseen(z, t)}), (X, y))
+    assert run.loss.name == "unseen"
+    assert_close(run.params, expected.params, scope="layer")
+
+
+def flattened(z: Tensor, t: Tensor) -> Tensor:
+    return F.cross_entropy(z.flatten(0, 1), t.flatten())
+
+
+@pytest.mark.parametrize("margin", [5.0, 12.0, 16.0, 60.0, 200.0])
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_networks_that_fit_their_data_keep_the_loss_recognised(dtype: torch.dtype, margin: float) -> None:
+    """Where PyTorch's own value has lost its digits in float32."""
+    z = torch.randn(300, 4, 10, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    t = torch.arange(1200).view(300, 4) % 10
+    z.scatter_(2, t[..., None], margin + z.gather(2, t[..., None]))
+    loss = resolve(flattened)
+    loss.check(z, t, "test")
+    assert "found in" in loss.name
+    assert isinstance(loss, CallableLoss)
+    assert loss.confirm(z, t, "test")
+
+
+def test_outputs_that_are_not_finite_say_nothing_of_the_loss() -> None:
+    z, t = torch.randn(6, 4, 10), torch.arange(24).view(6, 4) % 10
+    loss = resolve(flattened)
+    loss.check(z, t, "test")
+    assert isinstance(loss, CallableLoss)
+    assert loss.confirm(torch.full_like(z, float("nan")), t, "test")
+    assert "found in" in loss.name
+
+
+class ChannelsFirst(nn.Module):
+    """Its outputs are contiguous; those of its tape lie as before the transposition."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z: Tensor = self.head(x).transpose(1, 2).contiguous()
+        return z
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda z, t: F.mse_loss(z.view(len(z), -1), t.view(len(t), -1)),
+        lambda z, t: ((z.view(len(z), -1) - t.view(len(t), -1)).square() + 1).logsumexp(1).mean(),
+    ],
+    ids=["recognised", "differentiated"],
+)
+def test_callables_may_view_what_the_network_made_contiguous(loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    model, X, t = ChannelsFirst().double(), torch.randn(6, 3, 4, dtype=F64), torch.randn(6, 5, 3, dtype=F64)
+    v = torch.randn(1, 25, dtype=F64)
+    assert_close(ie.GGN(model, loss, (X, t)).matmat(v), reference.ggn_products(model, loss, X, t, v))
+    output = GradSampleModule(model)(X)
+    assert output.is_contiguous()
+    assert_close(output.detach(), model(X).detach())
+
+
+@pytest.mark.parametrize("is_random", [True, False], ids=["random", "counting"])
+def test_a_callable_that_is_no_function_is_refused(is_random: bool) -> None:
+    numbers = iter(range(10**6))
+    draws = torch.Generator().manual_seed(0)
+
+    def function(z: Tensor, t: Tensor) -> Tensor:
+        size = float(torch.rand((), generator=draws)) if is_random else 0.1 * (next(numbers) % 3)
+        return F.cross_entropy(z, t, label_smoothing=size)
+
+    with pytest.raises(UnsupportedLossError, match=r"expected function to give one value .* draws random numbers or counts its calls"):
+        resolve(function).check(torch.randn(6, 5, dtype=F64), torch.arange(6) % 5, "test")

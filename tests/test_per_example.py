@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +14,13 @@ from torch import Tensor, nn
 
 import influence_ext as ie
 from influence_ext import reference
+from influence_ext.losses import resolve
+from influence_ext.operators.per_example import ExampleGradients
+from influence_ext.plan import Plan
 from influence_ext.testing import assert_close
-from tests.cases import Network, build, eager, in_float64, subset
+from tests.cases import Network, budget_of, build, eager, in_float64, subset
 from tests.cases.models import NETWORKS
+from tests.emulation import emulated_device
 
 
 def flat(grads: dict[str, Tensor], N: int) -> Tensor:
@@ -219,3 +226,118 @@ def test_gram_matrix_of_the_root_of_wide_layers(width: int) -> None:
     U = G.root_rmatmat(torch.eye(len(roots), dtype=torch.float64))
     assert torch.equal(roots, roots.T)
     assert_close(roots, U @ U.T)
+
+
+class _Runs(nn.Module):
+    """Sequences of any length, which read other runs of one table; ``read(model, T)`` gives the positions' rows."""
+
+    def __init__(self, read: Callable[[Any, int], Tensor]) -> None:
+        super().__init__()
+        self.table, self.read = nn.Embedding(12, 4), read
+        self.rows, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(torch.tanh(self.rows(x) + self.read(self, x.shape[1])).mean(1))
+        return y
+
+
+def _interpolated(model: Any, T: int) -> Tensor:
+    """As position embeddings of images are resized: a plan has an expression of the table, or the table as it is where that fits."""
+    w = model.table.weight
+    return w if T == 12 else nn.functional.interpolate(w.T[None], T, mode="linear")[0].T
+
+
+RUNS: dict[str, Callable[[Any, int], Tensor]] = {
+    "first": lambda m, T: m.table.weight[:T],
+    "last": lambda m, T: m.table.weight[12 - T :],
+    "numbers": lambda m, T: m.table(torch.arange(T)),
+    "ends": lambda m, T: m.table.weight[:T] + m.table.weight[12 - T :],
+    "interpolated": _interpolated,
+}
+
+
+class _Slices(nn.Module):
+    """Two slices of one parameter that overlap, each over a sequence of its own, which may be empty."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(6, 4))
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return nn.functional.linear(a, self.w[2:5]).sum(1) + nn.functional.linear(b, self.w[0:3]).sum(1)
+
+
+@pytest.mark.parametrize("lengths", [(1, 0), (0, 1), (2, 0), (2, 3)])
+def test_slices_that_overlap_where_one_adds_nothing(lengths: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    model, factors, expected = _Slices().double(), [], []
+    for T, S in (lengths, lengths[::-1]):
+        X = torch.randn(3, T, 4, dtype=torch.float64), torch.randn(3, S, 4, dtype=torch.float64)
+        g = torch.randn(1, 3, 3, dtype=torch.float64)
+        jacobian = torch.func.jacrev(lambda w, X=X: torch.func.functional_call(model, {"w": w}, X))(model.w.detach())
+        expected.append(torch.einsum("no,nop->np", g[0], jacobian.reshape(3, 3, -1)))
+        factors.append(Plan.of(model, X).linearize(X).factors(g))
+        assert_close(factors[-1].square_sum(), expected[-1].square().sum(0))
+    assert_close(factors[0].gram(factors[1]), expected[0] @ expected[1].T)
+
+
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+@pytest.mark.parametrize("read", RUNS)
+def test_gram_matrix_of_sets_that_read_other_runs_of_a_parameter(read: str, device: str) -> None:
+    """Runs of one table that contain one another, overlap, meet in one row, or have several of the other set's in them; also in chunks."""
+    torch.manual_seed(0)
+    model, loss = _Runs(RUNS[read]).double(), resolve(nn.MSELoss())
+    with emulated_device() if device == "emulated" else contextlib.nullcontext():
+        sides: list[list[ExampleGradients]] = []
+        grads = []
+        for N, T in ((5, 3), (4, 8), (3, 12), (6, 1)):
+            X, y = torch.randn(N, T, 3, dtype=torch.float64), torch.randn(N, 2, dtype=torch.float64)
+            plan = Plan.of(model, X)
+            tapes = [plan.linearize(X)]
+            if T == 8:
+                budget = budget_of(2, lambda budget, plan=plan, X=X: plan.linearize(X, memory_budget=budget))  # type: ignore[misc]
+                tapes.append(plan.linearize(X, memory_budget=budget))
+                assert tapes[1].chunk is not None
+            sides.append([ExampleGradients.on(tape, loss, y, "test") for tape in tapes])
+            grads.append(reference.per_example_grads(model, nn.MSELoss(), X, y))
+        for left, G in zip(sides, grads, strict=True):
+            for right, H in zip(sides, grads, strict=True):
+                for mine in left:
+                    for theirs in right:
+                        assert_close(mine.gram(theirs), G @ H.T)
+
+
+class _Sum(nn.Module):
+    """Of sequences of any length, also none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(torch.tanh(self.rows(x)).sum(1))
+        return y
+
+
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+def test_gram_matrix_of_nothing(device: str) -> None:
+    """No right-hand side, no example, and sequences without a position, whose shared weights have no gradient."""
+    torch.manual_seed(0)
+    model, X, empty = _Sum().double(), torch.randn(6, 5, 3, dtype=torch.float64), torch.randn(4, 0, 3, dtype=torch.float64)
+    with emulated_device() if device == "emulated" else contextlib.nullcontext():
+        plan = Plan.of(model, X)
+        some = plan.linearize(X).factors(torch.randn(2, 6, 2, dtype=torch.float64))
+        no_vector = plan.linearize(X).factors(torch.empty(0, 6, 2, dtype=torch.float64))
+        no_example = plan.linearize(X[:0]).factors(torch.empty(3, 0, 2, dtype=torch.float64))
+        for none in (no_vector, no_example):
+            assert some.gram(none).shape == (12, 0)
+            assert none.gram(some).shape == (0, 12)
+            assert none.gram(none).shape == (0, 0)
+        G = torch.randn(1, 4, 2, dtype=torch.float64)
+        factors = Plan.of(model, empty).linearize(empty).factors(G)
+        rows, expected = factors.materialise()[0], torch.zeros(4, 26, dtype=torch.float64)
+        expected[:, 24:] = G[0]  # the sum is zero: of all parameters, only the head's bias has a gradient
+        assert torch.equal(rows, expected)
+        assert_close(factors.gram(factors), expected @ expected.T)
+        assert_close(factors.gram(some), expected @ some.materialise().flatten(0, 1).T)
+        assert_close(factors.square_norms()[0], expected.square().sum(dim=1))

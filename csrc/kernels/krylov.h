@@ -1,5 +1,6 @@
 // The vectors of conjugate gradients: V recurrences side by side, whose scalars stay where the vectors are. Columns that are not running are left as
-// they are. Inner products are added up in double, in an order that depends on P alone.
+// they are. Inner products are added up in double, in an order that depends on P and, on a device, on whether vectors can be read 16 bytes at a time:
+// whether all start at such addresses and P is a multiple of what 16 bytes hold.
 #pragma once
 
 #include <cstdint>

@@ -95,14 +95,15 @@ int64_t mlp_workspace(int64_t V, int64_t N, int64_t P, int width) {
 // side, every access counted whichever memory serves it:
 //   fused             a tile: W twice, the tangent of W once, the gradient written and read; an example: x and φ' twice
 //   layer by layer    an example: tangents are written, added to and scaled (5 outputs + 2 inputs of a layer), cotangents read three times, written
-//                     and scaled (3 outputs + 4 inputs); a launch for packing, two products, epilogue | gradient of W and b, product, epilogue
+//                     and scaled (3 outputs + 4 inputs); the tangent of W read, its gradient written; two products, epilogue | gradient of W and b,
+//                     product, epilogue
 template <class T>
 bool mlp_pays(const MlpShape& shape, int64_t V, int64_t N) {
   constexpr double kLaunchBytes = 8e6;  // 2.7 µs at 3 TB/s
   const MlpTiling tiling = mlp_tiling<T>(V, N, shape.width);
   const double size = sizeof(T), columns = static_cast<double>(V);
   const double fused = size * columns * (5.0 * tiling.tiles * shape.weights + 2.0 * N * shape.activations) + 2 * kLaunchBytes;
-  const double by_layer = size * columns * (7.0 * N * shape.activations + 3.0 * shape.weights) + (8.0 * shape.depth + 2) * kLaunchBytes;
+  const double by_layer = size * columns * (7.0 * N * shape.activations + 2.0 * shape.weights) + (7.0 * shape.depth + 2) * kLaunchBytes;
   return fused < by_layer;
 }
 

@@ -7,7 +7,8 @@
 //
 // Every loss whose Hessian has one of these shapes needs no code of its own here. Softmax: S = diag(√p) − p √pᵀ, for then
 // S Sᵀ = diag p − p pᵀ because Σ p = 1. A softmax at each of several positions of an example is block-diagonal: u and state [.., K, positions]
-// with C = K · positions, weights [n, positions]. Otherwise: u [V, n, C] contiguous, state [n, C], weights [n] or absent. Deterministic.
+// with C = K · positions, weights [n, positions]; or [.., positions, K] where classes are innermost. Otherwise: u [V, n, C] contiguous, state [n, C],
+// weights [n] or absent. Deterministic.
 #pragma once
 
 #include <cstdint>
@@ -27,6 +28,8 @@ struct OutputHessian {
   const T* state = nullptr;    // d or p of the first example of the tile
   const T* weights = nullptr;  // w of the first example of the tile, all >= 0
   int64_t positions = 1;       // more than one for the softmax shape only
+  bool classes_innermost = false;
+  bool untransposed = false;  // of the value whose transposition the network's outputs are (plan.h), not of these
 
   // The same from example n0 on.
   OutputHessian from(int64_t n0) const {
@@ -34,6 +37,14 @@ struct OutputHessian {
     if (tile.state) tile.state += n0 * C;
     if (tile.weights) tile.weights += n0 * positions;
     return tile;
+  }
+  // The same with every position for an example, where classes are innermost.
+  OutputHessian by_position() const {
+    OutputHessian rows = *this;
+    rows.C = C / positions;
+    rows.positions = 1;
+    rows.classes_innermost = false;
+    return rows;
   }
 };
 

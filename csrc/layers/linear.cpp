@@ -7,6 +7,7 @@
 //   per_example  W: outer product of g_y and x;  b: dense g_y
 //   tape         x if W is differentiated; W packed, both ways if x has a cotangent (each O·I elements, shared by all tiles)
 //   sets         each of the three products is one batched call, with W as it lies
+//   device       tangents of W are read where they lie: the vendor's product takes either storage, and a copy would move them twice more
 //
 //   prepared x packed both ways, as the right factor of W xᵀ and of the gradient; forward is then (W xᵀ)ᵀ with W where it lies
 //
@@ -35,7 +36,8 @@ class Linear final : public Rule<T> {
     Storage storage{.keeps_input = {node.is_trainable(0)},
                     .state_widths = {},
                     .packed_size = gemm_packed_size<T>(I, O) + (node.needs_tangent[0] ? gemm_packed_size<T>(O, I) : 0),
-                    .tangent_packed_size = node.is_trainable(0) ? gemm_packed_size<T>(I, O) + (node.curved ? gemm_packed_size<T>(O, I) : 0) : 0};
+                    .tangent_packed_size = node.is_trainable(0) ? gemm_packed_size<T>(I, O) + (node.curved ? gemm_packed_size<T>(O, I) : 0) : 0,
+                    .tangents_in_place = true};
     const bool transposed = node.attribute("transposed") != 0;
     storage.positions = node.width / O;
     if (node.width == O) storage.dense = {I, O, transposed ? 1 : I, transposed ? O : 1};
@@ -69,6 +71,7 @@ class Linear final : public Rule<T> {
   }
 
   void pack_tangents(const Tile<T>& tile, const ParameterTangents<T>& t_theta, T* packed) const override {
+    if (tile.ctx.on_device()) return;
     const Shape s(tile);
     gemm_pack_stub<T>(tile.ctx, tile.V, s.I, s.O, t_theta.theta[0], t_theta.stride, s.in_stride, s.out_stride, packed);
     if (!tile.node.curved) return;
@@ -96,8 +99,7 @@ class Linear final : public Rule<T> {
     }
     if (t_theta.theta[0]) {
       g.terms[1] = left(s, tile.x[0], s.I, 0);
-      g.terms[1].packed = t_theta.packed;
-      g.terms[1].packed_batch = gemm_packed_size<T>(s.I, s.O);
+      weight_tangents(tile, t_theta, s.I, s.O, s.in_stride, s.out_stride, 0, g.terms[1]);
     }
     g.bias = t_theta.theta[1];
     g.bias_batch = t_theta.stride;
@@ -157,8 +159,7 @@ class Linear final : public Rule<T> {
     const Shape s(tile);
     Gemm<T> g = product(s, tile.V, s.I, order.g_x[0]);
     g.terms[0] = left(s, order.g_y, s.O, 0);
-    g.terms[0].packed = order.t_theta.packed + tile.V * gemm_packed_size<T>(s.I, s.O);
-    g.terms[0].packed_batch = gemm_packed_size<T>(s.O, s.I);
+    weight_tangents(tile, order.t_theta, s.O, s.I, s.out_stride, s.in_stride, tile.V * gemm_packed_size<T>(s.I, s.O), g.terms[0]);
     g.accumulate = true;
     gemm_stub<T>(tile.ctx, g);
     weight_gradient(tile, s, order.g_y, 0, order.t_x[0], s.M * s.I, order.g_theta[0], order.stride, true);
@@ -276,6 +277,20 @@ class Linear final : public Rule<T> {
     term.b_row = row;
     term.b_col = col;
     term.b_batch = tile.node.is_trainable(0) ? tile.theta_stride : 0;
+  }
+
+  // Tangents of W as the right factor [K, N]: what `pack_tangents` put at `packed`, or on a device as they lie.
+  static void weight_tangents(const Tile<T>& tile, const ParameterTangents<T>& t_theta, int64_t K, int64_t N, int64_t row, int64_t col,
+                              int64_t packed, GemmTerm<T>& term) {
+    if (!tile.ctx.on_device()) {
+      term.packed = t_theta.packed + packed;
+      term.packed_batch = gemm_packed_size<T>(K, N);
+      return;
+    }
+    term.b = t_theta.theta[0];
+    term.b_row = row;
+    term.b_col = col;
+    term.b_batch = t_theta.stride;
   }
 
   static GemmTerm<T> left(const Shape&, const T* a, int64_t K, int64_t batch) {

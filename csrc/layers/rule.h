@@ -32,6 +32,7 @@ struct Storage {
   std::vector<int64_t> state_widths;  // arrays [N, width] of its own
   int64_t packed_size = 0;            // elements derived from θ alone (packed weights)
   int64_t tangent_packed_size = 0;    // elements derived from a parameter tangent, per right-hand side
+  bool tangents_in_place = false;     // on a device parameter tangents are read where they lie: nothing is derived from them
   bool on_calling_thread = false;     // no other thread may run the node
   int derivative = -1;                // state array d if the node is elementwise with t_y = d ∘ t_x: such nodes can be fused into a neighbour
   Dense dense = {};                   // if it is: chains of such nodes can be one kernel (kernels/mlp.h)

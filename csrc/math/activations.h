@@ -5,6 +5,7 @@
 
 #include "common/macros.h"
 #include "math/exp.h"
+#include "math/normal.h"
 
 namespace infl {
 
@@ -81,7 +82,15 @@ INFL_HD T hyperbolic_tangent(T x) {
 // log(1 + exp(x)) without overflow.
 template <class T>
 INFL_HD T log1p_exp(T x) {
-  return (x > T(0) ? x : T(0)) + std::log1p(std::exp(x > T(0) ? -x : x));
+  return (x > T(0) ? x : T(0)) + log1p_unit(exp_nonpositive(x > T(0) ? -x : x));
+}
+
+// tanh(log(1 + eˣ)) = (s² − 1) / (s² + 1) with s = 1 + eˣ, by e^(−|x|).
+template <class T>
+INFL_HD T tanh_log1p_exp(T x) {
+  const T e = exp_nonpositive(x > T(0) ? -x : x);
+  const T far = T(1) + T(2) * e, near = e * (e + T(2));
+  return x > T(0) ? far / (far + T(2) * e * e) : near / (near + T(2));
 }
 
 // a, b: elu: alpha, scale; softplus: beta, threshold; leaky_relu: negative slope; clamp, hardtanh: lower and upper bound (they differ in their
@@ -96,9 +105,10 @@ INFL_HD ValueAndDerivative<T> activation(T x, T a, T b) {
     return {y, T(1) - y * y};
   } else if constexpr (kind == Activation::gelu) {
     // x Φ(x), derivative Φ(x) + x φ(x)
-    const T cdf = T(0.5) * std::erfc(-x * T(0.70710678118654752440));
-    const T density = T(0.39894228040143267794) * std::exp(T(-0.5) * x * x);
-    return {x * cdf, cdf + x * density};
+    const T e = exp_nonpositive(T(-0.5) * x * x);
+    const T tail = e * scaled_normal_tail(x < T(0) ? -x : x);
+    const T cdf = x < T(0) ? tail : T(1) - tail;
+    return {x * cdf, cdf + x * (T(0.39894228040143267794) * e)};
   } else if constexpr (kind == Activation::gelu_tanh) {
     const T c = T(0.79788456080286535588), k = T(0.044715);
     const T t = hyperbolic_tangent(c * (x + k * x * x * x));
@@ -110,7 +120,8 @@ INFL_HD ValueAndDerivative<T> activation(T x, T a, T b) {
     const T s = sigmoid(x);
     return {s, s * (T(1) - s)};
   } else if constexpr (kind == Activation::elu) {
-    return {x > T(0) ? b * x : a * b * std::expm1(x), x > T(0) ? b : a * b * std::exp(x)};
+    const T below = x > T(0) ? T(0) : x;
+    return {x > T(0) ? b * x : a * b * expm1_nonpositive(below), x > T(0) ? b : a * b * exp_nonpositive(below)};
   } else if constexpr (kind == Activation::softplus) {
     const T s = a * x;
     return {s > b ? x : log1p_exp(s) / a, s > b ? T(1) : sigmoid(s)};
@@ -130,7 +141,7 @@ INFL_HD ValueAndDerivative<T> activation(T x, T a, T b) {
     const T low = x < a ? a : x;
     return {low > b ? b : low, x <= a || x >= b ? T(0) : T(1)};
   } else if constexpr (kind == Activation::mish) {
-    const T t = std::tanh(log1p_exp(x));
+    const T t = tanh_log1p_exp(x);
     return {x * t, t + x * sigmoid(x) * (T(1) - t * t)};
   } else if constexpr (kind == Activation::softshrink) {
     return {x > a ? x - a : x < -a ? x + a : x * T(0), x >= -a && x <= a ? T(0) : T(1)};
@@ -235,7 +246,7 @@ INFL_HD T second_derivative(T x, T a, T b) {
     const T y = hyperbolic_tangent(x);
     return T(-2) * y * (T(1) - y * y);
   } else if constexpr (kind == Activation::gelu) {
-    return T(0.39894228040143267794) * std::exp(T(-0.5) * x * x) * (T(2) - x * x);
+    return T(0.39894228040143267794) * exp_nonpositive(T(-0.5) * x * x) * (T(2) - x * x);
   } else if constexpr (kind == Activation::gelu_tanh) {
     const T c = T(0.79788456080286535588), k = T(0.044715);
     const T u = c * (x + k * x * x * x), t = hyperbolic_tangent(u), slope = c * (T(1) + T(3) * k * x * x);
@@ -248,14 +259,14 @@ INFL_HD T second_derivative(T x, T a, T b) {
     const T s = sigmoid(x);
     return s * (T(1) - s) * (T(1) - T(2) * s);
   } else if constexpr (kind == Activation::elu) {
-    return x < T(0) ? a * b * std::exp(x) : T(0);
+    return x < T(0) ? a * b * exp_nonpositive(x < T(0) ? x : T(0)) : T(0);
   } else if constexpr (kind == Activation::softplus) {
     const T s = sigmoid(a * x);
     return a * x > b ? T(0) : a * s * (T(1) - s);
   } else if constexpr (kind == Activation::hardswish) {
     return x > T(-3) && x < T(3) ? T(1) / T(3) : T(0);
   } else if constexpr (kind == Activation::mish) {
-    const T t = std::tanh(log1p_exp(x)), s = sigmoid(x);
+    const T t = tanh_log1p_exp(x), s = sigmoid(x);
     return (T(1) - t * t) * s * (T(2) + x * (T(1) - s - T(2) * t * s));
   } else if constexpr (kind == Activation::log_sigmoid) {
     const T s = sigmoid(x);

@@ -1,5 +1,4 @@
-// eˣ for x ≤ 0 as arithmetic that a compiler vectorises: x = n ln 2 + r, |r| ≤ ln 2 / 2, eˣ = 2ⁿ Σ rᵏ / k!. Within 2 units in the last place;
-// 0 where the result would be subnormal (and for −∞), NaN for NaN.
+// eˣ and its kin as arithmetic that a compiler vectorises, within 2 to 3 units in the last place; NaN for NaN.
 #pragma once
 
 #include <cstdint>
@@ -29,8 +28,14 @@ struct ExpConstants<double> {
   static constexpr double ln2_high = 0.6931471803691238, ln2_low = 1.9082149292705877e-10;
 };
 
+// x = n ln 2 + r, |r| ≤ ln 2 / 2, and e^r = 1 + r Σ rᵏ / (k + 1)!; x from `lowest` to 0.
 template <class T>
-INFL_HD T exp_nonpositive(T x) {
+struct ReducedExp {
+  T power, r, sum;  // 2ⁿ, r, (e^r − 1) / r
+};
+
+template <class T>
+INFL_HD ReducedExp<T> reduced_exp(T x) {
   using C = ExpConstants<T>;
   using Bits = typename C::Bits;
   constexpr T kInverseFactorial[] = {T(1),
@@ -47,20 +52,45 @@ INFL_HD T exp_nonpositive(T x) {
                                      T(1) / T(39916800),
                                      T(1) / T(479001600),
                                      T(1) / T(6227020800.0)};
-  const bool vanishes = x < C::lowest;
-  const T inside = vanishes ? C::lowest : x;
-  const T shifted = inside * T(1.44269504088896340736) + C::shifter;
+  const T shifted = x * T(1.44269504088896340736) + C::shifter;
   const T n = shifted - C::shifter;
-  const T r = (inside - n * C::ln2_high) - n * C::ln2_low;
+  const T r = (x - n * C::ln2_high) - n * C::ln2_low;
   T sum = kInverseFactorial[C::degree];
   INFL_UNROLL(16)
-  for (int k = C::degree - 1; k >= 0; --k) sum = sum * r + kInverseFactorial[k];
+  for (int k = C::degree - 1; k >= 1; --k) sum = sum * r + kInverseFactorial[k];
   Bits bits;
   std::memcpy(&bits, &shifted, sizeof(bits));
   bits = static_cast<Bits>(static_cast<std::make_unsigned_t<Bits>>(bits) << C::mantissa_bits) + (Bits{C::exponent_bias} << C::mantissa_bits);
   T power;
   std::memcpy(&power, &bits, sizeof(power));
-  return vanishes ? T(0) : sum * power;
+  return {power, r, sum};
+}
+
+// eˣ for x ≤ 0; 0 where the result would be subnormal (and for −∞).
+template <class T>
+INFL_HD T exp_nonpositive(T x) {
+  const bool vanishes = x < ExpConstants<T>::lowest;
+  const ReducedExp<T> e = reduced_exp(vanishes ? ExpConstants<T>::lowest : x);
+  return vanishes ? T(0) : (e.sum * e.r + T(1)) * e.power;
+}
+
+// eˣ − 1 for x ≤ 0, without cancellation: 2ⁿ (e^r − 1) + (2ⁿ − 1).
+template <class T>
+INFL_HD T expm1_nonpositive(T x) {
+  const bool vanishes = x < ExpConstants<T>::lowest;
+  const ReducedExp<T> e = reduced_exp(vanishes ? ExpConstants<T>::lowest : x);
+  return vanishes ? T(-1) : e.power * e.r * e.sum + (e.power - T(1));
+}
+
+// log(1 + u) for 0 ≤ u ≤ 1: 2 artanh(s) = 2 s Σ s²ᵏ / (2k + 1), s = u / (2 + u) ≤ 1/3.
+template <class T>
+INFL_HD T log1p_unit(T u) {
+  constexpr int kDegree = sizeof(T) == sizeof(float) ? 7 : 16;
+  const T s = u / (T(2) + u), square = s * s;
+  T sum = T(1) / T(2 * kDegree + 1);
+  INFL_UNROLL(16)
+  for (int k = kDegree - 1; k >= 1; --k) sum = sum * square + T(1) / T(2 * k + 1);
+  return T(2) * s + T(2) * s * square * sum;
 }
 
 }  // namespace infl

@@ -22,7 +22,7 @@ constexpr int64_t kBlockBytes = 32 << 20;  // of what is formed at a time: gradi
 // Of N rows of `width` elements, those that are formed at a time.
 template <class T>
 int64_t largest_block(int64_t N, int64_t width) {
-  return std::clamp<int64_t>(kBlockBytes / (width * static_cast<int64_t>(sizeof(T))), 1, N);
+  return std::clamp<int64_t>(kBlockBytes / (width * static_cast<int64_t>(sizeof(T))), 1, std::max<int64_t>(1, N));
 }
 
 // Whether two factors of one parameter have the same two sides. Plans of different shapes may differ in that: one forms the gradients that the other
@@ -63,8 +63,10 @@ FactorSet<T>::FactorSet(int64_t V, int64_t N, int64_t num_parameters, const std:
     : V_(V), N_(N), num_parameters_(num_parameters), slots_(slots) {
   for (const Factor<T>& factor : factors) {
     const Slot::Region& region = slots_[factor.slot].region;
+    if (region.size == 0 || factor.positions == 0) continue;  // no elements, or zero: it adds nothing
     Group& group = groups_[region.begin];
     group.size = region.size;
+    group.whole = group.whole && slots_[factor.slot].size == region.size;
     group.factors.push_back(factor);
   }
 }
@@ -239,17 +241,29 @@ std::map<int64_t, int64_t> FactorSet<T>::dense_partners(const FactorSet& other) 
 
 template <class T>
 void FactorSet<T>::gram(const Context& ctx, const FactorSet& other, T* out) const {
-  fill_zero<T>(ctx, V_ * N_ * other.V_ * other.N_, out);
+  const int64_t products = V_ * N_ * other.V_ * other.N_;
+  if (products == 0) return;
+  fill_zero<T>(ctx, products, out);
   const std::map<int64_t, int64_t> partners = dense_partners(other);
   std::set<int64_t> included;
   for (const auto& [outer, dense] : partners) included.insert(dense);
   for (const auto& [begin, group] : groups_) {
-    const auto it = other.groups_.find(begin);
-    if (it == other.groups_.end() || included.count(begin) > 0) continue;
-    if (group.is_simple() && it->second.is_simple() && alike(group.factors[0], it->second.factors[0])) {
-      add_simple_gram(ctx, group.factors[0], other, it->second.factors[0], partners.count(begin) > 0, out);
-    } else {
-      add_gram(ctx, group, other, it->second, out);
+    if (included.count(begin) > 0) continue;
+    const int64_t end = begin + group.size;
+    // Theirs that share elements with it: the same one, unless plans of different shapes read other parts of a parameter.
+    auto it = other.groups_.upper_bound(begin);
+    if (it != other.groups_.begin()) --it;
+    for (; it != other.groups_.end() && it->first < end; ++it) {
+      const auto& [other_begin, theirs] = *it;
+      const int64_t from = std::max(begin, other_begin), to = std::min(end, other_begin + theirs.size);
+      if (from >= to) continue;
+      if (begin != other_begin || group.size != theirs.size) {
+        add_formed_gram(ctx, group, from - begin, other, theirs, from - other_begin, to - from, out);
+      } else if (group.is_simple() && theirs.is_simple() && alike(group.factors[0], theirs.factors[0])) {
+        add_simple_gram(ctx, group.factors[0], other, theirs.factors[0], partners.count(begin) > 0, out);
+      } else {
+        add_gram(ctx, group, other, theirs, out);
+      }
     }
   }
   if (is_halved(ctx, other)) mirror(ctx, out);
@@ -417,30 +431,36 @@ void FactorSet<T>::add_outer_gram(const Context& ctx, const Factor<T>& f, const 
 
 template <class T>
 void FactorSet<T>::add_gram(const Context& ctx, const Group& mine, const FactorSet& other, const Group& theirs, T* out) const {
-  const int64_t cols = other.V_ * other.N_, size = mine.size;
-  if (mine.is_scatter() && theirs.is_scatter()) {
-    RowScatter<T>(ctx, V_, N_, mine.factors[0]).add_gram(ctx, RowScatter<T>(ctx, other.V_, other.N_, theirs.factors[0]), out);
+  const Factor<T>&f = mine.factors[0], &g = theirs.factors[0];
+  if (mine.is_scatter() && theirs.is_scatter() && alike(f, g)) {
+    RowScatter<T>(ctx, V_, N_, f).add_gram(ctx, RowScatter<T>(ctx, other.V_, other.N_, g), out);
     return;
   }
-  const Factor<T>&f = mine.factors[0], &g = theirs.factors[0];
   if (mine.is_outer() && theirs.is_outer() && alike(f, g) && !ctx.on_device()) {
     if (pairs_positions(other, f, g)) return add_pair_gram(ctx, f, other, g, out);
     const int64_t rows = rows_of_outer_gram(other, f, g);
     if (rows > 0) return add_outer_gram(ctx, f, other, g, rows, out);
   }
-  // Blocks of formed gradients against each other.
-  const int64_t block = largest_block<T>(N_, size);
-  const int64_t other_block = largest_block<T>(other.N_, size);
-  Scratch<T> a(ctx, block * size), b(ctx, other_block * size);
+  add_formed_gram(ctx, mine, 0, other, theirs, 0, mine.size, out);
+}
+
+template <class T>
+void FactorSet<T>::add_formed_gram(const Context& ctx, const Group& mine, int64_t first, const FactorSet& other, const Group& theirs,
+                                   int64_t other_first, int64_t count, T* out) const {
+  const int64_t cols = other.V_ * other.N_;
+  const int64_t block = largest_block<T>(N_, mine.size), other_block = largest_block<T>(other.N_, theirs.size);
+  Scratch<T> a(ctx, block * mine.size), b(ctx, other_block * theirs.size);
   for (int64_t v = 0; v < V_; ++v) {
     for (int64_t n0 = 0; n0 < N_; n0 += block) {
       const int64_t n = std::min(block, N_ - n0);
-      form(ctx, mine, v, n0, n, a.data(), size);
+      form(ctx, mine, v, n0, n, a.data(), mine.size);
       for (int64_t w = 0; w < other.V_; ++w) {
         for (int64_t m0 = 0; m0 < other.N_; m0 += other_block) {
           const int64_t m = std::min(other_block, other.N_ - m0);
-          other.form(ctx, theirs, w, m0, m, b.data(), size);
-          Gemm<T> p = transposed_product<T>(n, m, size, a.data(), b.data());
+          other.form(ctx, theirs, w, m0, m, b.data(), theirs.size);
+          Gemm<T> p = transposed_product<T>(n, m, count, a.data() + first, b.data() + other_first);
+          p.terms[0].a_row = mine.size;
+          p.terms[0].b_col = theirs.size;
           p.c = out + (v * N_ + n0) * cols + w * other.N_ + m0;
           p.ldc = cols;
           p.accumulate = true;

@@ -35,19 +35,25 @@ class FactorSet {
   void gram(const Context& ctx, const FactorSet& other, T* out) const;  // [V N, V' N'] inner products
 
  private:
-  // A region's factors; one that is alone has the whole of it.
+  // A region's factors.
   struct Group {
     int64_t size = 0;
+    bool whole = true;  // has every factor all of the region? Slices that overlap in it may have added nothing
     std::vector<Factor<T>> factors;
-    bool is_simple() const { return factors.size() == 1 && factors[0].positions == 1 && !factors[0].is_scatter(); }
-    bool is_outer() const { return factors.size() == 1 && !factors[0].is_dense() && !factors[0].is_scatter(); }
-    bool is_scatter() const { return factors.size() == 1 && factors[0].is_scatter(); }
+    bool is_alone() const { return whole && factors.size() == 1; }
+    bool is_simple() const { return is_alone() && factors[0].positions == 1 && !factors[0].is_scatter(); }
+    bool is_outer() const { return is_alone() && !factors[0].is_dense() && !factors[0].is_scatter(); }
+    bool is_scatter() const { return is_alone() && factors[0].is_scatter(); }
   };
   int64_t place(const Factor<T>& f) const { return slots_[f.slot].offset - slots_[f.slot].region.begin; }  // in its region
   // Gradients of examples [n0, n0 + n) for right-hand side v, with respect to one region: out [n, size], examples `stride` apart.
   void form(const Context& ctx, const Group& group, int64_t v, int64_t n0, int64_t n, T* out, int64_t stride, bool stream = false) const;
   void add_square_norms(const Context& ctx, const Group& group, T* out) const;
+  // Of groups of one region in both sets.
   void add_gram(const Context& ctx, const Group& mine, const FactorSet& other, const Group& theirs, T* out) const;
+  // Of `count` elements, from the `first` of mine and the `other_first` of theirs on: blocks of formed gradients against each other.
+  void add_formed_gram(const Context& ctx, const Group& mine, int64_t first, const FactorSet& other, const Group& theirs, int64_t other_first,
+                       int64_t count, T* out) const;
   // Of simple groups with the same sides; `ones`: and of the dense ones with the same vectors.
   void add_simple_gram(const Context& ctx, const Factor<T>& mine, const FactorSet& other, const Factor<T>& theirs, bool ones, T* out) const;
   // Of groups that are outer products with the same sides, by inner products of all positions of one example with all of the other:

@@ -100,6 +100,7 @@ Plan<T>::Plan(std::vector<Node> nodes, std::vector<Slot> slots, std::vector<int6
     node.curved = second_order && needs_tangent_[node.output] && rule->is_curved(node);
     if (!node.parts.empty()) node.parts[0].curved = node.curved;
     storages_.push_back(rule->storage(node));
+    if (on_device && storages_.back().tangents_in_place) storages_.back().tangent_packed_size = 0;
   }
   if (!unknown.empty()) throw std::invalid_argument("Plan: expected rules that exist, got " + unknown + ".");
   for (const Slot& slot : slots_) {
@@ -109,6 +110,7 @@ Plan<T>::Plan(std::vector<Node> nodes, std::vector<Slot> slots, std::vector<int6
     }
   }
   analyse();
+  find_untransposed();
   compile_forward();
   compile_tangent(needs_tangent_, schedules_);
   compile_cotangent(needs_tangent_, schedules_);
@@ -116,6 +118,7 @@ Plan<T>::Plan(std::vector<Node> nodes, std::vector<Slot> slots, std::vector<int6
   find_chain();
   find_shortcuts();
   if (shortcuts_.empty()) return;
+  untransposed_ = -1;  // few outputs: not worth sweeps of either kind
   compile_tangent(carried(), shortened_);
   compile_cotangent(carried(), shortened_);
 }
@@ -229,6 +232,27 @@ void Plan<T>::find_regions() {
 }
 
 template <class T>
+void Plan<T>::find_untransposed() {
+  const int i = producer_[output()];
+  if (i < 0 || own_rules_[i] || nodes_[i].rule != "strided" || !nodes_[i].needs_tangent[0]) return;
+  const auto has_tangent = [&](const Node& other) { return needs_tangent_[other.output]; };
+  if (std::any_of(nodes_.begin() + i + 1, nodes_.end(), has_tangent)) return;  // the last step of the tangent sweep would be another's
+  const Node& node = nodes_[i];
+  const auto &shape = node.list("shape"), &strides = node.list("strides");
+  const int value = canonical_[node.inputs[0]];
+  const size_t classes = std::find_if(shape.begin(), shape.end(), [](int64_t size) { return size > 1; }) - shape.begin();
+  if (node.attribute("offset") != 0 || classes == shape.size() || strides[classes] != 1 || widths_[value] != node.width) return;
+  int64_t step = shape[classes];
+  for (size_t axis = shape.size() - 1; axis > classes; step *= shape[axis--]) {
+    if (strides[axis] != step && shape[axis] > 1) return;
+  }
+  const auto reads = [&](const Node& other) {
+    return std::any_of(other.inputs.begin(), other.inputs.end(), [&](int input) { return canonical_[input] == value; });
+  };
+  if (shape[classes] < node.width && std::count_if(nodes_.begin(), nodes_.end(), reads) == 1) untransposed_ = value;
+}
+
+template <class T>
 void Plan<T>::compile_forward() {
   std::vector<int> last_use(widths_.size(), -1);
   for (size_t i = 0; i < nodes_.size(); ++i) {
@@ -294,7 +318,10 @@ void Plan<T>::compile_tangent(const std::vector<bool>& carried, Schedules& to) {
       continue;
     }
     TangentStep step{static_cast<int>(i), {}, kNowhere, -1};
-    for (int input : node.inputs) step.inputs.push_back(carried[canonical_[input]] ? place[canonical_[input]] : kNowhere);
+    for (int input : node.inputs) {
+      step.inputs.push_back(carried[canonical_[input]] ? place[canonical_[input]] : kNowhere);
+      if (canonical_[input] == untransposed_) to.untransposed = step.inputs.back();
+    }
     step.output = place[node.output] = places.take(node.width);
     step_of[node.output] = static_cast<int>(steps.size());
     for (int input : node.inputs) {
@@ -328,7 +355,7 @@ void Plan<T>::compile_cotangent(const std::vector<bool>& carried, Schedules& to)
       if (carried[canonical_[input]]) ++num_writes[canonical_[input]];
     }
   }
-  if (!needs_tangent_[output()]) return;
+  if (!needs_tangent_[output()]) return find_written(to);
   ++num_writes[output()];
 
   Places places;
@@ -340,6 +367,7 @@ void Plan<T>::compile_cotangent(const std::vector<bool>& carried, Schedules& to)
   std::vector<int> step_of(widths_.size(), -1);  // the step that wrote the cotangent, if it was one alone
   place[output()] = to.output;
   places.take_at(to.output, output_width());
+  if (to.untransposed != kNowhere) places.take_at(to.untransposed, output_width());
   written[output()] = true;
   for (const Shortcut& shortcut : shortcuts_) {
     place[shortcut.value] = shortcut.place;
@@ -393,7 +421,7 @@ void Plan<T>::compile_cotangent(const std::vector<bool>& carried, Schedules& to)
       CotangentStep step{i, g_output, params && !params_done, static_cast<int>(k), kNowhere, written[value], -1};
       params_done = true;
       if (!written[value]) {
-        place[value] = places.take(widths_[value]);
+        place[value] = value == untransposed_ ? to.untransposed : places.take(widths_[value]);
         written[value] = true;
         step_of[value] = static_cast<int>(steps.size());
       }

@@ -16,6 +16,10 @@
 // B_n = ∂z_n/∂u_n itself, [C, width] an example: t_z += B_n t_u and g_u = B_nᵀ g_z take C · width multiplications where the layer takes
 // width · outputs. With a shortcut nothing else leads on from u. A second pair of sweeps is compiled for products that take them.
 //
+// Where the output is the transposition of a value [positions, classes], as losses over classes want it, sweeps of a product can end and begin at
+// that value: the transposition is the last step of the tangent sweep and the first of the cotangent sweep, and both leave the value in one place,
+// so a product whose loss Hessian takes classes innermost leaves these steps out.
+//
 // A plan for second-order products has curved nodes, too: the tangents that they read stay in the workspace until the cotangent sweep has passed
 // them, and they are fused with nothing that would come between a product and its second-order term.
 #pragma once
@@ -86,6 +90,7 @@ struct Schedules {
   int64_t forward_width = 0;            // workspace elements per example
   int64_t sweep_width = 0;              // of tangent and cotangent sweep together, per example and right-hand side
   Place output = kNowhere;              // the output's tangent, and its cotangent
+  Place untransposed = kNowhere;        // of the value that Plan::untransposed() names
   std::vector<int64_t> tangent_packed;  // per node: where its packed parameter tangents begin, in elements per right-hand side
   int64_t tangent_packed_size = 0;      // of all nodes
   int64_t most_tangent_packed = 0;      // of one node
@@ -123,6 +128,8 @@ class Plan {
   int output() const { return canonical_[output_]; }
   int64_t output_width() const { return width(output_); }
   int64_t num_parameters() const { return num_parameters_; }
+  // The value whose transposition the output is, where it is one that puts the innermost axis first and nothing else reads the value; or -1.
+  int untransposed() const { return untransposed_; }
   bool output_depends_on_parameters() const { return needs_tangent_[output()]; }
   bool is_read_once(int slot) const { return read_once_[slot]; }  // by one node, of all that read its region
   bool on_calling_thread() const;                                 // does a node refuse other threads?
@@ -132,6 +139,7 @@ class Plan {
   void merge_pools(bool second_order);
   void analyse();
   void find_regions();
+  void find_untransposed();
   void compile_forward();
   std::vector<bool> carried() const;
   void compile_tangent(const std::vector<bool>& carried, Schedules& to);
@@ -147,6 +155,7 @@ class Plan {
   std::vector<int> canonical_;
   int output_;
   int64_t num_parameters_;
+  int untransposed_ = -1;
   std::vector<std::shared_ptr<const Rule<T>>> own_rules_;
   std::vector<const Rule<T>*> rules_;
   std::vector<Storage> storages_;

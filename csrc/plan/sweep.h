@@ -106,16 +106,15 @@ void Tape<T>::run_tiles(const Context& ctx, int64_t V, int64_t sums_wanted, T* o
     for (int64_t i = 0; i < num_tiles; ++i) body(inner, i * t.tile, std::min(t.tile, N_ - i * t.tile), workspace.data(), Sums{out, writes && i == 0});
     return;
   }
-  if (out) fill_zero<T>(ctx, size, out);
-  Scratch<T> accumulators(ctx, out ? t.num_threads * size : 0);  // [threads, V, P]
-  T* sums = accumulators.data();
+  Scratch<T> accumulators(ctx, out ? (t.num_threads - 1) * size : 0);  // [threads − 1, V, P]: the first thread's is `out`
+  T* others = accumulators.data();
   RegionErrors errors;
 #pragma omp parallel num_threads(t.num_threads)
   {
     const int me = omp_get_thread_num(), count = omp_get_num_threads();
     Context inner = ctx;
     inner.num_threads = 1;
-    T* sum = out ? sums + me * size : nullptr;
+    T* sum = out && me > 0 ? others + (me - 1) * size : out;
     try {
       Scratch<T> workspace(inner, workspace_size);
       if (out) clear(inner, sums_wanted, s, writes && me < num_tiles, sum);
@@ -128,7 +127,7 @@ void Tape<T>::run_tiles(const Context& ctx, int64_t V, int64_t sums_wanted, T* o
 #pragma omp barrier
     if (out && !errors) {
       const int64_t slice = (size + count - 1) / count, begin = std::min(size, me * slice), end = std::min(size, begin + slice);
-      row_accumulate_stub<T>(inner, count, end - begin, sums + begin, size, out + begin);
+      row_accumulate_stub<T>(inner, count - 1, end - begin, others + begin, size, out + begin);
     }
   }
   errors.rethrow();

@@ -1,6 +1,7 @@
 #include "plan/tape.h"
 
 #include <algorithm>
+#include <span>
 #include <stdexcept>
 
 #include "common/interruption.h"
@@ -89,6 +90,7 @@ void Tape<T>::linearize(const Context& ctx, const std::vector<const T*>& theta, 
     theta_at_[s] = theta_[s].data();
   }
   for (size_t i = 0; i < packed_.size(); ++i) {
+    interruption_point();
     for (const Part& part : parts(static_cast<int>(i), 0)) {
       Sweep sweep(*this, ctx, static_cast<int>(i), 1, 0, part);
       if (part.sets == 1) plan_->rule(static_cast<int>(i)).pack(sweep.tile);
@@ -116,10 +118,10 @@ void Tape<T>::forward_tile(const Context& ctx, int64_t n0, int64_t n, T* workspa
 }
 
 template <class T>
-void Tape<T>::tangent_tile(const Context& ctx, const Schedules& s, int64_t V, int64_t n0, int64_t n, const std::vector<const T*>& t_theta, bool ahead,
-                           T* packed, T* workspace) const {
+void Tape<T>::tangent_tile(const Context& ctx, const Schedules& s, bool untransposed, int64_t V, int64_t n0, int64_t n,
+                           const std::vector<const T*>& t_theta, bool ahead, T* packed, T* workspace) const {
   std::vector<const T*> t_x;
-  for (const TangentStep& step : s.tangent) {
+  for (const TangentStep& step : std::span(s.tangent).first(s.tangent.size() - (untransposed ? 1 : 0))) {
     interruption_point();
     Sweep sweep(*this, ctx, step.node, V, n0, n);
     t_x.clear();
@@ -139,9 +141,11 @@ void Tape<T>::load_cotangents(const Context& ctx, int64_t V, int64_t n0, int64_t
 }
 
 template <class T>
-void Tape<T>::cotangent_tile(const Context& ctx, const Schedules& s, int64_t V, int64_t n0, int64_t n, Sums sums, T* workspace) const {
+void Tape<T>::cotangent_tile(const Context& ctx, const Schedules& s, bool untransposed, int64_t V, int64_t n0, int64_t n, Sums sums,
+                             T* workspace) const {
   const auto g_theta = slot_rows(sums.data);
-  for (const CotangentStep& step : s.cotangent) cotangent_step(ctx, step, V, n0, n, g_theta, workspace, sums.first);
+  for (const CotangentStep& step : std::span(s.cotangent).subspan(untransposed ? 1 : 0))
+    cotangent_step(ctx, step, V, n0, n, g_theta, workspace, sums.first);
 }
 
 // `g_theta` empty: parameters are not wanted.
@@ -169,13 +173,13 @@ void Tape<T>::cotangent_step(const Context& ctx, const CotangentStep& step, int6
 
 // The tangent of the cotangent sweep: every curved node adds its second-order term.
 template <class T>
-void Tape<T>::curved_cotangent_tile(const Context& ctx, int64_t V, int64_t n0, int64_t n, const std::vector<const T*>& t_theta, const T* packed,
-                                    Sums sums, T* workspace) const {
+void Tape<T>::curved_cotangent_tile(const Context& ctx, bool untransposed, int64_t V, int64_t n0, int64_t n, const std::vector<const T*>& t_theta,
+                                    const T* packed, Sums sums, T* workspace) const {
   const Schedules& s = plan_->schedules();
   const auto g_theta = slot_rows(sums.data);
   std::vector<const T*> t_x;
   std::vector<T*> g_x;
-  for (const CotangentStep& step : s.cotangent) {
+  for (const CotangentStep& step : std::span(s.cotangent).subspan(untransposed ? 1 : 0)) {
     cotangent_step(ctx, step, V, n0, n, g_theta, workspace, sums.first);
     if (step.second_order < 0) continue;
     const SecondOrderStep& places = s.second_order[step.second_order];
@@ -236,7 +240,7 @@ void Tape<T>::jvp(const Context& ctx, int64_t V, const T* v, T* t_out) const {
     T* packed_data = packed.data();
     if (ahead) pack_tangents(ctx, s, count, t_theta, packed_data);
     run_tiles(ctx, count, count, nullptr, [&](const Context& inner, int64_t n0, int64_t n, T* workspace, Sums) {
-      tangent_tile(inner, s, count, n0, n, t_theta, ahead, packed_data, workspace);
+      tangent_tile(inner, s, false, count, n0, n, t_theta, ahead, packed_data, workspace);
       const T* t_z = workspace + plan_->schedules().output * count * n;
       copy_rows_stub<T>(inner, count, n * C, t_z, n * C, t_out + (first * N_ + n0) * C, N_ * C, false);
     });
@@ -249,7 +253,7 @@ void Tape<T>::vjp(const Context& ctx, int64_t V, const T* g, T* out) const {
   each_group(ctx, V, [&](int64_t first, int64_t count) {
     const auto of_tile = [&](const Context& inner, int64_t n0, int64_t n, T* workspace, Sums sums) {
       load_cotangents(inner, count, n0, n, g + first * sets_ * N_ * plan_->output_width(), workspace);
-      cotangent_tile(inner, plan_->schedules(), count, n0, n, sums, workspace);
+      cotangent_tile(inner, plan_->schedules(), false, count, n0, n, sums, workspace);
     };
     run_tiles(ctx, count, count, out + first * plan_->num_parameters(), of_tile, false, true);
   });
@@ -307,7 +311,7 @@ void Tape<T>::descend(const Context& ctx, const T* g, const Descent<T>& descent,
 
 template <class T>
 void Tape<T>::ggn(const Context& ctx, int64_t V, const T* v, const OutputHessian<T>& h, T* out) const {
-  if (runs_as_chain(ctx, V)) return run_chain(ctx, {.V = V, .v = v, .hessian = h, .out = out});
+  if (runs_as_chain(ctx, V) && !h.classes_innermost) return run_chain(ctx, {.V = V, .v = v, .hessian = h, .out = out});
   product(ctx, V, v, h, false, out);
 }
 
@@ -321,6 +325,8 @@ void Tape<T>::product(const Context& ctx, int64_t V, const T* v, const OutputHes
   const bool shortened = takes_shortcuts(ctx, V);
   const Schedules& s = plan_->schedules(shortened);
   const int64_t C = plan_->output_width();
+  if (h.untransposed && plan_->untransposed() < 0)
+    throw std::invalid_argument("Tape: expected a loss Hessian of this network's outputs, got one of outputs before a transposition.");
   if (shortened) keep_jacobians(ctx);
   // body(a shortcut's Jacobians of a tile, its width, where its tangent and cotangent are)
   const auto each_shortcut = [&](int64_t count, int64_t n0, int64_t n, T* workspace, const auto& body) {
@@ -337,35 +343,40 @@ void Tape<T>::product(const Context& ctx, int64_t V, const T* v, const OutputHes
     T* packed_data = packed.data();
     if (ahead) pack_tangents(ctx, s, count, t_theta, packed_data);
     const auto of_tile = [&](const Context& inner, int64_t n0, int64_t n, T* workspace, Sums sums) {
-      T* z = workspace + s.output * count * n;
-      tangent_tile(inner, s, count, n0, n, t_theta, ahead, packed_data, workspace);
+      T* z = workspace + (h.untransposed ? s.untransposed : s.output) * count * n;
+      tangent_tile(inner, s, h.untransposed, count, n0, n, t_theta, ahead, packed_data, workspace);
       each_shortcut(count, n0, n, workspace,
                     [&](const T* B, int64_t width, const T* t_u) { output_jacobian_stub<T>(inner, count, n, C, width, B, t_u, z); });
       output_hessian_stub<T>(inner, h.from(n0), HessianPart::product, count, n, z);
       each_shortcut(count, n0, n, workspace,
                     [&](const T* B, int64_t width, T* g_u) { output_jacobian_transposed_stub<T>(inner, count, n, C, width, B, z, g_u); });
       if (second_order) {
-        curved_cotangent_tile(inner, count, n0, n, t_theta, packed_data, sums, workspace);
+        curved_cotangent_tile(inner, h.untransposed, count, n0, n, t_theta, packed_data, sums, workspace);
       } else {
-        cotangent_tile(inner, s, count, n0, n, sums, workspace);
+        cotangent_tile(inner, s, h.untransposed, count, n0, n, sums, workspace);
       }
     };
     run_tiles(ctx, count, count, out + at, of_tile, shortened, true);
   });
 }
 
-// By cotangent sweeps of unit vectors at the outputs; where the node that computes a shortcut's value begins, its cotangent is complete.
+// By cotangent sweeps of unit vectors at the outputs; where the node that computes a shortcut's value begins, its cotangent is complete. Whoever
+// comes meanwhile makes them, too: nobody waits for a sweep, in which a signal handler may ask for the same product.
 template <class T>
 void Tape<T>::keep_jacobians(const Context& of_product) const {
-  const std::lock_guard<std::mutex> guard(keeping_jacobians_);
-  if (jacobians_kept_) return;
+  std::vector<Buffer<T>> jacobians;
+  {
+    const std::lock_guard<std::mutex> guard(keeping_jacobians_);
+    if (jacobians_kept_) return;
+    jacobians.swap(jacobians_);  // the memory of those of another point
+  }
   Context ctx = of_product;
   ctx.precision = Precision::full;  // they belong to the point, which products of every precision share
   const std::vector<Shortcut>& shortcuts = plan_->shortcuts();
   const Schedules& s = plan_->schedules();
   const int64_t C = plan_->output_width();
-  jacobians_.resize(shortcuts.size());
-  for (size_t k = 0; k < shortcuts.size(); ++k) jacobians_[k].resize(ctx, N_ * C * shortcuts[k].width);
+  jacobians.resize(shortcuts.size());
+  for (size_t k = 0; k < shortcuts.size(); ++k) jacobians[k].resize(ctx, N_ * C * shortcuts[k].width);
   each_group(ctx, C, [&](int64_t first, int64_t count) {
     run_tiles(ctx, count, 1, nullptr, [&](const Context& inner, int64_t n0, int64_t n, T* workspace, Sums) {
       T* g = workspace + s.output * count * n;
@@ -378,7 +389,7 @@ void Tape<T>::keep_jacobians(const Context& of_product) const {
         if (plan_->producer(shortcuts[left - 1].value) == step.node) {
           const int64_t width = shortcuts[--left].width;
           for (int64_t v = 0; v < count; ++v) {
-            T* B = jacobians_[left].data() + (n0 * C + first + v) * width;
+            T* B = jacobians[left].data() + (n0 * C + first + v) * width;
             copy_rows_stub<T>(inner, n, width, workspace + (step.g_output * count + v * width) * n, width, B, C * width, false);
           }
           if (left == 0) return;
@@ -387,6 +398,9 @@ void Tape<T>::keep_jacobians(const Context& of_product) const {
       }
     });
   });
+  const std::lock_guard<std::mutex> guard(keeping_jacobians_);
+  if (jacobians_kept_) return;
+  jacobians_ = std::move(jacobians);
   jacobians_kept_ = true;
 }
 

@@ -110,13 +110,14 @@ class Tape {
   // g [V, N, C] of a tile to where the cotangent sweep begins.
   void load_cotangents(const Context& ctx, int64_t V, int64_t n0, int64_t n, const T* g, T* workspace) const;
   // `packed`: of all nodes, packed ahead; else memory for one node's.
-  void tangent_tile(const Context& ctx, const Schedules& s, int64_t V, int64_t n0, int64_t n, const std::vector<const T*>& t_theta, bool ahead,
-                    T* packed, T* workspace) const;
-  void cotangent_tile(const Context& ctx, const Schedules& s, int64_t V, int64_t n0, int64_t n, Sums sums, T* workspace) const;
+  // `untransposed`: without the transposition at the outputs.
+  void tangent_tile(const Context& ctx, const Schedules& s, bool untransposed, int64_t V, int64_t n0, int64_t n, const std::vector<const T*>& t_theta,
+                    bool ahead, T* packed, T* workspace) const;
+  void cotangent_tile(const Context& ctx, const Schedules& s, bool untransposed, int64_t V, int64_t n0, int64_t n, Sums sums, T* workspace) const;
   void cotangent_step(const Context& ctx, const CotangentStep& step, int64_t V, int64_t n0, int64_t n, const std::vector<T*>& g_theta, T* workspace,
                       bool first = false) const;
-  void curved_cotangent_tile(const Context& ctx, int64_t V, int64_t n0, int64_t n, const std::vector<const T*>& t_theta, const T* packed, Sums sums,
-                             T* workspace) const;
+  void curved_cotangent_tile(const Context& ctx, bool untransposed, int64_t V, int64_t n0, int64_t n, const std::vector<const T*>& t_theta,
+                             const T* packed, Sums sums, T* workspace) const;
   void product(const Context& ctx, int64_t V, const T* v, const OutputHessian<T>& h, bool second_order, T* out) const;
   void keep_jacobians(const Context& ctx) const;
   // Are the tangents of V vectors packed before the sweep? Not where one tile takes all examples and so packs for itself, a node at a time.

@@ -7,10 +7,12 @@ namespace infl {
 
 namespace {
 
-// A thread's share of a second-level cache that a tile may fill, and the size below which an accumulator per thread stays in it too.
-constexpr int64_t kTileBytes = 448 << 10;
+// What a tile may take, a core's second-level cache where that has 1 MB, as on most servers: a smaller one would leave room for the accumulator
+// there, but gradients sum over its examples, and sums of few terms take as long to add up as to make. Then the size below which an accumulator per
+// thread nearly stays in that cache.
+constexpr int64_t kTileBytes = 1 << 20;
 constexpr int64_t kAccumulatorBytes = 1 << 20;
-constexpr int64_t kSmallestTile = 8, kLargestTile = 240;
+constexpr int64_t kSmallestTile = 8, kLargestTile = 256;
 // Right-hand sides of one sweep: more share little that fewer do not, so beyond this many they must leave room for one another in the cache.
 constexpr int64_t kSharedSides = 8, kSidesBytes = 128 << 10;
 constexpr int64_t kWholeWorkspaceBytes = 64 << 20;           // by operator: workspace of one tile; by example: accumulators of all threads
@@ -107,10 +109,11 @@ int64_t Tape<T>::workspace_bytes(const Context& ctx, int64_t V) const {
   const bool shortened = takes_shortcuts(ctx, V);
   const Tiling t = tiling(ctx, together, together, shortened);
   const int64_t sweep = std::max(plan_->schedules(shortened).sweep_width * together, plan_->schedules().forward_width) * t.tile;
-  const int64_t per_thread = t.by_example ? ctx.num_threads * (sweep + together * plan_->num_parameters()) : sweep;
+  const int64_t own_sums = (ctx.num_threads - 1) * together * plan_->num_parameters();  // the first thread's are the result
+  const int64_t of_threads = t.by_example ? ctx.num_threads * sweep + own_sums : sweep;
   const Schedules& s = plan_->schedules(shortened);
   const int64_t packed = packs_ahead(ctx, together, shortened) ? s.tangent_packed_size : s.most_tangent_packed;
-  return (per_thread + together * packed) * static_cast<int64_t>(sizeof(T));
+  return (of_threads + together * packed) * static_cast<int64_t>(sizeof(T));
 }
 
 template <class T>

@@ -19,7 +19,7 @@ from influence_ext.capture.report import format_table
 from influence_ext.capture.signature import call_signature, structure_key
 from influence_ext.capture.watch import Remembered
 from influence_ext.capture.whole import whole_model
-from influence_ext.context import exclusive
+from influence_ext.context import exclusive, unforkable
 from influence_ext.errors import DeviceError, DTypeError, ShapeError, UnsupportedModelError
 from influence_ext.params import HALF_DTYPES, is_half, widened, widened_dtype, widened_model
 
@@ -91,7 +91,7 @@ def capture(
     key = structure_key(model, inputs, by_name)
     if trainable is None:
         trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    with exclusive, torch.inference_mode(False):  # what is made here is saved for backward passes of any mode
+    with exclusive, unforkable, torch.inference_mode(False):  # what is made here is saved for backward passes of any mode
         graph = _cache.get(key)
         if graph is not None:
             _cache.move_to_end(key)

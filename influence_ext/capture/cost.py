@@ -23,6 +23,9 @@ def operations(node: fx.Node, width: int) -> float:
     if target in _PRODUCTS:
         left: Any = node.args[1] if "addmm" in target or "addbmm" in target or "baddbmm" in target else node.args[0]
         return 2.0 * width * float(left.meta["val"].shape[-1])
+    if target == "aten.bilinear.default":
+        bilinear: Any = node.args[2]
+        return 2.0 * width * math.prod(_shape(bilinear)[1:])
     if "conv" in target:
         weight: Any = node.args[1]
         size = _shape(weight)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from influence_ext.capture.layout import Layout
-from influence_ext.context import exclusive
+from influence_ext.context import exclusive, unforkable
 from influence_ext.errors import UnsupportedModelError
 
 _log = logging.getLogger("influence_ext")
@@ -32,7 +32,8 @@ Function = Callable[..., Tensor]
 @contextmanager
 def differentiable() -> Iterator[None]:
     """Make torch take kernels that can be differentiated twice and in forward mode: no fused attention, no oneDNN recurrent layers."""
-    with exclusive, torch.enable_grad(), sdpa_kernel([SDPBackend.MATH]), torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
+    reference = torch.backends.mkldnn.flags(enabled=False, allow_tf32=None)
+    with exclusive, unforkable, torch.enable_grad(), sdpa_kernel([SDPBackend.MATH]), reference:
         yield
 
 

@@ -141,11 +141,16 @@ def check_weights(weights: Tensor | None, z: Tensor, name: str) -> Tensor | None
     """``weights`` in the type of ``z`` if they are ``[N]`` and none is negative."""
     if weights is None:
         return None
-    if weights.shape != (z.shape[0],) or bool((weights < 0).any()):
-        raise ArgumentError(
-            f"{name}: expected weights [N] = [{z.shape[0]}], none negative, got {list(weights.shape)} "
-            f"with minimum {float(weights.min()) if weights.numel() else 0.0:g}; pass one weight an example."
-        )
+    expected = f"{name}: expected weights [N] = [{z.shape[0]}] on {z.device}, finite and none negative"
+    if not isinstance(weights, Tensor):
+        raise ArgumentError(f"{expected}, got {type(weights).__name__}; pass a tensor.")
+    dense = weights.layout == torch.strided and not weights.is_complex()
+    if not dense or weights.shape != (z.shape[0],) or weights.device != z.device:
+        found = f"{weights.dtype} {list(weights.shape)} on {weights.device}" + ("" if dense else f", {weights.layout}")
+        raise ArgumentError(f"{expected}, got {found}; pass one weight an example.")
+    weights = weights.detach()
+    if not bool((weights.isfinite() & (weights >= 0)).all()):
+        raise ArgumentError(f"{expected}, got minimum {float(weights.min()):g} and maximum {float(weights.max()):g}; correct them.")
     return weights.to(z.dtype).contiguous()
 
 

@@ -123,6 +123,11 @@ class ClassLoss(Loss):
         return f"{'[' + ', '.join(['N', *map(str, z.shape[2:])]) + ']'} = {[z.shape[0], *z.shape[2:]]}"
 
 
+def classes_innermost(z: Tensor) -> bool:
+    """Whether outputs ``[N, K, d1, ...]`` lie in memory as ``[N, d1, ..., K]``."""
+    return z.dim() > 2 and not z.is_contiguous() and z.movedim(1, -1).is_contiguous()
+
+
 @dataclass(frozen=True)
 class CrossEntropy(ClassLoss):
     """Softmax cross-entropy of logits; targets are class indices, or probabilities shaped like the outputs.
@@ -137,37 +142,41 @@ class CrossEntropy(ClassLoss):
 
     def value(self, z: Tensor, target: Tensor) -> Tensor:
         """See :meth:`Loss.value`."""
-        out = z.new_empty(z.shape[0])
-        self._evaluate(*self._prepare(z, target, self.name), value=out)
-        return out
+        rows, checked = self._at_positions(z, target, self.name)
+        out = z.new_empty(rows.shape[0])
+        self._evaluate(z, rows, checked, value=out)
+        return out if len(out) == len(z) else out.view(len(z), -1).sum(dim=1)
 
     def gradient(self, z: Tensor, target: Tensor) -> Tensor:
         """See :meth:`Loss.gradient`."""
         return self.checked_gradient(z, target, self.name)
 
     def checked_gradient(self, z: Tensor, target: Tensor, who: str) -> Tensor:
-        """See :meth:`Loss.checked_gradient`."""
-        rows, checked = self._prepare(z, target, who)
+        """See :meth:`Loss.checked_gradient`. It lies in memory as ``z`` does, where classes are innermost there."""
+        rows, checked = self._at_positions(z, target, who)
         out = torch.empty_like(rows)
-        self._evaluate(rows, checked, gradient=out)
-        return out.view(z.shape)
+        self._evaluate(z, rows, checked, gradient=out)
+        return out.view(z.movedim(1, -1).shape).movedim(-1, 1) if classes_innermost(z) else out.view(z.shape)
 
     def hessian(self, z: Tensor, target: Tensor, weights: Tensor | None = None) -> OutputHessian:
-        """See :meth:`Loss.hessian`."""
-        rows, checked = self._prepare(z, target, self.name)
+        """See :meth:`Loss.hessian`. Its state lies in memory as ``z`` does, where classes are innermost there."""
+        rows, checked = self._at_positions(z, target, self.name)
         by_example = check_weights(weights, z, self.name)
         state, mass = torch.empty_like(rows), rows.new_empty(rows.shape[0], *rows.shape[2:])
-        self._evaluate(rows, checked, state=state, mass=mass)
+        self._evaluate(z, rows, checked, state=state, mass=mass)
+        if classes_innermost(z):
+            state, mass = state.view(len(z), -1, z.shape[1]).transpose(1, 2), mass.view(len(z), -1)
         if by_example is not None:
             mass.mul_(by_example if mass.dim() == 1 else by_example[:, None])
         return OutputHessian(SOFTMAX, 1.0, state, mass)
 
     def bregman(self, z: Tensor, z_s: Tensor, target: Tensor) -> Tensor:
         """See :meth:`Loss.bregman`."""
-        rows, checked = self._prepare(z, target, self.name)
-        out = z.new_empty(z.shape[0])
-        self._evaluate(rows, checked, self._rows(z_s), bregman=out)
-        return out
+        rows, checked = self._at_positions(z, target, self.name)
+        others = z_s.detach().movedim(1, -1).reshape(rows.shape) if classes_innermost(z) else self._rows(z_s)
+        out = z.new_empty(rows.shape[0])
+        self._evaluate(z, rows, checked, others.contiguous(), bregman=out)
+        return out if len(out) == len(z) else out.view(len(z), -1).sum(dim=1)
 
     def as_kernel(self, z: Tensor, target: Tensor) -> KernelLoss | None:
         """See :meth:`Loss.as_kernel`."""
@@ -175,9 +184,17 @@ class CrossEntropy(ClassLoss):
         weight = self._class_weights(rows, self.name)
         return KernelLoss(self.native, self._scale(rows), self.label_smoothing, tuple(rows.shape), checked, weight)
 
-    def _evaluate(self, rows: Tensor, target: Tensor, z_s: Tensor | None = None, **results: Tensor) -> None:
-        weight = self._class_weights(rows, self.name)
-        _C.loss_evaluate(self.native, self._scale(rows), self.label_smoothing, rows, target, weight, z_s, results)
+    def _at_positions(self, z: Tensor, target: Tensor, who: str) -> tuple[Tensor, Tensor]:
+        """As ``_prepare``; where classes are innermost in memory every position is an example: ``[N·T, K]``, nothing is copied."""
+        if not classes_innermost(z):
+            return self._prepare(z, target, who)
+        targets, K = self._checked_targets(z, target, who), z.shape[1]
+        rows = z.detach().movedim(1, -1).reshape(-1, K)
+        return rows, targets.transpose(1, 2).reshape(-1, K) if targets.is_floating_point() else targets.view(-1, 1)
+
+    def _evaluate(self, z: Tensor, rows: Tensor, target: Tensor, z_s: Tensor | None = None, **results: Tensor) -> None:
+        weight = self._class_weights(z, self.name)
+        _C.loss_evaluate(self.native, self._scale(z), self.label_smoothing, rows, target, weight, z_s, results)
 
     def _checked_targets(self, z: Tensor, target: Tensor, who: str) -> Tensor:
         """Indices as of every loss of classes, or probabilities shaped like the outputs' rows."""

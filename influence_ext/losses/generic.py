@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from influence_ext.errors import ArgumentError, DataError, ShapeError, UnsupportedLossError
+from influence_ext.errors import ArgumentError, DataError, InfluenceExtError, ShapeError, UnsupportedLossError
+from influence_ext.finite import all_finite
 from influence_ext.losses.base import KernelLoss, Loss, check_outputs, check_weights, count
 from influence_ext.losses.hessian import GENERIC, BlockHessian, GraphHessian, OutputHessian
 
@@ -19,6 +20,10 @@ MAX_BLOCK = 64
 """Largest C whose Hessians are kept as dense blocks."""
 MAX_BLOCK_BYTES = 256 * 2**20
 PROBE_SIZE = 256
+PROBE_ELEMENTS = 2**22
+"""Examples, and outputs in all, that are looked at together."""
+NEGLIGIBLE = 2.0**-50
+"""Of an output: a difference that rounding in float64 makes where a loss or its gradient is nearly zero."""
 UNDETERMINED = "undetermined"
 
 
@@ -34,7 +39,8 @@ class CallableLoss(Loss):
         name: for messages.
         reduction: which of the two; None: found out when outputs are first checked, by comparing the value of a batch with its examples'.
         recognise: ``(function, name, z, target) -> Loss | None``: the same loss with formulas of its own, for outputs and targets of these
-            shapes and dtypes. Where there is one, and it gives the callable's value on the data that are checked, it does the work.
+            shapes and dtypes. Where there is one, it does the work as long as it gives the callable's values and gradients on all data that
+            are checked; from the first that differ, PyTorch differentiates the callable.
     """
 
     def __init__(
@@ -140,12 +146,13 @@ class CallableLoss(Loss):
             ArgumentError: it is not what was stated.
             DataError: a value is not finite.
 
-        Cost: two evaluations of the loss.
+        Cost: two evaluations of the loss; of one that is recognised one, and three with a gradient on at most 256 examples.
         """
         check_outputs(z, who)
         if (known := self._look(z, target, who)) is not None:
             known.check(z, target, who)
-            return
+            if self.confirm(z, target, who):
+                return
         self._is_linear = not self._gradient(z[:1], target[:1], create_graph=True)[1].requires_grad
         for start in range(0, z.shape[0], PROBE_SIZE):
             part = slice(start, start + PROBE_SIZE)
@@ -155,8 +162,74 @@ class CallableLoss(Loss):
         """What the callable was recognised as, for outputs and targets like these."""
         return self._recognised.get(_kind(z, target))
 
+    def confirm(self, z: Tensor, target: Tensor, who: str) -> bool:
+        """Whether the loss that the callable was recognised as is still the callable here; if not, it does no work from now on.
+
+        Raises:
+            UnsupportedLossError: the callable gives another value for the same outputs and targets.
+
+        Cost: one evaluation of the callable, and two with a gradient on some of the examples, at most 256, from all over the data.
+        """
+        known = self._known(z, target)
+        if known is None or z.shape[0] == 0:
+            return known is not None
+        z, target = z.detach(), target.detach()
+        size = min(PROBE_SIZE, max(1, PROBE_ELEMENTS // max(1, count(z.shape))))
+        some = torch.linspace(0, z.shape[0] - 1, min(size, z.shape[0]), dtype=torch.float64, device=z.device).long()
+        first = self._value_of_batch(z[some], target[some])
+        agrees = all(self._agrees(self._same_value, known, z[k : k + size], target[k : k + size]) for k in range(0, z.shape[0], size))
+        agrees = agrees and self._agrees(self._same_gradient, known, z[some], target[some])
+        if (again := self._value_of_batch(z[some], target[some])) != first and abs(again - first) > _rounding(z) * abs(first):
+            raise self._inconsistent(first, again, who)
+        if not agrees:
+            _log.warning("%s: on these data %s is not %s; PyTorch differentiates it.", who, self._given_name, known.name)
+            self._recognised[_kind(z, target)] = None
+            self.name = self._given_name
+        return agrees
+
+    def _value_of_batch(self, z: Tensor, target: Tensor) -> float:
+        with torch.no_grad():
+            return float(self.function(z.contiguous(), target))
+
+    def _inconsistent(self, first: float, again: float, who: str) -> UnsupportedLossError:
+        return UnsupportedLossError(
+            f"{who}: expected {self._given_name} to give one value for the same outputs and targets, got {first:.6g} and then {again:.6g}; "
+            "it draws random numbers or counts its calls: pass a function of outputs and targets alone."
+        )
+
+    def _agrees(self, compare: Callable[[Loss, Tensor, Tensor], bool], known: Loss, z: Tensor, target: Tensor) -> bool:
+        """Whether ``compare`` finds the callable and ``known`` equal.
+
+        If not in float32 then in float64: where a network fits its data, losses as PyTorch computes them have lost their digits. Of outputs
+        that are not finite nothing is known.
+        """
+        if not known.total_weight(target) > 0 or not all_finite(z) or compare(known, z, target):
+            return True
+        try:
+            return z.dtype == torch.float32 and compare(known, z.double(), _double(target))
+        except Exception:  # the callable's own, of tensors that it holds in float32
+            return False
+
+    def _same_value(self, known: Loss, z: Tensor, target: Tensor) -> bool:
+        values, factor = known.value(z, target).double(), known.factor(target)
+        limit = _rounding(z) * float(values.abs().sum()) + NEGLIGIBLE * float(z.abs().sum())
+        return abs(self._value_of_batch(z, target) - float(values.sum()) * factor) <= limit * factor
+
+    def _same_gradient(self, known: Loss, z: Tensor, target: Tensor) -> bool:
+        """What has the same values may have another derivative: a reversed gradient, a hook, a detached part."""
+        factor = known.factor(target)
+        expected = known.gradient(z, target).double() * factor
+        with torch.inference_mode(False), torch.enable_grad():
+            leaf = z.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
+            value = self.function(leaf, target.clone())
+            if not value.requires_grad:
+                return False
+            (found,) = torch.autograd.grad(value, leaf, allow_unused=True)
+        limit = _rounding(z) * float(expected.norm()) + NEGLIGIBLE * z.numel() ** 0.5 * factor
+        return found is not None and float((found.double() - expected).norm()) <= limit
+
     def _look(self, z: Tensor, target: Tensor, who: str) -> Loss | None:
-        """Recognise the callable, if that was not tried yet for such outputs and targets, and compare on some of these."""
+        """Recognise the callable, if that was not tried yet for such outputs and targets, and compare on some of these and at others."""
         kind = _kind(z, target)
         if kind in self._recognised:
             return self._recognised[kind]
@@ -165,17 +238,27 @@ class CallableLoss(Loss):
             self._check_reduction(found.reduction, who)
             z, target = z[:PROBE_SIZE].detach(), target[:PROBE_SIZE].detach()
             found.check(z, target, who)
-            if found.total_weight(target) > 0:
-                with torch.no_grad():
-                    given = float(self.function(z, target))
-                values = found.value(z, target).double()
-                tolerance = (1e-4 if z.dtype == torch.float32 else 1e-8) * float(values.abs().sum()) * found.factor(target)
-                found = found if abs(given - float(values.sum()) * found.factor(target)) <= tolerance else None
+            if not (self._agrees(self._same_value, found, z, target) and self._same_elsewhere(found, z, target)):
+                found = None
         self._recognised[kind] = found
         if found is not None:
             self.name, self.reduction = found.name, found.reduction
             _log.info("%s: %s", who, found.name)
         return found
+
+    def _same_elsewhere(self, known: Loss, z: Tensor, target: Tensor) -> bool:
+        """Whether both are the same function of outputs that the data do not have, as far as the loss is defined there."""
+        for other in (z.roll(1, 0), -4 * z):
+            try:
+                known.check(other, target, self._given_name)
+            except InfluenceExtError:  # outside of its domain, as probabilities are that no longer lie in [0, 1]
+                continue
+            try:
+                if not all(self._agrees(compare, known, other, target) for compare in (self._same_value, self._same_gradient)):
+                    return False
+            except Exception:  # the callable's own: whatever it objects to, the recognised loss does not
+                return False
+        return True
 
     def _probe(self, z: Tensor, target: Tensor, start: int, who: str) -> None:
         values = self.value(z, target).double()
@@ -188,14 +271,19 @@ class CallableLoss(Loss):
         N = len(values)
         if N < 2:
             return
-        with torch.no_grad():
-            found = float(self.function(z, target))
+        found = self._value_of_batch(z, target)
         total, size = float(values.sum()), float(values.abs().sum())
         tolerance = 1e-5 if z.dtype == torch.float32 else 1e-8
         is_mean, is_sum = abs(found - total / N) <= tolerance * size / N, abs(found - total) <= tolerance * size
         if is_mean and is_sum:
             return
         if not (is_mean or is_sum):
+            if (again := self._value_of_batch(z, target)) != found:
+                raise self._inconsistent(found, again, who)
+            if self._vectorised:  # a callable may behave differently under vmap, as where it catches what vmap raises
+                self._vectorised = False
+                self._probe(z, target, start, who)
+                return
             raise UnsupportedLossError(
                 f"{who}: expected {self.name} of a batch to be the mean or the sum of its values on each example alone, got {found:.6g} "
                 f"for {N} examples with mean {total / N:.6g} and sum {total:.6g}; it mixes examples, or divides by a number that "
@@ -240,6 +328,7 @@ class CallableLoss(Loss):
 
     def _values(self, z: Tensor, target: Tensor) -> Tensor:
         """``ℓ_n``, ``[N]``, all examples at once where vmap can, else in a loop."""
+        z = z.contiguous()  # a tape's outputs may lie otherwise; the network's own do not, and the callable may view them
         if z.shape[0] == 0:
             return z.new_zeros(0) + z.sum()
         if self._vectorised:
@@ -279,6 +368,11 @@ class CallableLoss(Loss):
 def _kind(z: Tensor, target: Tensor) -> _Kind:
     """What a callable's form may depend on."""
     return z.shape[1:], target.shape[1:], z.dtype, target.dtype
+
+
+def _rounding(z: Tensor) -> float:
+    """Relative difference up to which two ways to one result count as the same."""
+    return 1e-4 if z.dtype == torch.float32 else 1e-8
 
 
 def _double(x: Tensor) -> Tensor:

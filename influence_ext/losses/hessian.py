@@ -11,7 +11,7 @@ from torch import Tensor
 import influence_ext._C as _C
 from influence_ext.errors import ArgumentError, UnsupportedLossError
 
-SCALED_IDENTITY, DIAGONAL, SOFTMAX, GENERIC = range(4)
+SCALED_IDENTITY, DIAGONAL, SOFTMAX, SOFTMAX_LAST, GENERIC = range(5)
 BLOCK_BYTES = 2**30
 """Dense blocks ``[N, C, C]`` for roots may take this much memory."""
 
@@ -21,9 +21,11 @@ class OutputHessian:
     """``w_n H_n`` of every example: ``s I``, ``diag d_n`` or ``diag p_n − p_n p_nᵀ``, which the C++ core multiplies itself.
 
     Attributes:
-        shape: 0, 1 or 2 in this order; 3 for the subclasses, which know their own product.
+        shape: 0, 1 or 2 in this order; 3 for the last with classes as the outputs' last axis; 4 for the subclasses, which know their own
+            product.
         scale: s; multiplies the other shapes as well.
-        state: ``[N, C]``, d or p; ``[N, K, positions]`` for a softmax at each of several positions; None for shape 0.
+        state: ``[N, C]``, d or p; ``[N, K, positions]`` for a softmax at each of several positions, contiguous or with classes innermost in
+            memory; ``[N, positions, K]`` for shape 3; None for shape 0.
         weights: ``[N]``, or ``[N, positions]``, w ≥ 0; None for ones.
     """
 
@@ -36,6 +38,11 @@ class OutputHessian:
     def native(self) -> bool:
         """Whether the fused product of the C++ core takes it; else a product is ``vjp(matmat(jvp(V)))``."""
         return self.shape != GENERIC
+
+    @property
+    def classes_innermost(self) -> bool:
+        """Whether a state ``[N, K, positions]`` lies in memory as ``[N, positions, K]``."""
+        return self.shape == SOFTMAX and self.state is not None and not self.state.is_contiguous()
 
     def matmat(self, U: Tensor) -> Tensor:
         """``w_n H_n u[v, n]``: ``[V, N, *out] -> [V, N, *out]``."""
@@ -54,10 +61,12 @@ class OutputHessian:
         return replace(self, scale=self.scale * factor)
 
     def _apply(self, part: int, U: Tensor) -> Tensor:
+        if self.classes_innermost:
+            U = U.movedim(2, -1)
         result = U.detach().clone(memory_format=torch.contiguous_format)
         flat = result.view(*result.shape[:2], result.shape[2:].numel())
         _C.output_hessian(self.shape, self.scale, self.state, self.weights, part, flat)
-        return result
+        return result.movedim(-1, 2) if self.classes_innermost else result
 
 
 @dataclass(frozen=True, eq=False)

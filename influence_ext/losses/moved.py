@@ -5,13 +5,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from influence_ext.losses.base import Loss
-from influence_ext.losses.hessian import GENERIC, OutputHessian
+from influence_ext.losses.hessian import GENERIC, SOFTMAX, SOFTMAX_LAST, OutputHessian
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,26 +62,51 @@ class MovedLoss(Loss):
 
     def gradient(self, z: Tensor, target: Tensor) -> Tensor:
         """See :meth:`Loss.gradient`."""
-        return put_back(self.inner.gradient(self._outputs(z), self._targets(target)), self.outputs, z.shape[1:], lead=1)
+        return self._put_back(self.inner.gradient(self._outputs(z), self._targets(target)), z)
 
     def checked_gradient(self, z: Tensor, target: Tensor, who: str) -> Tensor:
         """See :meth:`Loss.checked_gradient`."""
-        inner = self.inner.checked_gradient(self._outputs(z), self._targets(target), who)
-        return put_back(inner, self.outputs, z.shape[1:], lead=1)
+        return self._put_back(self.inner.checked_gradient(self._outputs(z), self._targets(target), who), z)
 
     def hessian(self, z: Tensor, target: Tensor, weights: Tensor | None = None) -> OutputHessian:
-        """See :meth:`Loss.hessian`: the core's own where the elements keep their order."""
+        """See :meth:`Loss.hessian`: the core's own where the elements keep their order, or classes are the outputs' last axis."""
         inner = self.inner.hessian(self._outputs(z), self._targets(target), weights)
-        if inner.native and torch.equal(self.outputs.flatten(), torch.arange(z[0].numel(), device=self.outputs.device)):
+        order = self._order(z)
+        if inner.native and order == "kept":
             return inner
+        if inner.shape == SOFTMAX and order == "transposed":
+            assert inner.state is not None
+            return replace(inner, shape=SOFTMAX_LAST, state=inner.state.transpose(1, 2).contiguous())
         return MovedHessian(GENERIC, 1.0, None, None, inner, self.outputs)
 
     def bregman(self, z: Tensor, z_s: Tensor, target: Tensor) -> Tensor:
         """See :meth:`Loss.bregman`."""
         return self.inner.bregman(self._outputs(z), self._outputs(z_s), self._targets(target))
 
+    def _order(self, z: Tensor) -> Literal["kept", "transposed", "other"]:
+        """How all elements of an example reach the inner loss: as they are, the last axis first, or otherwise."""
+        return self._whole_order if self.outputs.numel() == z.shape[1:].numel() else "other"
+
+    @cached_property
+    def _whole_order(self) -> Literal["kept", "transposed", "other"]:
+        in_order = torch.arange(self.outputs.numel(), device=self.outputs.device)
+        if torch.equal(self.outputs.flatten(), in_order):
+            return "kept"
+        return "transposed" if self.outputs.dim() == 2 and torch.equal(self.outputs.T.flatten(), in_order) else "other"
+
     def _outputs(self, z: Tensor) -> Tensor:
-        return select(z, self.outputs, lead=1)
+        """P z; nothing is copied where that is a view."""
+        order, shape = self._order(z), self.outputs.shape
+        if order == "kept":
+            return z.reshape(len(z), *shape)
+        return z.reshape(len(z), *shape[::-1]).transpose(1, 2) if order == "transposed" else select(z, self.outputs, lead=1)
+
+    def _put_back(self, gradient: Tensor, z: Tensor) -> Tensor:
+        """Pᵀ gradient."""
+        order = self._order(z)
+        if order == "other":
+            return put_back(gradient, self.outputs, z.shape[1:], lead=1)
+        return (gradient if order == "kept" else gradient.transpose(1, 2)).reshape(z.shape)
 
     def _targets(self, target: Tensor) -> Tensor:
         return select(target, self.targets, lead=1).to(self.target_dtype)

@@ -180,6 +180,10 @@ def resolve(loss: LossLike | Loss, reduction: str | None = None, who: str = "los
         UnsupportedLossError: no loss, a class instead of an instance, or an unknown reduction.
         ArgumentError: an option of the loss out of range.
     """
+    if reduction is not None and not isinstance(reduction, str):
+        raise UnsupportedLossError(
+            f"{who}: expected reduction to be 'mean', 'sum' or None, got {reduction!r}; None reads it from the loss."
+        )
     if isinstance(loss, Loss):
         return loss if reduction is None else loss.with_reduction(check_reduction(reduction, loss.name, who))
     if isinstance(loss, type) and issubclass(loss, nn.Module):

@@ -1,7 +1,9 @@
 """Is a callable one of the losses with formulas, called on rearranged outputs and targets? Found out by calling it on numbered elements.
 
 While it runs, every function of torch that it calls is seen. Where these only move elements, until one loss is called whose value the
-callable returns as it is, the numbers that reach that loss say what moves where, and no value can have decided anything.
+callable returns as it is, the numbers that reach that loss say what moves where, and no value that torch gave out can have decided
+anything. What cannot be seen here (scripted helpers, derivatives of a callable's own, states of Python) is left to the comparisons of
+``generic.py``.
 """
 
 from __future__ import annotations
@@ -76,7 +78,7 @@ def called_loss(
                 result = function(*probes)
         except Exception:  # it may do anything with numbers that it is not made for
             return None
-        if watch.call is None or result is not watch.value or watch.call.outputs.dtype != z.dtype:
+        if watch.refused or watch.call is None or result is not watch.value or watch.call.outputs.dtype != z.dtype:
             return None
         call = watch.call
         digits = [place * call.outputs.to(torch.int64), place * call.targets.to(torch.int64)]
@@ -97,9 +99,18 @@ class _Watch(TorchFunctionMode):
         self._functionals = functionals
         self.call: Call | None = None
         self.value = torch.zeros(())
+        self.refused = False
+        """Also where the callable has caught the exception."""
+        self._rounded = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        try:
+            return self._moved(func, args, kwargs or {})
+        except _NoMove:
+            self.refused = True
+            raise
+
+    def _moved(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if self.call is None and func in self._functionals:
             if len(args) != 2:
                 raise _NoMove
@@ -116,7 +127,22 @@ class _Watch(TorchFunctionMode):
             moves = name in _MOVES
         if not moves or self.call is not None:
             raise _NoMove
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        source = args[0] if args else None
+        if isinstance(result, Tensor) and isinstance(source, Tensor) and result.dtype != source.dtype:
+            self._convert(source.dtype, result.dtype)
+        return result
+
+    def _convert(self, given: torch.dtype, made: torch.dtype) -> None:
+        """The probes' whole numbers survive conversions that round others, so what is rounded has to stay in that dtype."""
+        if self._rounded:
+            raise _NoMove
+        self._rounded = _digits(made) < _digits(given) or (given.is_floating_point and not made.is_floating_point)
+
+
+def _digits(dtype: torch.dtype) -> float:
+    """Whole numbers up to here are exact."""
+    return 2 / torch.finfo(dtype).eps if dtype.is_floating_point else torch.iinfo(dtype).max
 
 
 def one_example(rows: Tensor, targets: Tensor, sizes: tuple[int, int], num_examples: int) -> tuple[Tensor, Tensor] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import Generator, Tensor, nn
 
-from influence_ext import reference
+from influence_ext import errors, reference
 from tests.cases.losses import LOSSES, LossCase
 
 in_float64 = pytest.mark.parametrize("dtype", [torch.float64], ids=["f64"], indirect=True)
@@ -134,3 +135,12 @@ class Network:
 def build(case: NetworkCase, dtype: torch.dtype) -> Network:
     """The row in ``dtype``, built once a session; nothing under test may modify it (``test_errors.py`` proves it)."""
     return Network(case, dtype)
+
+
+def budget_of(chunk: int, linearised: Callable[[int], object]) -> int:
+    """The ``memory_budget`` that holds so many examples, by what ``linearised(memory_budget)`` says of one that holds none."""
+    with pytest.raises(errors.ArgumentError) as error:
+        linearised(1)
+    found = re.search(r"weights take (\d+) and an example (\d+)", str(error.value))
+    assert found is not None
+    return int(found[1]) + chunk * int(found[2])

@@ -112,6 +112,7 @@ LINEAR = (
     row("linear-many", "linear", fc(3, 2), "N larger than a tile of examples, and odd", num_examples=131),
     row("linear-nobias", "linear", lambda: nn.Linear(3, 4, bias=False), "no bias"),
     row("linear-seq", "linear", fc(3, 4), "[N, T, I]: T positions share the weight", normal(5, 3)),
+    row("linear-seq-wide", "linear", fc(61, 21), "outer products: full tiles, single vectors, what is left", normal(5, 61)),
     row("linear-seq-nobias", "linear", lambda: nn.Linear(3, 4, bias=False), "positions, no bias", normal(5, 3)),
     row("linear-grid", "linear", fc(3, 4), "[N, T, U, I]: two position axes", normal(2, 3, 3)),
     row("linear-seq-one", "linear", fc(3, 4), "T = 1 with its axis kept", normal(1, 3)),

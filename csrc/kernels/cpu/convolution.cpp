@@ -376,9 +376,7 @@ void convolution_prepare(const Context& ctx, const Convolution& conv, int64_t n,
   if (takes_winograd(conv)) return winograd_prepare(ctx, conv, n, x, size, prepared);
   const Geometry<T> geometry(conv, false);
   const int64_t in_width = geometry.in_channels * geometry.in_plane;
-  const int threads = threads_for(ctx, n * geometry.padded);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int64_t i = 0; i < n; ++i) geometry.prepare(x + i * in_width, prepared + i * size);
+  parallel_for(threads_for(ctx, n * geometry.padded), n, [&](int64_t i) { geometry.prepare(x + i * in_width, prepared + i * size); });
 }
 
 INFL_REGISTER_CPU(convolution_prepared_size_stub, convolution_prepared_size)

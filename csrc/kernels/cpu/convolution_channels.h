@@ -259,9 +259,10 @@ struct ChannelProduct {
   // sums[w, c] = Σ_k stage[w + padding − k dilation, (k, c)] over the columns k of the kernel.
   void add_columns(const T* stage, int64_t stage_row, T* sums) const {
     const int64_t in = conv.y_size[2], dilation = conv.dilation[2], channels = conv.x_channels;
+    const auto steps = [dilation](int64_t columns) { return dilation == 1 ? columns : columns / dilation; };  // divisions would be half of the time
     for (int64_t w = 0; w < conv.x_size[2]; ++w) {
       const int64_t e = w + conv.padding[2];
-      const int64_t k0 = e < in ? 0 : (e - in) / dilation + 1, k1 = std::min(conv.kernel[2], e / dilation + 1);
+      const int64_t k0 = e < in ? 0 : steps(e - in) + 1, k1 = std::min(conv.kernel[2], steps(e) + 1);
       for (int64_t c = 0; c < channels; c += kLanes<T>) {
         Vec<T> sum{};
         for (int64_t k = k0; k < k1; ++k) sum += load(stage + (e - k * dilation) * stage_row + k * channels + c);

@@ -28,6 +28,18 @@ T* scratch(int64_t size, int which) {
 inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Lines are a few vectors long, so what is left of the last one counts: it is a vector of some lanes, or one that overlaps the vector before it.
+template <class T>
+inline __attribute__((always_inline)) void copy_line(const T* from, int64_t count, T* to) {
+  constexpr int64_t L = kLanes<T>;
+  if (count >= L) {
+    for (int64_t i = 0; i + L <= count; i += L) store(to + i, load(from + i));
+    if (count % L != 0) store(to + count - L, load(from + count - L));
+  } else {
+    store_lanes(to, load_lanes(from, count), count);
+  }
+}
+
 // One spatial axis of one direction: outputs of phase r lie at r + step·q, q < count, and tap k of that phase reads element q + shift of the inputs
 // whose coordinate is `residue` modulo the stride.
 struct AxisTap {
@@ -190,7 +202,7 @@ struct Geometry {
         const T* from = in + (z * axes[1].in_size + y) * axes[2].in_size + (begin - axes[2].low) * s + rw;
         for (int64_t w = 0; w < begin; ++w) to[w] = T(0);
         if (s == 1) {
-          for (int64_t w = begin; w < end; ++w) to[w] = from[w - begin];
+          copy_line(from, end - begin, to + begin);
         } else if (s == 2) {
           for (int64_t w = begin; w < end; ++w) to[w] = from[2 * (w - begin)];
         } else {

@@ -239,9 +239,7 @@ void convolution_weights(const Context& ctx, const Convolution& conv, int64_t V,
 template <class T>
 void channel_sum(const Context& ctx, int64_t V, int64_t n, int64_t channels, int64_t plane, const T* y, int64_t images, T* out, int64_t out_batch,
                  int64_t out_example) {
-  const int threads = threads_for(ctx, V * n * channels * plane);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int64_t item = 0; item < V * channels; ++item) {
+  parallel_for(threads_for(ctx, V * n * channels * plane), V * channels, [&](int64_t item) {
     const int64_t v = item / channels, c = item % channels;
     for (int64_t block = 0; block < n; block += images) {
       T total = 0;
@@ -254,7 +252,7 @@ void channel_sum(const Context& ctx, int64_t V, int64_t n, int64_t channels, int
       }
       out[v * out_batch + block / images * out_example + c] += total;
     }
-  }
+  });
 }
 
 template <class T>

@@ -15,6 +15,7 @@
 
 #include "kernels/cpu/bfloat16.h"
 #include "kernels/cpu/parallel.h"
+#include "kernels/cpu/tiles.h"
 #include "kernels/cpu/transpose.h"
 #include "kernels/gemm.h"
 
@@ -199,7 +200,7 @@ __attribute__((always_inline)) inline void prefetch_rows(const T* first, int64_t
 }
 
 // R rows by NV vectors: acc = the sum of A B over one run of steps, of one term or of both; then C = acc (first run) or C + acc, and the epilogue
-// after the last run. `columns` < NV * lanes only in the last panel, which goes through a small buffer.
+// after the last run. `columns` < NV * lanes only in the last panel.
 template <class T, int R, int NV, bool pairs>
 __attribute__((always_inline)) inline void tile(const Steps<T>* run, int num_terms, T* c, int64_t ldc, bool add, bool last,
                                                 const Epilogue<T>& epilogue, int64_t columns) {
@@ -240,34 +241,25 @@ __attribute__((always_inline)) inline void tile(const Steps<T>* run, int num_ter
       for (int g = 0; g < G; ++g) rows[g] += a_col;
     }
   }
-  const bool whole = columns == NV * L;
-  T buffer[NV * L];
-  for (int r = 0; r < R; ++r) {
-    T* out = c + r * ldc;
-    for (int j = 0; j < NV; ++j) {
-      if (whole) {
-        Vec<T> value = acc[r][j];
-        if (add) value += load(out + j * L);
-        if (last) {
-          if (epilogue.bias) value += load(epilogue.bias + j * L);
-          if (epilogue.scale) value *= load(epilogue.scale + r * epilogue.scale_ld + j * L);
-        }
-        store(out + j * L, value);
-      } else {
-        store(buffer + j * L, acc[r][j]);
-      }
-    }
-    if (!whole) {
-      for (int64_t j = 0; j < columns; ++j) {
-        T value = buffer[j];
-        if (add) value += out[j];
-        if (last) {
-          if (epilogue.bias) value += epilogue.bias[j];
-          if (epilogue.scale) value *= epilogue.scale[r * epilogue.scale_ld + j];
-        }
-        out[j] = value;
-      }
-    }
+  // Sums stay in their registers: one pass over them for each part of the epilogue.
+  const auto each = [&](const auto& body) {
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+      for (int j = 0; j < NV; ++j) body(acc[r][j], r, j * L);
+  };
+  const auto finish = [&](const auto& load_at, const auto& store_at) {
+    if (add) each([&](Vec<T>& sum, int r, int at) { sum += load_at(c + r * ldc, at); });
+    if (last && epilogue.bias) each([&](Vec<T>& sum, int, int at) { sum += load_at(epilogue.bias, at); });
+    if (last && epilogue.scale) each([&](Vec<T>& sum, int r, int at) { sum *= load_at(epilogue.scale + r * epilogue.scale_ld, at); });
+    each([&](Vec<T>& sum, int r, int at) { store_at(c + r * ldc, at, sum); });
+  };
+  if (columns == NV * L) {
+    finish([](const T* row, int at) { return load(row + at); }, [](T* row, int at, Vec<T> sum) { store(row + at, sum); });
+  } else {
+    const auto lanes = [columns](int at) { return std::clamp<int64_t>(columns - at, 0, L); };
+    finish([&](const T* row, int at) { return load_lanes(row + at, lanes(at)); },
+           [&](T* row, int at, Vec<T> sum) { store_lanes(row + at, sum, lanes(at)); });
   }
 }
 
@@ -367,56 +359,67 @@ inline __attribute__((always_inline)) X taken(X x) {
   }
 }
 
-// Sums of R rows by C columns: sums[r][c] += a[r]ᵀ b[c] over K terms, all contiguous; a is rounded here, b was.
-template <class T, int R, int C, bool rounds>
-inline __attribute__((always_inline)) void add_dots(int64_t K, const T* a, int64_t a_row, const T* b, int64_t b_column, T (*sums)[C]) {
+// What the lanes of R by C sums hold, added up.
+template <class T, int R, int C>
+inline __attribute__((always_inline)) void add_lanes(Vec<T> (&lanes)[R][C], T (&sums)[R][C]) {
   constexpr int L = kLanes<T>;
-  for (int64_t k0 = 0; k0 < K; k0 += kRun * L) {
-    const int64_t k1 = std::min(K, k0 + kRun * L), whole = k0 + (k1 - k0) / L * L;
-    Vec<T> acc[R][C];
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r)
+  for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) acc[r][c] = Vec<T>{};
-    for (int64_t k = k0; k < whole; k += L) {
-      Vec<T> bv[C];
+    for (int c = 0; c < C; ++c) {
+      Vec<T> v = lanes[r][c];
+      using Mask = decltype(v < v);
 #pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) bv[c] = load(b + c * b_column + k);
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        const Vec<T> av = taken<rounds>(load(a + r * a_row + k));
-#pragma GCC unroll 4
-        for (int c = 0; c < C; ++c) acc[r][c] += av * bv[c];
+      for (int half = L / 2; half > 0; half /= 2) {
+        Mask other;
+        for (int i = 0; i < L; ++i) other[i] = i ^ half;
+        v += __builtin_shuffle(v, other);
       }
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) {
-        Vec<T> v = acc[r][c];
-        using Mask = decltype(v < v);
-#pragma GCC unroll 4
-        for (int half = L / 2; half > 0; half /= 2) {
-          Mask other;
-          for (int i = 0; i < L; ++i) other[i] = i ^ half;
-          v += __builtin_shuffle(v, other);
-        }
-        T sum = v[0];
-        for (int64_t k = whole; k < k1; ++k) sum += taken<rounds>(a[r * a_row + k]) * b[c * b_column + k];
-        sums[r][c] += sum;
-      }
+      sums[r][c] += v[0];
     }
   }
 }
 
-// R rows of C[v] from row m on; b: the columns of each term, for each v.
+// R rows of C[v] from row m on; b: the columns of each term, for each v, contiguous as A's rows are; a is rounded here, b was. A run of steps takes
+// in the end of the first term and the beginning of the second, so that lanes are added up once.
 template <class T, int R, int C, bool rounds>
 void few_columns_rows(const Gemm<T>& g, const GemmTerm<T>* terms, int num_terms, int64_t v, int64_t m) {
+  constexpr int L = kLanes<T>;
   T sums[R][C] = {};
+  Vec<T> acc[R][C];
+  clear(acc);
+  int64_t left = kRun;
   for (int t = 0; t < num_terms; ++t) {
     const GemmTerm<T>& term = terms[t];
-    add_dots<T, R, C, rounds>(term.K, term.a + v * term.a_batch + m * term.a_row, term.a_row, term.b + v * term.b_batch, term.b_col, sums);
+    const T* a = term.a + v * term.a_batch + m * term.a_row;
+    const T* b = term.b + v * term.b_batch;
+    const int64_t whole = term.K / L * L;
+    for (int64_t k = 0; k < whole;) {
+      const int64_t end = std::min(whole, k + left * L);
+      left -= (end - k) / L;
+      for (; k < end; k += L) {
+        Vec<T> bv[C];
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) bv[c] = load(b + c * term.b_col + k);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+          const Vec<T> av = taken<rounds>(load(a + r * term.a_row + k));
+#pragma GCC unroll 4
+          for (int c = 0; c < C; ++c) acc[r][c] += av * bv[c];
+        }
+      }
+      if (left > 0) continue;
+      add_lanes<T, R, C>(acc, sums);
+      clear(acc);
+      left = kRun;
+    }
+    for (int64_t k = whole; k < term.K; ++k) {
+      for (int r = 0; r < R; ++r) {
+        for (int c = 0; c < C; ++c) sums[r][c] += taken<rounds>(a[r * term.a_row + k]) * b[c * term.b_col + k];
+      }
+    }
   }
+  add_lanes<T, R, C>(acc, sums);
   for (int r = 0; r < R; ++r) {
     T* out = g.c + v * g.c_batch + (m + r) * g.ldc;
     for (int c = 0; c < C; ++c) {

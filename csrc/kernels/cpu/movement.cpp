@@ -180,9 +180,7 @@ void strided_scatter(const Context& ctx, int64_t rows, const StridedMap& map, co
 template <class T>
 void copy_rows(const Context& ctx, int64_t rows, int64_t width, const T* x, int64_t x_ld, T* y, int64_t y_ld, bool accumulate) {
   if (accumulate && x == nullptr) return;
-  const int threads = threads_for(ctx, rows * width);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int64_t r = 0; r < rows; ++r) {
+  parallel_for(threads_for(ctx, rows * width), rows, [&](int64_t r) {
     const T* from = x + r * x_ld;
     T* to = y + r * y_ld;
     if (x == nullptr) {
@@ -194,7 +192,7 @@ void copy_rows(const Context& ctx, int64_t rows, int64_t width, const T* x, int6
 #pragma omp simd
       for (int64_t j = 0; j < width; ++j) to[j] = from[j];
     }
-  }
+  });
 }
 
 template <class T>

@@ -1,4 +1,4 @@
-// One pass over u, one row at a time; the softmax shape reads its row twice, from L1 or L2.
+// One pass over u, one row at a time, all right-hand sides of an example in turn; the softmax shape reads its row twice, from L1 or L2.
 #include "kernels/output_hessian.h"
 
 #include "kernels/cpu/parallel.h"
@@ -7,16 +7,29 @@ namespace infl {
 namespace INFL_ISA {
 namespace {
 
-constexpr int64_t kBlock = 64;  // positions
+constexpr int64_t kBlock = 64;  // positions, or classes that are searched together
+
+// The first of the largest.
+template <class T>
+int64_t most_probable(int64_t C, const T* p) {
+  T top = p[0];
+#pragma omp simd reduction(max : top)
+  for (int64_t c = 0; c < C; ++c) top = p[c] > top ? p[c] : top;
+  int64_t block = 0;
+  for (; block + kBlock < C; block += kBlock) {
+    int found = 0;
+#pragma omp simd reduction(| : found)
+    for (int64_t c = block; c < block + kBlock; ++c) found |= p[c] == top;
+    if (found) break;
+  }
+  while (block + 1 < C && p[block] != top) ++block;
+  return block;
+}
 
 // x <- weight (diag p − p pᵀ) x or a root of it. Sums leave out the most probable class m: next to p_m ≈ 1 the others would lose their digits.
 // The Hessian does not see a constant added to x, so x_m can be taken as zero; and 1 − p_m is the sum of the others.
 template <class T>
-void softmax_row(HessianPart part, int64_t C, T weight, const T* p, T* x) {
-  int64_t m = 0;
-  for (int64_t c = 1; c < C; ++c) {
-    if (p[c] > p[m]) m = c;
-  }
+void softmax_row(HessianPart part, int64_t C, int64_t m, T weight, const T* p, T* x) {
   if (part == HessianPart::root) {
     // S x = √p ∘ x − p (√p · x)
     const T x_m = x[m];
@@ -100,11 +113,29 @@ void softmax_block(HessianPart part, int64_t K, int64_t stride, int64_t B, const
   }
 }
 
+// Of H, or of a root of it.
+template <class T>
+T weight_of(const OutputHessian<T>& h, bool product, int64_t place) {
+  const T weight = h.scale * (h.weights ? h.weights[place] : T(1));
+  return product ? weight : std::sqrt(weight);
+}
+
 template <class T>
 void output_hessian(const Context& ctx, const OutputHessian<T>& h, HessianPart part, int64_t V, int64_t n, T* u) {
+  if (h.classes_innermost) return output_hessian(ctx, h.by_position(), part, V, n * h.positions, u);
   const int threads = threads_for(ctx, V * n * h.C);
   const int64_t C = h.C, positions = h.positions;
   const bool product = part == HessianPart::product;
+  if (h.shape == HessianShape::softmax && positions == 1) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t row = 0; row < n; ++row) {
+      const T* p = h.state + row * C;
+      const int64_t m = most_probable(C, p);
+      const T weight = weight_of(h, product, row);
+      for (int64_t v = 0; v < V; ++v) softmax_row(part, C, m, weight, p, u + (v * n + row) * C);
+    }
+    return;
+  }
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t i = 0; i < V * n; ++i) {
     const int64_t row = i % n;
@@ -113,26 +144,18 @@ void output_hessian(const Context& ctx, const OutputHessian<T>& h, HessianPart p
       for (int64_t first = 0; first < positions; first += kBlock) {
         const int64_t B = std::min(kBlock, positions - first);
         T weight[kBlock];
-        for (int64_t b = 0; b < B; ++b) {
-          weight[b] = h.scale * (h.weights ? h.weights[row * positions + first + b] : T(1));
-          if (!product) weight[b] = std::sqrt(weight[b]);
-        }
+        for (int64_t b = 0; b < B; ++b) weight[b] = weight_of(h, product, row * positions + first + b);
         softmax_block(part, C / positions, positions, B, weight, h.state + row * C + first, x + first);
       }
       continue;
     }
-    T weight = h.scale * (h.weights ? h.weights[row] : T(1));
-    if (!product) weight = std::sqrt(weight);
+    const T weight = weight_of(h, product, row);
     if (h.shape == HessianShape::scaled_identity) {
       for (int64_t c = 0; c < C; ++c) x[c] *= weight;
       continue;
     }
     const T* s = h.state + row * C;
-    if (h.shape == HessianShape::diagonal) {
-      for (int64_t c = 0; c < C; ++c) x[c] *= weight * (product ? s[c] : std::sqrt(s[c]));
-      continue;
-    }
-    softmax_row(part, C, weight, s, x);
+    for (int64_t c = 0; c < C; ++c) x[c] *= weight * (product ? s[c] : std::sqrt(s[c]));
   }
 }
 

@@ -19,22 +19,22 @@ void dot_row(int64_t width, const T* B, const T* t, T* to) {
   *to += sum;
 }
 
-// Four neighbouring rows of B, which share the loads of t.
+// Four rows a_row apart, which share the loads of b: an example's outputs for one vector, or its vectors for one output.
 template <class T>
-void dot_rows(int64_t width, const T* B, const T* t, T* to) {
-  const T *B1 = B + width, *B2 = B1 + width, *B3 = B2 + width;
+void dot_rows(int64_t width, const T* a, int64_t a_row, const T* b, T* to, int64_t to_row) {
+  const T *a1 = a + a_row, *a2 = a1 + a_row, *a3 = a2 + a_row;
   T s0 = 0, s1 = 0, s2 = 0, s3 = 0;
 #pragma omp simd reduction(+ : s0, s1, s2, s3)
   for (int64_t i = 0; i < width; ++i) {
-    s0 += B[i] * t[i];
-    s1 += B1[i] * t[i];
-    s2 += B2[i] * t[i];
-    s3 += B3[i] * t[i];
+    s0 += a[i] * b[i];
+    s1 += a1[i] * b[i];
+    s2 += a2[i] * b[i];
+    s3 += a3[i] * b[i];
   }
   to[0] += s0;
-  to[1] += s1;
-  to[2] += s2;
-  to[3] += s3;
+  to[to_row] += s1;
+  to[2 * to_row] += s2;
+  to[3 * to_row] += s3;
 }
 
 // body(rows of B of an example, one of its vectors in [V, n, .])
@@ -47,12 +47,18 @@ void each_vector(const Context& ctx, int64_t V, int64_t n, int64_t C, int64_t wi
 
 template <class T>
 void output_jacobian(const Context& ctx, int64_t V, int64_t n, int64_t C, int64_t width, const T* B, const T* t_u, T* t_z) {
-  each_vector(ctx, V, n, C, width, B, [&](const T* rows, int64_t at) {
-    const T* t = t_u + at * width;
-    T* to = t_z + at * C;
-    int64_t c = 0;
-    for (; c + 4 <= C; c += 4) dot_rows<T>(width, rows + c * width, t, to + c);
-    for (; c < C; ++c) dot_row<T>(width, rows + c * width, t, to + c);
+  parallel_for(threads_for(ctx, V * n * C * width), n, [&](int64_t i) {
+    const T *rows = B + i * C * width, *t = t_u + i * width;
+    T* to = t_z + i * C;
+    const int64_t in_fours = C / 4 * 4;
+    for (int64_t v = 0; v < V; ++v) {
+      for (int64_t c = 0; c < in_fours; c += 4) dot_rows<T>(width, rows + c * width, width, t + v * n * width, to + v * n * C + c, 1);
+    }
+    for (int64_t c = in_fours; c < C; ++c) {
+      int64_t v = 0;
+      for (; v + 4 <= V; v += 4) dot_rows<T>(width, t + v * n * width, n * width, rows + c * width, to + v * n * C + c, n * C);
+      for (; v < V; ++v) dot_row<T>(width, rows + c * width, t + v * n * width, to + v * n * C + c);
+    }
   });
 }
 

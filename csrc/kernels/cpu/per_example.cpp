@@ -42,10 +42,65 @@ void write_scaled(int64_t cols, T a, const T* from, T* to, bool stream) {
   for (; c < cols; ++c) to[c] = a * from[c];
 }
 
+// One example's Σ_t row[t, r] col[t, c] for R rows and C vectors of columns, summed in registers.
+template <class T, int R, int C>
+inline __attribute__((always_inline)) void sum_tile(int64_t positions, int64_t rows, int64_t cols, const T* row, const T* col, T* to, bool accumulate,
+                                                    bool stream) {
+  Vec<T> sums[R][C];
+  for (int r = 0; r < R; ++r) {
+    for (int c = 0; c < C; ++c) sums[r][c] = accumulate ? load(to + r * cols + c * kLanes<T>) : Vec<T>{};
+  }
+  for (int64_t t = 0; t < positions; ++t) {
+    Vec<T> right[C];
+    for (int c = 0; c < C; ++c) right[c] = load(col + t * cols + c * kLanes<T>);
+    for (int r = 0; r < R; ++r) {
+      for (int c = 0; c < C; ++c) sums[r][c] += row[t * rows + r] * right[c];
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int c = 0; c < C; ++c) {
+      T* at = to + r * cols + c * kLanes<T>;
+      if (stream) {
+        stream_vector(at, sums[r][c]);
+      } else {
+        store(at, sums[r][c]);
+      }
+    }
+  }
+}
+
+// R rows of one example, all columns: full vectors, then those left over one by one.
+template <class T, int R>
+void sum_rows(int64_t positions, int64_t rows, int64_t cols, const T* row, const T* col, T* to, bool accumulate, bool stream) {
+  constexpr int kVectors = 3;
+  int64_t c = 0;
+  for (; c + kVectors * kLanes<T> <= cols; c += kVectors * kLanes<T>) {
+    sum_tile<T, R, kVectors>(positions, rows, cols, row, col + c, to + c, accumulate, stream);
+  }
+  for (; c + kLanes<T> <= cols; c += kLanes<T>) sum_tile<T, R, 1>(positions, rows, cols, row, col + c, to + c, accumulate, stream);
+  for (; c < cols; ++c) {
+    T sums[R];
+    for (int r = 0; r < R; ++r) sums[r] = accumulate ? to[r * cols + c] : T(0);
+    for (int64_t t = 0; t < positions; ++t) {
+      for (int r = 0; r < R; ++r) sums[r] += row[t * rows + r] * col[t * cols + c];
+    }
+    for (int r = 0; r < R; ++r) to[r * cols + c] = sums[r];
+  }
+}
+
+// One example's Σ_t row[t, r] col[t, c] over several positions.
+template <class T>
+void sum_outer(int64_t positions, int64_t rows, int64_t cols, const T* row, const T* col, T* to, bool accumulate, bool stream) {
+  constexpr int kRows = INFL_VECTOR_BYTES == 64 ? 8 : 4;  // rows by vectors: 24 of 32 registers, 12 of 16
+  stream = stream && !accumulate && cols % kLanes<T> == 0 && reinterpret_cast<uintptr_t>(to) % INFL_VECTOR_BYTES == 0;
+  int64_t r = 0;
+  for (; r + kRows <= rows; r += kRows) sum_rows<T, kRows>(positions, rows, cols, row + r, col, to + r * cols, accumulate, stream);
+  for (; r < rows; ++r) sum_rows<T, 1>(positions, rows, cols, row + r, col, to + r * cols, accumulate, stream);
+}
+
 template <class T>
 void outer_product(const Context& ctx, int64_t N, int64_t positions, int64_t rows, int64_t cols, const T* row, const T* col, T* out,
                    int64_t out_stride, bool accumulate, bool stream) {
-  stream = stream && positions == 1 && !accumulate && cols >= 2 * kLanes<T>;
   const int threads = threads_for(ctx, N * rows * cols * positions);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
@@ -59,22 +114,11 @@ void outer_product(const Context& ctx, int64_t N, int64_t positions, int64_t row
           for (int64_t t = 0; t < positions; ++t) sum += a[t * rows + r];
           to[r] = sum;
         }
-        continue;
-      }
-      const T* b = col + n * positions * cols;
-      for (int64_t r = 0; r < rows; ++r) {
-        T* line = to + r * cols;
-        int64_t t = 0;
-        if (!accumulate) {
-          write_scaled(cols, positions > 0 ? a[r] : T(0), b, line, stream);
-          t = 1;
-        }
-        for (; t < positions; ++t) {
-          const T value = a[t * rows + r];
-          const T* from = b + t * cols;
-#pragma omp simd
-          for (int64_t c = 0; c < cols; ++c) line[c] += value * from[c];
-        }
+      } else if (positions == 1 && !accumulate) {
+        const bool past = stream && cols >= 2 * kLanes<T>;
+        for (int64_t r = 0; r < rows; ++r) write_scaled(cols, a[r], col + n * cols, to + r * cols, past);
+      } else {
+        sum_outer(positions, rows, cols, a, col + n * positions * cols, to, accumulate, stream);
       }
     }
     if (stream) stream_fence();
@@ -91,12 +135,10 @@ T square_sum(int64_t width, const T* x) {
 
 template <class T>
 void square_norm(const Context& ctx, int64_t N, int64_t width, const T* x, int64_t x_stride, T* out, bool accumulate) {
-  const int threads = threads_for(ctx, N * width);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int64_t n = 0; n < N; ++n) {
+  parallel_for(threads_for(ctx, N * width), N, [&](int64_t n) {
     const T sum = square_sum(width, x + n * x_stride);
     out[n] = accumulate ? out[n] + sum : sum;
-  }
+  });
 }
 
 template <class T>

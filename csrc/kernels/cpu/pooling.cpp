@@ -27,10 +27,11 @@ struct Columns {
 
 // The larger of a candidate and the best so far. Selections, no branches: which element is the largest cannot be predicted. Of equal elements the
 // first in the plane is chosen, of NaN the last, as a walk through the window would.
-template <class T>
-inline __attribute__((always_inline)) void take_larger(T value, T at, T& best, T& best_at) {
-  const bool earlier = at < best_at, is_nan = value != value, replaces_nan = (best == best) | (at > best_at);
-  const bool better = (value > best) | ((value == best) & earlier) | (is_nan & replaces_nan);
+// V: a number or a vector of them.
+template <class V>
+inline __attribute__((always_inline)) void take_larger(V value, V at, V& best, V& best_at) {
+  const auto earlier = at < best_at, is_nan = value != value, replaces_nan = (best == best) | (at > best_at);
+  const auto better = (value > best) | ((value == best) & earlier) | (is_nan & replaces_nan);
   best = better ? value : best;
   best_at = better ? at : best_at;
 }
@@ -47,7 +48,30 @@ void max_of_tiles(int64_t count, const T* line, const T* place, T* y, T* index) 
   }
 }
 
-// The maximum of each column over the lines of a window first, into line and place [lines of the output, width] and a vector more; then over the
+// Pairs of neighbours: vectors of the left ones against vectors of the right ones. Reads two vectors from the last pair on.
+template <class T>
+void max_of_pairs(int64_t count, const T* line, const T* place, T* y, T* index) {
+  constexpr int64_t L = kLanes<T>;
+  decltype(Vec<T>{} < Vec<T>{}) even, odd;
+  for (int lane = 0; lane < L; ++lane) {
+    even[lane] = 2 * lane;
+    odd[lane] = 2 * lane + 1;
+  }
+  for (int64_t c = 0; c < count; c += L) {
+    const Vec<T> values[2] = {load(line + 2 * c), load(line + 2 * c + L)}, places[2] = {load(place + 2 * c), load(place + 2 * c + L)};
+    Vec<T> best = __builtin_shuffle(values[0], values[1], even), best_at = __builtin_shuffle(places[0], places[1], even);
+    take_larger<Vec<T>>(__builtin_shuffle(values[0], values[1], odd), __builtin_shuffle(places[0], places[1], odd), best, best_at);
+    if (c + L <= count) {
+      store(y + c, best);
+      store(index + c, best_at);
+    } else {
+      store_lanes(y + c, best, count - c);
+      store_lanes(index + c, best_at, count - c);
+    }
+  }
+}
+
+// The maximum of each column over the lines of a window first, into line and place [lines of the output, width] and two vectors more; then over the
 // window's columns.
 template <class T>
 void max_pool_plane(const Windows& w, const Columns& columns, const T* x, T* y, T* index, T* line, T* place) {
@@ -55,8 +79,7 @@ void max_pool_plane(const Windows& w, const Columns& columns, const T* x, T* y, 
   const int64_t width = w.in[2], C = w.out[2], lines = w.out[0] * w.out[1];
   Vec<T> count;
   for (int lane = 0; lane < L; ++lane) count[lane] = static_cast<T>(lane);
-  for (int64_t l = 0; l < lines; ++l) {
-    const int64_t d = l / w.out[1], h = l % w.out[1];
+  for (int64_t l = 0, d = 0, h = 0; l < lines; ++l) {
     for (int64_t next = 0; next < width; next += L) {
       const int64_t k = std::max<int64_t>(0, std::min(next, width - L));  // the last vector may overlap the one before it
       const auto read = [&](int64_t at) { return width < L ? load_lanes(x + at, width) : load(x + at); };
@@ -74,8 +97,12 @@ void max_pool_plane(const Windows& w, const Columns& columns, const T* x, T* y, 
       store(line + l * width + k, best);
       store(place + l * width + k, best_at);
     }
+    if (++h == w.out[1]) {
+      h = 0;
+      ++d;
+    }
   }
-  if (columns.tiled && columns.longest == 2) return max_of_tiles<2>(lines * C, line, place, y, index);
+  if (columns.tiled && columns.longest == 2) return max_of_pairs(lines * C, line, place, y, index);
   if (columns.tiled && columns.longest == 3) return max_of_tiles<3>(lines * C, line, place, y, index);
   const auto step = static_cast<int32_t>(w.dilation[2]);
   const int32_t *begin = columns.begin.data(), *end = columns.end.data();
@@ -104,7 +131,7 @@ T* line_buffer(int64_t size) {
 
 template <class T>
 void max_pool(const Context& ctx, const Windows& w, int64_t planes, const T* x, T* y, T* index) {
-  const int64_t in = w.in_plane(), out = w.out_plane(), size = w.out[0] * w.out[1] * w.in[2] + kLanes<T>;
+  const int64_t in = w.in_plane(), out = w.out_plane(), size = w.out[0] * w.out[1] * w.in[2] + 2 * kLanes<T>;
   const Columns columns(w);
   parallel_for(threads_for(ctx, planes * in), planes, [&](int64_t p) {
     T* lines = line_buffer<T>(2 * size);

@@ -2,6 +2,7 @@
 #include "kernels/softmax.h"
 
 #include "kernels/cpu/parallel.h"
+#include "math/exp.h"
 
 namespace infl {
 namespace INFL_ISA {
@@ -14,8 +15,9 @@ void softmax_row(int64_t size, bool log, const T* x, T* y, T* p) {
   T top = x[0];
   for (int64_t s = 1; s < size; ++s) top = std::max(top, x[s]);
   T sum = 0;
+#pragma omp simd reduction(+ : sum)
   for (int64_t s = 0; s < size; ++s) {
-    p[s] = std::exp(x[s] - top);
+    p[s] = exp_nonpositive(x[s] - top);
     sum += p[s];
   }
   const T shift = log ? std::log(sum) : T(0);
@@ -33,8 +35,9 @@ void softmax_columns(int64_t size, int64_t inner, int64_t count, bool log, const
     for (int64_t i = 0; i < count; ++i) top[i] = std::max(top[i], x[s * inner + i]);
   }
   for (int64_t s = 0; s < size; ++s) {
+#pragma omp simd
     for (int64_t i = 0; i < count; ++i) {
-      p[s * inner + i] = std::exp(x[s * inner + i] - top[i]);
+      p[s * inner + i] = exp_nonpositive(x[s * inner + i] - top[i]);
       sum[i] += p[s * inner + i];
     }
   }

@@ -289,6 +289,28 @@ void product(const Context& ctx, const Convolution& conv, const ConvolutionProdu
 
 // ---- The gradient by the kernel -----------------------------------------------------------------------------------------------------------
 
+// out [count, 9] += taps [9, lanes]ᵀ. Rows are all read before the first is written: a read that meets a write still under way waits for it.
+template <class T>
+inline __attribute__((always_inline)) void add_taps(const Vec<T>* taps, int64_t count, T* out) {
+  constexpr int L = kLanes<T>;
+  if constexpr (L >= 9) {
+    Vec<T> rows[L] = {};
+#pragma GCC unroll 9
+    for (int k = 0; k < 9; ++k) rows[k] = taps[k];
+    transpose_square<T>(rows);
+    if (count == L) {
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) rows[i] += load_lanes(out + i * 9, 9);
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) store_lanes(out + i * 9, rows[i], 9);
+      return;
+    }
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    for (int k = 0; k < 9; ++k) out[i * 9 + k] += taps[k][i];
+  }
+}
+
 template <class T>
 void weights(const Context& ctx, const Convolution& conv, int64_t V, int64_t n, const T* x, int64_t x_batch, int64_t prepared, const T* y,
              int64_t y_batch, int64_t images, T* out, int64_t out_batch, int64_t out_example) {
@@ -300,11 +322,11 @@ void weights(const Context& ctx, const Convolution& conv, int64_t V, int64_t n, 
   const int64_t in_stride = element_stride<T>(units.most_tiles() * in.blocks);
   const int64_t out_stride = element_stride<T>(units.most_tiles() * cotangent.blocks);
   const int64_t lines = std::max(in.lines(units.rows) * in.line() * in.blocks, cotangent.lines(units.rows) * cotangent.line() * cotangent.blocks);
-  const int64_t gradient = cotangent.channels * in.blocks, sums_size = kElements * gradient;
+  const int64_t gradient = element_stride<T>(cotangent.channels * in.blocks), sums_size = kElements * gradient;
   const int64_t together = std::clamp<int64_t>(kAccumulatorBytes / (sums_size * static_cast<int64_t>(sizeof(T))), 1, V);  // right-hand sides
   T* inputs = scratch<T>(kElements * (in_stride + out_stride) + together * sums_size + threads * lines, 0);
   T* cotangents = inputs + kElements * in_stride;
-  T* sums = cotangents + kElements * out_stride;  // [together][36][y channels][x blocks]
+  T* sums = cotangents + kElements * out_stride;  // [together][36][y channels][x blocks], elements `gradient` apart
   T* buffers = sums + together * sums_size;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   for (int64_t block = 0; block < n; block += images) {
@@ -342,14 +364,11 @@ void weights(const Context& ctx, const Convolution& conv, int64_t V, int64_t n, 
         const T* from = sums + v * sums_size + o * in.blocks;
         T* to = out + (v0 + v) * out_batch + block / images * out_example + o * in.channels * 9;
         for (int64_t c = 0; c < in.channels; c += kLanes<T>) {
-          T taps[9][kLanes<T>];
+          Vec<T> taps[9];
           both_axes<T, kIn, 3>([](const Vec<T>* d, Vec<T>* result) __attribute__((always_inline)) { gradient_line<T>(d, result); },
                                [&](int i, int j) __attribute__((always_inline)) { return load(from + (i * kIn + j) * gradient + c); },
-                               [&](int i, int j, Vec<T> value) __attribute__((always_inline)) { store(taps[i * 3 + j], value); });
-          const int64_t count = std::min<int64_t>(kLanes<T>, in.channels - c);
-          for (int64_t i = 0; i < count; ++i) {
-            for (int k = 0; k < 9; ++k) to[(c + i) * 9 + k] += taps[k][i];
-          }
+                               [&](int i, int j, Vec<T> value) __attribute__((always_inline)) { taps[i * 3 + j] = value; });
+          add_taps<T>(taps, std::min<int64_t>(kLanes<T>, in.channels - c), to + c * 9);
         }
       }
     }

@@ -232,6 +232,34 @@ def _is_one(size: Any) -> bool:
     return isinstance(size, int) and size == 1
 
 
+def _bilinear(context: Context, node: fx.Node) -> Value | None:
+    """``bilinear(x, y, W, b)``, W ``[O, I, J]``: W y as a linear layer of O·I outputs, then Σ_i x_i (W y)_oi as a product."""
+    left, right, weight = (argument(node, i, name, None) for i, name in enumerate(("input1", "input2", "weight")))
+    bias = argument(node, 3, "bias", None)
+    layout = context.layout(node)
+    if layout is None or not (context.is_batched(left) and context.is_batched(right) and context.is_batch_free(weight)):
+        return None
+    x, y = context.value(left), context.value(right)
+    O, I, J = (int(size) for size in weight.meta["val"].shape)
+    if x.axis == len(x.shape) - 1 or replace(x.layout, shape=layout.shape) != layout or replace(y.layout, shape=layout.shape) != layout:
+        return None
+    matrix = context.slot(weight)
+    shift = -1 if bias is None else context.slot(bias, layout.shape)
+    if matrix is None or shift is None:
+        return None
+    ints = {"in_features": J, "out_features": O * I, "transposed": 0}
+    wide = replace(y.layout, shape=(*y.shape[:-1], O * I))
+    weighted = context.emit(node, "linear", [y], (matrix, -1), ints, suffix="_weighted", layout=wide)
+    if weighted is None:
+        return None
+    ints = {"M": O, "K": I, "N": 1, "slot_operand": -1}
+    lists = {"batch": [math.prod(x.shape[:-1])], "a": [O * I, I, 1], "b": [I, 1, 0], "c": [O, 1, 0]}
+    product = context.emit(node, "matmul", [weighted, x], (), ints, lists=lists, suffix="" if bias is None else "_product")
+    if bias is None or product is None:
+        return product
+    return context.emit(node, "affine", [product], (-1, shift), floats={"a": 1.0, "b": 0.0})
+
+
 def _attention(context: Context, node: fx.Node) -> Value | None:
     """``scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, *, scale, enable_gqa)``."""
     mask, dropout, causal = (
@@ -353,5 +381,6 @@ LOWERINGS: dict[str, Lowering] = {
     **named(_matmul, "bmm.default"),
     **named(_baddbmm, "baddbmm.default"),
     **named(_einsum, "einsum.default"),
+    **named(_bilinear, "bilinear.default"),
     **named(_attention, "scaled_dot_product_attention.default"),
 }

@@ -153,8 +153,9 @@ class TorchRuntime final : public DeviceRuntime, public LaunchRecorder {
   }
   void upload(void* to, const void* from, int64_t bytes, void* stream) override {
     refuse_capture(stream, "from");
-    // From pageable memory: staged before the call returns.
     C10_CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, static_cast<cudaStream_t>(stream)));
+    // `from` may go, and threads on other streams, which no event orders behind the copy, may read what it wrote (the lists of a shared plan).
+    C10_CUDA_CHECK(cudaStreamSynchronize(static_cast<cudaStream_t>(stream)));
   }
   void download(void* to, const void* from, int64_t bytes, void* stream) override {
     refuse_capture(stream, "to");

@@ -312,6 +312,28 @@ def check_per_example(model: nn.Module, X: Tensor, C: int) -> None:
     assert_close(squares, expected.square().sum(0), scope="layer")
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_tangents_of_linear_layers_are_read_where_they_lie(transposed: bool) -> None:
+    """One product of the vendor's, which takes either storage, and no copy before it."""
+
+    class Dense(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(random(5, 7) if transposed else random(7, 5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weight if transposed else nn.functional.linear(x, self.weight)
+
+    model, X, V = Dense(), random(4, 5, seed=1), random(3, 35, seed=2)
+    tape = Plan.of(model, X).linearize(X)
+    tape.set_schedule("by_operator")
+    before = Traffic.now()
+    product = tape.jvp(V)
+    asked = Traffic.now().since(before)
+    assert_close(product, torch.stack([X @ (v.view(5, 7) if transposed else v.view(7, 5).T) for v in V]), scope="layer")
+    assert (asked.launches, asked.products) == (1, 1), "the product and the copy of the result to where it is wanted"
+
+
 POOLS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "max": (nn.MaxPool2d(2), (3, 8, 6)),
     "max-overlap": (nn.MaxPool2d(3, stride=1, padding=1), (2, 9, 7)),
@@ -335,13 +357,22 @@ def test_pooling(id: str, dtype: torch.dtype) -> None:
 REVERSED = """f32 and (test_attention and edges or test_convolutions and edges or test_softmax_of_lines or test_softmax_of_columns
     or test_cross_entropy and 20001 or test_long_lines and 9001-1)""".replace("\n", " ")
 """Kernels with barriers of a warp, a block and a cluster."""
+DRAWN = "f32 and (test_softmax_of_lines or test_softmax_of_columns or test_pooling or test_widths_and_depths)"
+"""Rows, columns, rounds that integers decide, and chains of layers."""
 
 
-def test_threads_and_blocks_in_the_opposite_order() -> None:
+@pytest.mark.parametrize(
+    ("order", "names", "rows"),
+    [
+        pytest.param("reversed", ["kernels", "shapes"], REVERSED, id="opposite"),
+        pytest.param("20261123", ["kernels", "mlp"], DRAWN, id="drawn", marks=pytest.mark.slow),
+    ],
+)
+def test_threads_and_blocks_in_another_order(order: str, names: list[str], rows: str) -> None:
     """A missing barrier, or blocks that depend on each other, would show; the emulation reads the order once in a process."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", REVERSED]
-    files = [f"tests/{name}.py" for name in ("test_device_kernels", "test_device_shapes")]
-    environment = {**os.environ, "INFL_EMULATION_ORDER": "reversed"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", "-k", rows]
+    files = [f"tests/test_device_{name}.py" for name in names]
+    environment = {**os.environ, "INFL_EMULATION_ORDER": order}
     done = subprocess.run([*command, *files], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout
     assert " passed" in done.stdout

@@ -6,7 +6,7 @@ The emulation multiplies what the vendor's library would in full float32, so all
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -48,15 +48,26 @@ def error(actual: Tensor, oracle: Tensor) -> float:
 QUANTITIES = ("jvp", "vjp", "per example")
 
 
-def check(make: Callable[[], nn.Module], precision: Any, *shape: int, V: int, ours: Iterable[str] = QUANTITIES) -> None:
-    """``J V``, ``Jᵀ G`` and per-example gradients, and full outputs, against plain PyTorch in float64; ``ours``: by kernels of ours."""
+def check(
+    make: Callable[[], nn.Module],
+    precision: Any,
+    *shape: int,
+    V: int,
+    ours: Iterable[str] = QUANTITIES,
+    shifts: Mapping[str, float] | None = None,
+) -> None:
+    """``J V``, ``Jᵀ G`` and per-example gradients, and full outputs, against plain PyTorch in float64; ``ours``: by kernels of ours.
+
+    ``shifts``: added to all tangents of these parameters.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = make().float().eval()
     random = generator("x" + repr((shape, V)))
     X = torch.randn(*shape, generator=random)
     tape = Plan.of(model, X).linearize(X, precision=precision)
-    T = torch.randn(V, sum(p.numel() for p in model.parameters()), generator=random)
+    parts = [torch.randn(V, p.numel(), generator=random) + (shifts or {}).get(name, 0.0) for name, p in model.named_parameters()]
+    T = torch.cat(parts, dim=1)
     G = torch.randn(V, *tape.outputs.shape, generator=random)
     oracle = copy.deepcopy(model).double()
     theta = trainable(oracle)
@@ -87,6 +98,60 @@ def attention(options: dict[str, Any], precision: str, V: int) -> None:
 def test_attention(precision: str) -> None:
     """Several steps of features, edges in every direction, one row of 64 more than a block has."""
     attention({"L": 65, "S": 66, "H": 1, "K": 1, "E": 37, "F": 33}, precision, 3)
+
+
+AGAIN, KEPT = {"L": 33, "S": 70, "H": 1, "K": 1, "E": 5, "F": 4}, {"L": 33, "S": 66, "H": 1, "K": 1, "E": 32, "F": 32}
+"""Whether P is computed again or kept."""
+
+
+class Sharp(nn.Module):
+    """Attention of inputs that vary little, so scores of 100 are of the parameters' making; ``gain`` enlarges the scores."""
+
+    def __init__(self, options: dict[str, Any], gain: float) -> None:
+        super().__init__()
+        self.attention = Attention(**options)
+        with torch.no_grad():
+            self.attention.q *= gain
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.attention(1 + 0.1 * x)
+        return y
+
+
+@quick
+@pytest.mark.parametrize(
+    ("options", "gain", "shift"),
+    [
+        pytest.param(AGAIN, 16.0, 10.0, id="large scores, shifted"),
+        pytest.param(KEPT, 1.0, 10.0, id="kept, shifted"),
+        pytest.param(AGAIN, 16.0, 0.0, id="large scores", marks=pytest.mark.slow),
+    ],
+)
+def test_attention_rounds_neither_probabilities_nor_what_a_row_has_in_common(
+    options: dict[str, Any], gain: float, shift: float, precision: str
+) -> None:
+    """Scores that rounded factors would move by more than the tolerance; tangents of all keys of which softmax sees nothing."""
+    shape = 2, 1, max(options["L"], options["S"]), max(options["E"], options["F"])
+    shifts = {"attention.k": shift}
+    check(lambda: Sharp(options, gain), precision, *shape, V=2, shifts=shifts)
+
+
+@pytest.mark.parametrize("precision", ["full", *LIMITS])
+def test_tangents_of_hidden_keys_leave_no_trace(precision: Any) -> None:
+    """Of the first key, as in sequences that are padded on the left: not even by rounding."""
+    torch.manual_seed(0)
+    module = Attention(**AGAIN, mask=(1, 1, AGAIN["S"]))
+    with torch.no_grad():
+        module.mask[..., 0] = -1e6  # type: ignore[index]
+    X = torch.randn(1, 1, 70, 5)
+    tape = Plan.of(module, X).linearize(X, precision=precision)
+    named = {name: torch.randn_like(p) for name, p in module.named_parameters()}
+    T = torch.cat([t.flatten() for t in named.values()])[None]
+    for name in ("k", "v"):
+        named[name][:, 0] *= 300
+    larger = torch.cat([t.flatten() for t in named.values()])[None]
+    assert not torch.equal(T, larger)
+    assert torch.equal(tape.jvp(T), tape.jvp(larger))
 
 
 @slow

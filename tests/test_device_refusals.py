@@ -16,6 +16,7 @@ from torch import nn
 import influence_ext as ie
 import influence_ext._C as _C
 from influence_ext import reference
+from influence_ext.errors import ArgumentError
 from influence_ext.plan import Plan
 from influence_ext.testing import assert_close
 from tests.emulation import emulated_device, most_bytes
@@ -71,6 +72,41 @@ def test_a_budget_beyond_what_is_free_takes_smaller_chunks() -> None:
     parameters = dict(model.named_parameters())
     _, expected = torch.func.jvp(lambda p: torch.func.functional_call(model, p, (X,)), (parameters,), (plan.space.unflatten(v[0]),))
     assert_close(tape.jvp(v)[0], expected.detach())
+
+
+def test_products_in_chunks_take_no_more_than_the_budget() -> None:
+    """Forward state, workspace and vectors, by the device's own count; 600 examples are no multiple of the chunks."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(100, 200), nn.Tanh(), nn.Linear(200, 3))
+    X, g = torch.randn(N, 100), torch.randn(1, N, 3)
+    with emulated_device():
+        plan = Plan.of(model, X)
+        v = torch.randn(1, plan.space.num_parameters)
+        for budget in (400_000, 700_000):
+            most_bytes()
+            before = most_bytes()
+            tape = plan.linearize(X, memory_budget=budget)
+            assert tape.chunk is not None
+            assert N % tape.chunk
+            tape.jvp(v)
+            tape.vjp(g)
+            assert 0.9 * budget < most_bytes() - before <= budget + 4096  # each buffer is rounded up
+            del tape
+
+
+def test_a_device_without_room_for_one_example_is_what_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not a budget that nobody gave."""
+    model, _, X, _ = problem()
+    plan = Plan.of(model, X)
+    monkeypatch.setattr("influence_ext.plan.free_bytes", lambda device: 20_000)
+    with pytest.raises(MemoryError, match=r"expected \d+ bytes on cpu for the weights and one example, got 15000, three quarters of those"):
+        plan.linearize(X, memory_budget=10**9)
+    monkeypatch.setattr("influence_ext.plan.free_bytes", lambda device: 60_000)
+    with pytest.raises(ArgumentError, match=r"got 10 bytes .*; raise it to \d+ for chunks of \d+ examples") as error:
+        plan.linearize(X, memory_budget=10)
+    budget, chunk = map(int, re.search(r"raise it to (\d+) for chunks of (\d+)", str(error.value)).groups())  # type: ignore[union-attr]
+    assert budget <= 45_000
+    assert plan.linearize(X, memory_budget=budget).chunk == chunk
 
 
 def test_shortage_of_which_nobody_knows_what_is_free_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,6 +100,18 @@ def test_streams_and_solvers() -> None:
     assert_close(there.values.cpu(), here.values.cpu(), scope="model")
 
 
+@pytest.mark.parametrize("size", [6143, 6144])
+def test_pools_of_planes_that_need_all_shared_memory(size: int) -> None:
+    """Two integers a pixel fill the 48 KB of a launch that asks for no more, and the kernel has a variable beside them."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv1d(1, 2, 1), torch.nn.MaxPool1d(3, stride=2)).double()
+    X = torch.randn(2, 1, size, dtype=torch.float64)
+    tape = Plan.of(model, X).linearize(X)
+    G = torch.randn(3, *tape.outputs.shape, dtype=torch.float64)
+    there = Plan.of(copy.deepcopy(model).cuda(), X.cuda()).linearize(X.cuda())
+    assert_close(there.vjp(G.cuda()).cpu(), tape.vjp(G), scope="model")
+
+
 def small_problem() -> tuple[torch.nn.Module, Tensor, Tensor]:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3)).double()

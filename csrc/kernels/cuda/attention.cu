@@ -6,15 +6,19 @@
 // Where P is not kept, a first pass finds the maximum and the inverse sum of each row of scores, so that P of any block is one product and an
 // exponential away. The derivative of softmax needs a sum along the row before anything can be multiplied with it:
 //
-//   jvp   t_o = Σ P ∘ t_S v + P t_v − d ∘ o,  d = rowsum(P ∘ t_S),  all three sums in one walk
+//   jvp   t_o = Σ P ∘ (t_S − r) v + P t_v − d ∘ o,  d = rowsum(P ∘ (t_S − r)),  all three sums in one walk
 //   vjp   rowsum(P ∘ g_P) = rowsum(g_o ∘ o), from outputs that are computed once for all right-hand sides
+//
+// What all tangents of a row have in common is no tangent of P. d ∘ o would take it off again, but only after P ∘ t_S was rounded as a factor; so it
+// is taken off first, as r, the mean under P over the first block of keys.
 //
 // Operations for each element of P and right-hand side: jvp 4 E + 4 F, g_q and g_k 2 E + 2 F, g_v 2 F. A block takes two right-hand sides together:
 // they share P (2 E operations where it is computed, 4 bytes where it is read) and o (2 F); all others of them find q, k and v in the second-level
 // cache. The products run in registers or on tensor cores, as the precision says (attention_products.h), and all else in float32 or float64: only
-// factors of products are rounded. With two right-hand sides a thread keeps five tiles of 16 sums in tangents and four in cotangents, which
-// leaves room for one block of eight warps on a processor. Where a bound says so, one block is all that is asked for: left to itself the compiler
-// makes some of these kernels fit twice, at 128 registers, and spills.
+// factors of products are rounded, and of those not q and k where they give P, nor P and v where they give the o of the sums of rows, which takes
+// three times the operations of a product that rounds. With two right-hand sides a thread keeps five tiles of 16 sums in tangents and four in
+// cotangents, which leaves room for one block of eight warps on a processor. Where a bound says so, one block is all that is asked for: left to
+// itself the compiler makes some of these kernels fit twice, at 128 registers, and spills.
 #include "kernels/attention.h"
 
 #include "kernels/cuda/attention_cotangents.h"
@@ -26,6 +30,36 @@ namespace cuda {
 namespace {
 
 // ---- Outputs and tangents --------------------------------------------------------------------------------------------------------------------
+
+// means[query]: the mean of s under p over the keys of a block, 0 where p has no weight there, so that hidden keys leave no trace in it.
+template <class Tile, class T = typename Tile::Value>
+__device__ void block_means(const Tile& p, const Tile& s, T* shared, T* means) {
+  static_assert(2 * Tile::kDown * kBlock * sizeof(T) <= shared_bytes<Tile>(0));
+  T *weights = shared, *moments = shared + Tile::kDown * kBlock;
+  __syncthreads();  // the panels have been read
+  INFL_UNROLL(4)
+  for (int j = 0; j < Tile::kTileCols; ++j) {
+    T weight = 0, moment = 0;
+    INFL_UNROLL(4)
+    for (int i = 0; i < Tile::kTileRows; ++i) {
+      weight += p.sum[i][j];
+      moment += p.sum[i][j] * s.sum[i][j];
+    }
+    const int at = Tile::down() * kBlock + Tile::col(j);
+    weights[at] = weight;
+    moments[at] = moment;
+  }
+  __syncthreads();
+  if (threadIdx.x < kBlock) {
+    T weight = 0, moment = 0;
+    for (int k = 0; k < Tile::kDown; ++k) {
+      weight += weights[k * kBlock + threadIdx.x];
+      moment += moments[k * kBlock + threadIdx.x];
+    }
+    means[threadIdx.x] = weight > T(0) ? moment / weight : T(0);
+  }
+  __syncthreads();
+}
 
 template <class Tile, int kSides, class T = typename Tile::Value>
 __global__ void __launch_bounds__(kThreads, 1) tangents_kernel(const Attention<T> a, const AttentionTangents<T> t, const RowSum<T>* sums, T* t_o) {
@@ -39,6 +73,7 @@ __global__ void __launch_bounds__(kThreads, 1) tangents_kernel(const Attention<T
   b.n = grid.rest;
   const bool moves = scores_move(t);
   Tile o, out[kSides];
+  __shared__ T reference[kSides][kBlock];
   T dot[kSides][Tile::kTileCols] = {};
   o.clear();
   INFL_UNROLL(2)
@@ -55,11 +90,13 @@ __global__ void __launch_bounds__(kThreads, 1) tangents_kernel(const Attention<T
       if (moves) {
         Tile s;
         score_tangents<true>(a, t, b, v, s, shared);
+        if (b.s0 == 0) block_means(p, s, shared, reference[side]);
         INFL_UNROLL(4)
         for (int j = 0; j < Tile::kTileCols; ++j) {
+          const T r = reference[side][Tile::col(j)];
           INFL_UNROLL(4)
           for (int i = 0; i < Tile::kTileRows; ++i) {
-            s.sum[i][j] *= p.sum[i][j];
+            s.sum[i][j] = (s.sum[i][j] - r) * p.sum[i][j];
             dot[side][j] += s.sum[i][j];
           }
         }
@@ -127,7 +164,7 @@ __global__ void __launch_bounds__(kThreads, kCotangentBlocks<Tile, kWanted, kSid
         multiply_tile(sum[side], tile, outputs(a, g_o, v * a.n + b.n, b), part.col0, part.width, shared);
       } else {
         Tile g;
-        centred_cotangents<kKeysFirst>(a, b, v, g_o, dots, g, shared);
+        centred_cotangents<kKeysFirst, false>(a, b, v, g_o, dots, g, shared);
         weigh(g, p);
         put(g, tile);
         multiply_tile(sum[side], tile, kKeysFirst ? keys(a, a.k, b.n, b) : queries(a, a.q, b.n, b), part.col0, part.width, shared);
@@ -150,7 +187,7 @@ struct ScoreCotangents {
   __device__ void operator()(const Attention<T>& a, const Scores& b, int64_t v, Tile& g, T* shared) const {
     Tile p;
     probabilities<false>(a, b, sums, p, shared);
-    centred_cotangents<false>(a, b, v, g_o, dots, g, shared);
+    centred_cotangents<false, false>(a, b, v, g_o, dots, g, shared);
     weigh(g, p);
   }
 };
@@ -164,7 +201,7 @@ void attention_forward(const Context& ctx, const Attention<T>& given, T* o) {
   a.p = nullptr;  // to be computed
   with_tile<T>(ctx, [&]<class Tile>() {
     const Buffer<RowSum<T>> sums = row_sums<Tile>(ctx, a);
-    start<Tile>(ctx, "attention_forward", &outputs_kernel<Tile>, blocks_of(a, a.heads, a.L, a.F), 1, a, sums.data(), given.p, a.o_at, o);
+    start<Tile>(ctx, "attention_forward", &outputs_kernel<Tile, Tile>, blocks_of(a, a.heads, a.L, a.F), 1, a, sums.data(), given.p, a.o_at, o);
   });
 }
 
@@ -197,7 +234,7 @@ void attention_vjp(const Context& ctx, const Attention<T>& a, const T* g_o, cons
     const Buffer<RowSum<T>> sums = a.p ? Buffer<RowSum<T>>() : row_sums<Tile>(ctx, a);
     cotangents<Tile, Wanted::value>(ctx, a, g_o, sums.data(), static_cast<const T*>(nullptr), g.v, g.accumulate);
     if (g.q == nullptr && g.k == nullptr && g.mask == nullptr) return;
-    const Buffer<T> dots = row_dots<Tile>(ctx, a, a.V, g_o, sums.data());
+    const Buffer<T> dots = row_dots<Tile, Tile>(ctx, a, a.V, g_o, sums.data());
     cotangents<Tile, Wanted::query>(ctx, a, g_o, sums.data(), dots.data(), g.q, g.accumulate);
     cotangents<Tile, Wanted::key>(ctx, a, g_o, sums.data(), dots.data(), g.k, g.accumulate);
     if (g.mask && !g.accumulate) {

@@ -82,7 +82,7 @@ __device__ void probabilities(const Attention<T>& a, const Scores& b, const RowS
   p.clear();
   if (a.p == nullptr) {
     const Rows<T> q = queries(a, a.q, b.n, b), k = keys(a, a.k, b.n, b);
-    multiply_rows(p, kKeysFirst ? k : q, kKeysFirst ? q : k, a.E, shared);
+    multiply_rows_exactly(p, kKeysFirst ? k : q, kKeysFirst ? q : k, a.E, shared);
   }
   const int64_t line = (b.n * a.heads + b.head) * a.L;
   INFL_UNROLL(4)
@@ -143,12 +143,16 @@ __device__ void score_tangents(const Attention<T>& a, const AttentionTangents<T>
   }
 }
 
-// c = g_P − rowsum(P ∘ g_P) = g_o vᵀ − dots, for one right-hand side; g_S without the scale is P ∘ c.
-template <bool kKeysFirst, class Tile, class T>
+// c = g_P − rowsum(P ∘ g_P) = g_o vᵀ − dots, for one right-hand side, which kExact says belongs to the point; g_S without the scale is P ∘ c.
+template <bool kKeysFirst, bool kExact, class Tile, class T>
 __device__ void centred_cotangents(const Attention<T>& a, const Scores& b, int64_t v, const T* g_o, const T* dots, Tile& g, T* shared) {
   const Rows<T> from = outputs(a, g_o, v * a.n + b.n, b), to = values(a, a.v, b.n, b);
   g.clear();
-  multiply_rows(g, kKeysFirst ? to : from, kKeysFirst ? from : to, a.F, shared);
+  if constexpr (kExact) {
+    multiply_rows_exactly(g, kKeysFirst ? to : from, kKeysFirst ? from : to, a.F, shared);
+  } else {
+    multiply_rows(g, kKeysFirst ? to : from, kKeysFirst ? from : to, a.F, shared);
+  }
   const T* line = dots + ((v * a.n + b.n) * a.heads + b.head) * a.L;
   INFL_UNROLL(4)
   for (int i = 0; i < Tile::kTileRows; ++i) {

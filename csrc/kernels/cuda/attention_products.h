@@ -7,6 +7,8 @@
 // in Bfloat16. Products of scores need half as much, since their left factor is in shared memory.
 #pragma once
 
+#include <type_traits>
+
 #include "kernels/cuda/mma.h"
 #include "kernels/cuda/tile.h"
 
@@ -56,9 +58,27 @@ template <class Kind>
 struct Layout<TensorTile<Kind>> {
   static constexpr int kWidth = kVectorWidth<typename Kind::Value>, kStep = kWidth == 4 ? 32 : 8;  // float64 has no registers for more
   static constexpr int kPitch = kBlock + Kind::kColumnPad, kRowPitch = kStep + Kind::kRowPad;
-  static constexpr int kRowPanel = kBlock * kRowPitch, kColumnPanel = kStep * kPitch, kPanels = 4 * kRowPanel;
-  static_assert(2 * kColumnPanel <= kPanels);
+  static constexpr int kRowPanel = kBlock * kRowPitch, kColumnPanel = kStep * kPitch;
+  // They hold those of the tile that rounds nothing as well, whose elements are values: for Bfloat16 nearly twice its own.
+  static constexpr int kPanels = 4 * kBlock * (kStep + 4) * (sizeof(typename Kind::Value) / sizeof(typename Kind::Element));
+  static_assert(4 * kRowPanel <= kPanels && 2 * kColumnPanel <= kPanels);
 };
+
+// The tile that rounds no factors, its sums lying in the same registers.
+template <class Tile>
+struct ExactOf {
+  using Type = Tile;
+};
+template <>
+struct ExactOf<TensorTile<Tf32>> {
+  using Type = TensorTile<Float32>;
+};
+template <>
+struct ExactOf<TensorTile<Bfloat16>> {
+  using Type = TensorTile<Float32>;
+};
+template <class Tile>
+using Exact = typename ExactOf<Tile>::Type;
 
 // Bytes of shared memory: the panels and some tiles of scores.
 template <class Tile>
@@ -144,6 +164,43 @@ __device__ void multiply_rows(TensorTile<Kind>& sum, const Rows<T>& left, const 
   }
 }
 
+// What a product of this tile makes of its factors.
+template <class Tile, int W, class T>
+__device__ Vector<T, W> rounded(Vector<T, W> x) {
+  INFL_UNROLL(4)
+  for (int i = 0; i < W; ++i) {
+    if constexpr (std::is_same_v<Tile, TensorTile<Tf32>>) x.v[i] = ptx::float_of(ptx::round_to_tf32(x.v[i]) & ~0x1fffu);
+    if constexpr (std::is_same_v<Tile, TensorTile<Bfloat16>>) x.v[i] = ptx::float_of(uint32_t{ptx::round_to_bfloat16(x.v[i])} << 16);
+  }
+  return x;
+}
+
+template <class Tile, class T>
+struct RoundedRows : Rows<T> {
+  template <int W>
+  __device__ Vector<T, W> load(bool is_aligned, int64_t row, int64_t k, int64_t end) const {
+    return rounded<Tile>(Rows<T>::template load<W>(is_aligned, row, k, end));
+  }
+};
+
+// multiply_rows with factors that are not rounded.
+template <class Tile, class T>
+__device__ void multiply_rows_exactly(Tile& sum, const Rows<T>& left, const Rows<T>& right, int64_t K, T* shared) {
+  static_assert(Layout<Exact<Tile>>::kPanels * sizeof(typename Exact<Tile>::Element) <= shared_bytes<Tile>(0));
+  if constexpr (std::is_same_v<Exact<Tile>, Tile>) {
+    multiply_rows(sum, left, right, K, shared);
+  } else {
+    Exact<Tile> exact;
+    exact.clear();
+    multiply_rows(exact, left, right, K, shared);
+    INFL_UNROLL(4)
+    for (int i = 0; i < Tile::kTileRows; ++i) {
+      INFL_UNROLL(4)
+      for (int j = 0; j < Tile::kTileCols; ++j) sum.sum[i][j] += exact.sum[i][j];
+    }
+  }
+}
+
 // sum[i][j] += Σ_k tile[k][i] right_k[col0 + j]
 template <class T>
 __device__ void multiply_tile(PlainTile<T>& sum, const T* tile, const Rows<T>& right, int64_t col0, int64_t cols, T* shared) {
@@ -170,9 +227,8 @@ __device__ void multiply_tile(PlainTile<T>& sum, const T* tile, const Rows<T>& r
   }
 }
 
-template <class Kind, class T>
-__device__ void multiply_tile(TensorTile<Kind>& sum, const typename Kind::Element* tile, const Rows<T>& right, int64_t col0, int64_t cols,
-                              T* shared) {
+template <class Kind, class Right, class T>
+__device__ void multiply_tile(TensorTile<Kind>& sum, const typename Kind::Element* tile, const Right& right, int64_t col0, int64_t cols, T* shared) {
   using Tile = TensorTile<Kind>;
   using L = Layout<Tile>;
   constexpr int W = L::kWidth, kAcross = kBlock / W, kLines = kThreads / kAcross, kEach = L::kStep / kLines;

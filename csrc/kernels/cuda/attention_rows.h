@@ -70,8 +70,8 @@ __global__ void __launch_bounds__(kThreads, 2) row_sums_kernel(const Attention<T
   sums[(b.n * a.heads + b.head) * a.L + query] = {all.maximum, all.sum == T(0) ? T(0) : T(1) / all.sum};
 }
 
-// o = P v, at `o_at`; P itself to `kept` if that is given.
-template <class Tile, class T = typename Tile::Value>
+// o = P v, at `o_at`, v as products of `Factors` see it; P itself to `kept` if that is given.
+template <class Tile, class Factors, class T = typename Tile::Value>
 __global__ void __launch_bounds__(kThreads) outputs_kernel(const Attention<T> a, const RowSum<T>* sums, T* kept, HeadStrides o_at, T* o) {
   INFL_DYNAMIC_SHARED(T, shared);
   auto* tile = tile_at<Tile>(shared, 0);
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kThreads) outputs_kernel(const Attention<T> a,
     Tile p;
     probabilities<true>(a, b, sums, p, shared);
     put(p, tile);
-    multiply_tile(out, tile, values(a, a.v, b.n, b), f0, a.F, shared);
+    multiply_tile(out, tile, RoundedRows<Factors, T>{values(a, a.v, b.n, b)}, f0, a.F, shared);
     if (kept == nullptr || f0 != 0) continue;
     INFL_UNROLL(4)
     for (int j = 0; j < Tile::kTileCols; ++j) {
@@ -108,15 +108,15 @@ __global__ void __launch_bounds__(kThreads) outputs_kernel(const Attention<T> a,
   }
 }
 
-// dots[v, n, head, l] = g_o · o for v < V, o [n, heads, L, F]: a warp a row.
-template <class T>
+// dots[v, n, head, l] = g_o · o for v < V, g_o as products of `Factors` see it, o [n, heads, L, F]: a warp a row.
+template <class Factors, class T>
 __global__ void __launch_bounds__(kThreads) dots_kernel(const Attention<T> a, int64_t V, const T* g_o, const T* o, T* dots) {
   const int64_t row = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / kWarp, rows = a.n * a.heads * a.L;
   if (row >= V * rows) return;
   const int64_t l = row % a.L, head = row / a.L % a.heads, e = row / a.L / a.heads;
   const T *from = g_o + e * a.o_at.example + head * a.o_at.head + l * a.o_at.row, *out = o + row % rows * a.F;
   T sum = 0;
-  for (int64_t f = threadIdx.x % kWarp; f < a.F; f += kWarp) sum += from[f] * out[f];
+  for (int64_t f = threadIdx.x % kWarp; f < a.F; f += kWarp) sum += rounded<Factors>(Vector<T, 1>{{from[f]}}).v[0] * out[f];
   sum = warp_sum(sum);
   if (threadIdx.x % kWarp == 0) dots[row] = sum;
 }
@@ -125,20 +125,22 @@ __global__ void __launch_bounds__(kThreads) dots_kernel(const Attention<T> a, in
 template <class Tile, class T>
 Buffer<RowSum<T>> row_sums(const Context& ctx, const Attention<T>& a) {
   Buffer<RowSum<T>> sums(ctx, a.n * a.heads * a.L);
-  start<Tile>(ctx, "attention_row_sums", &row_sums_kernel<Tile>, blocks_of(a, a.heads, a.L, 1), 0, a, sums.data());
+  start<Exact<Tile>>(ctx, "attention_row_sums", &row_sums_kernel<Exact<Tile>>, blocks_of(a, a.heads, a.L, 1), 0, a, sums.data());
   return sums;
 }
 
-// dots of `V` cotangents: with outputs that are computed once for all.
-template <class Tile, class T>
+// rowsum(P ∘ g_P) of `V` cotangents as Σ (P v) g_o, with outputs that are computed once for all. P belongs to the point; g_o and v are taken as g_P
+// is made of them, by products of `Factors`: where P is nearly 1, g_P − rowsum(P ∘ g_P) is what is left of two equal numbers.
+template <class Tile, class Factors, class T>
 Buffer<T> row_dots(const Context& ctx, const Attention<T>& a, int64_t V, const T* g_o, const RowSum<T>* sums) {
   constexpr const char* kWho = "attention_row_dots";
   const int64_t rows = a.n * a.heads * a.L;
   Buffer<T> o(ctx, rows * a.F), dots(ctx, V * rows);
   const HeadStrides o_at{a.heads * a.L * a.F, a.L * a.F, a.F};
-  start<Tile>(ctx, kWho, &outputs_kernel<Tile>, blocks_of(a, a.heads, a.L, a.F), 1, a, sums, static_cast<T*>(nullptr), o_at, o.data());
-  launch(ctx, kWho, &dots_kernel<T>, dim3(static_cast<unsigned>(ceil_div(V * rows, kThreads / kWarp))), dim3(kThreads), 0, a, V, g_o, o.data(),
-         dots.data());
+  start<Exact<Tile>>(ctx, kWho, &outputs_kernel<Exact<Tile>, Factors>, blocks_of(a, a.heads, a.L, a.F), 1, a, sums, static_cast<T*>(nullptr), o_at,
+                     o.data());
+  launch(ctx, kWho, &dots_kernel<Factors, T>, dim3(static_cast<unsigned>(ceil_div(V * rows, kThreads / kWarp))), dim3(kThreads), 0, a, V, g_o,
+         o.data(), dots.data());
   return dots;
 }
 

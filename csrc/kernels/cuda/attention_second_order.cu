@@ -3,7 +3,8 @@
 // rowsum(P ∘ t_S) in one walk before the others.
 //
 // Operations for each element of P and right-hand side, a block of threads taking one: the walk for the sums 4 E + 4 F, S_q and S_k 8 E + 4 F each,
-// S_v 4 E + 2 F, the mask 4 E + 4 F; and 2 E in each where P is computed.
+// S_v 4 E + 2 F, the mask 4 E + 4 F; and 2 E in each where P is computed. What belongs to the point, P and c, has factors that are not rounded: three
+// times their operations at a reduced precision.
 #include "kernels/attention.h"
 
 #include "kernels/cuda/attention_cotangents.h"
@@ -77,7 +78,7 @@ struct SecondOrder {
   __device__ void operator()(const Attention<T>& a, const Scores& b, int64_t v, Tile& h, T* shared) const {
     Tile p, c;
     probabilities<false>(a, b, sums, p, shared);
-    centred_cotangents<false>(a, b, 0, g_o, dots, c, shared);
+    centred_cotangents<false, true>(a, b, 0, g_o, dots, c, shared);
     scores<false>(a, b, v, p, c, h, shared);
   }
 };
@@ -98,7 +99,7 @@ __global__ void __launch_bounds__(kThreads, 1) moments_kernel(const Attention<T>
     w.clear();
     if (scores_move(s.t)) {
       Tile c;
-      centred_cotangents<true>(a, b, 0, s.g_o, s.dots, c, shared);
+      centred_cotangents<true, true>(a, b, 0, s.g_o, s.dots, c, shared);
       score_tangents<true>(a, s.t, b, v, w, shared);
       INFL_UNROLL(4)
       for (int j = 0; j < Tile::kTileCols; ++j) {
@@ -154,7 +155,7 @@ __global__ void __launch_bounds__(kThreads, 1) second_order_kernel(const Attenti
       multiply_tile(sum, tile, outputs(a, s.g_o, b.n, b), part.col0, part.width, shared);
     } else {
       Tile c;
-      centred_cotangents<kKeysFirst>(a, b, 0, s.g_o, s.dots, c, shared);
+      centred_cotangents<kKeysFirst, true>(a, b, 0, s.g_o, s.dots, c, shared);
       s.template scores<kKeysFirst>(a, b, v, p, c, h, shared);
       put(h, tile);
       multiply_tile(sum, tile, kKeysFirst ? keys(a, a.k, b.n, b) : queries(a, a.q, b.n, b), part.col0, part.width, shared);
@@ -183,7 +184,7 @@ void attention_second_order(const Context& ctx, const Attention<T>& a, const T* 
   if (a.n == 0 || a.V == 0) return;
   with_tile<T>(ctx, [&]<class Tile>() {
     const Buffer<RowSum<T>> sums = a.p ? Buffer<RowSum<T>>() : row_sums<Tile>(ctx, a);
-    const Buffer<T> dots = row_dots<Tile>(ctx, a, 1, g_o, sums.data());
+    const Buffer<T> dots = row_dots<Tile, Exact<Tile>>(ctx, a, 1, g_o, sums.data());
     Buffer<RowMoments<T>> moments(ctx, a.V * a.n * a.heads * a.L);
     const SecondOrder<T> s{t, g_o, sums.data(), dots.data(), moments.data()};
     start<Tile>(ctx, kWho, &moments_kernel<Tile>, a.V * blocks_of(a, a.heads, a.L, 1), 0, a, s);

@@ -10,6 +10,7 @@
 
 #include <vector>
 
+#include "kernels/cuda/leading.h"
 #include "kernels/cuda/mma.h"
 #include "kernels/cuda/tile.h"
 
@@ -302,18 +303,6 @@ void absorb(Problem<T>& p) {
     p.summed.remove(k);
   }
   absorb_kept(p);
-}
-
-// A matrix as the library takes it: rows or columns contiguous.
-struct Leading {
-  bool possible, transposed;
-  int64_t ld;
-};
-
-Leading leading(int64_t rows, int64_t cols, int64_t row, int64_t col) {
-  if ((col == 1 || cols == 1) && (row >= cols || rows == 1)) return {true, false, std::max(row, cols)};
-  if ((row == 1 || rows == 1) && (col >= rows || cols == 1)) return {true, true, std::max(col, rows)};
-  return {false, false, 0};
 }
 
 // One call for each entry of the axes but the longest; false where these would be many, or the library does not take the operands.

@@ -3,6 +3,7 @@
 // pass.
 #include "kernels/gemm.h"
 
+#include "kernels/cuda/leading.h"
 #include "kernels/cuda/vector.h"
 
 namespace infl {
@@ -83,7 +84,7 @@ struct FillMatrix {
   }
 };
 
-// An operand as the library takes it: one of the strides is 1, else it is copied first.
+// An operand as the library takes it: where it lies, else it is copied first.
 template <class T>
 struct Operand {
   const T* data;
@@ -94,8 +95,8 @@ struct Operand {
 template <class T>
 Operand<T> operand(const Context& ctx, int64_t V, int64_t rows, int64_t cols, const T* data, int64_t batch, int64_t row, int64_t col,
                    Buffer<T>& copy) {
-  if (col == 1 || cols == 1) return {data, batch, std::max(row, cols), false};
-  if (row == 1 || rows == 1) return {data, batch, std::max(col, rows), true};
+  const Leading as_it_lies = leading(rows, cols, row, col);
+  if (as_it_lies.possible) return {data, batch, as_it_lies.ld, as_it_lies.transposed};
   const int64_t num = batch == 0 ? 1 : V;
   copy.resize(ctx, num * rows * cols);
   pack(ctx, num, rows, cols, data, batch, row, col, copy.data(), rows * cols);

@@ -74,11 +74,12 @@ bool has_cluster_code(Kernel* kernel, const char* who) {
   return attributes(reinterpret_cast<const void*>(kernel), who).ptxVersion >= 90;
 }
 
-// Allows blocks of the kernel `shared` bytes beyond the 48 KB that all may have: by allowing all that its static memory leaves, for a number of bytes
-// would be taken back by another host thread whose launch needs fewer.
+// Allows blocks of the kernel `shared` bytes beyond the 48 KB that all may have, by allowing all that its static memory leaves: a number of bytes
+// would be taken back by another host thread whose launch needs fewer. Those 48 KB hold a kernel's static memory too, which `shared` does not count:
+// asked for from 32 KB on, which leaves 16 KB for it, more than any kernel with both has.
 template <class Kernel>
 void allow_shared(Kernel* kernel, size_t shared, const char* who) {
-  if (shared <= (48 << 10)) return;
+  if (shared <= (32 << 10)) return;
   const auto* function = reinterpret_cast<const void*>(kernel);
   const size_t most = device_limits(who).shared_bytes - attributes(function, who).sharedSizeBytes;
   check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most)), who);

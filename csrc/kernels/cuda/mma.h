@@ -3,19 +3,22 @@
 //
 //   kind        A [M, K] B [K, N]   factors                                 sums
 //   Tf32        16 x 8 x 8          rounded to 10 bits of fraction, away    float32
+//   Float32     16 x 8 x 8          two of Tf32 each, 21 bits of fraction   float32, by three instructions
 //   Bfloat16    16 x 16 x 8         rounded to 7 bits of fraction, even     float32
 //   Float64     8 x 4 x 8           float64                                 float64
 //
 // A warp's lanes hold the elements as the PTX manual says, g = lane / 4 and t = lane % 4 (B stands with k down, n across):
 //
 //   Tf32      a = A[g, t], A[g + 8, t], A[g, t + 4], A[g + 8, t + 4]     b = B[t, g], B[t + 4, g]     c = C[g, 2t], C[g, 2t + 1], C[g + 8, ...]
+//   Float32   as Tf32
 //   Bfloat16  the same of pairs: A[g, 2t .. 2t + 1], ..., A[g + 8, 2t + 8 ..]     B[2t .. 2t + 1, g], B[2t + 8 .., g]
 //   Float64   a = A[g, t]     b = B[t, g]     c = C[g, 2t], C[g, 2t + 1]
 //
 // Panels in shared memory hold elements that are rounded already, each once, on its way from global memory: what is rounded when fragments are loaded
 // is rounded by every warp that shares it, and bfloat16 would be read at twice its size. (So it comes through registers, a step ahead of what is
-// multiplied; cp.async copies bytes and cannot round.) A panel lies with K on the slow axis, rows Kind::kColumnPad apart from a multiple of 32, or
-// with K on the fast axis and Kind::kRowPad: so every load of a fragment, by ldmatrix or word by word, meets each bank of a phase once:
+// multiplied; cp.async copies bytes and cannot round.) Float32 is taken apart when fragments are loaded, since its two parts would be twice the
+// panel. A panel lies with K on the slow axis, rows Kind::kColumnPad apart from a multiple of 32, or with K on the fast axis and Kind::kRowPad: so
+// every load of a fragment, by ldmatrix or word by word, meets each bank of a phase once:
 //
 //   words     address                        banks
 //   Tf32      K slow: (32 i + 8) t + g       8 t + g: 32 different
@@ -35,6 +38,9 @@
 #endif
 
 namespace infl::cuda::ptx {
+
+__device__ inline uint32_t bits_of(float x) { return __float_as_uint(x); }
+__device__ inline float float_of(uint32_t bits) { return __uint_as_float(bits); }
 
 __device__ inline uint32_t round_to_tf32(float x) {
   uint32_t bits;
@@ -68,20 +74,22 @@ __device__ inline void load_matrices(uint32_t (&to)[4], const void* row) {
   }
 }
 
+// volatile, like ldmatrix: all lanes of a warp take part, so the compiler may neither move one behind a branch that only some lanes take nor leave it
+// out where it sees that some do not use the result.
 __device__ inline void multiply_tf32(float& c0, float& c1, float& c2, float& c3, const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(c0), "+f"(c1), "+f"(c2), "+f"(c3)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(c0), "+f"(c1), "+f"(c2), "+f"(c3)
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
 __device__ inline void multiply_bfloat16(float& c0, float& c1, float& c2, float& c3, const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(c0), "+f"(c1), "+f"(c2), "+f"(c3)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(c0), "+f"(c1), "+f"(c2), "+f"(c3)
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
 __device__ inline void multiply_float64(double& c0, double& c1, const double (&a)[1], const double (&b)[1]) {
-  asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};" : "+d"(c0), "+d"(c1) : "d"(a[0]), "d"(b[0]));
+  asm volatile("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};" : "+d"(c0), "+d"(c1) : "d"(a[0]), "d"(b[0]));
 }
 
 }  // namespace infl::cuda::ptx
@@ -141,6 +149,63 @@ struct Tf32 : OfFloat32<uint32_t, 8> {
   __device__ static void multiply(float (&c)[kRows][kCols], int atom, int j, const Element (&a)[kA], const Element (&b)[kB]) {
     const int i = 2 * atom;
     ptx::multiply_tf32(c[i][j], c[i][j + 1], c[i + 1][j], c[i + 1][j + 1], a, b);
+  }
+};
+
+// x is high + low, both of Tf32, up to 2⁻²² of itself, and x y the sum of three of the four products, the fourth being as small.
+struct Float32 : OfFloat32<uint32_t, 8> {
+  struct Register {
+    uint32_t high, low;
+  };
+
+  template <int W>
+  __device__ static Vector<Element, W> round(const Vector<float, W>& x) {
+    Vector<Element, W> result;
+    INFL_UNROLL(4)
+    for (int i = 0; i < W; ++i) result.v[i] = ptx::bits_of(x.v[i]);
+    return result;
+  }
+
+  __device__ static void load_left_fast(Register (&a)[kA], const Element* p, int ld, int lane) {
+    Element whole[kA];
+    Tf32::load_left_fast(whole, p, ld, lane);
+    take_apart(whole, a);
+  }
+  __device__ static void load_left_slow(Register (&a)[kA], const Element* p, int ld, int lane) {
+    Element whole[kA];
+    Tf32::load_left_slow(whole, p, ld, lane);
+    take_apart(whole, a);
+  }
+  __device__ static void load_right_fast(Register (&b)[2][kB], const Element* p, int ld, int lane) {
+    Element whole[2][kB];
+    Tf32::load_right_fast(whole, p, ld, lane);
+    for (int i = 0; i < 2; ++i) take_apart(whole[i], b[i]);
+  }
+  __device__ static void load_right_slow(Register (&b)[2][kB], const Element* p, int ld, int lane) {
+    Element whole[2][kB];
+    Tf32::load_right_slow(whole, p, ld, lane);
+    for (int i = 0; i < 2; ++i) take_apart(whole[i], b[i]);
+  }
+
+  // The smaller products first.
+  template <int kRows, int kCols>
+  __device__ static void multiply(float (&c)[kRows][kCols], int atom, int j, const Register (&a)[kA], const Register (&b)[kB]) {
+    const uint32_t a_high[kA] = {a[0].high, a[1].high, a[2].high, a[3].high}, a_low[kA] = {a[0].low, a[1].low, a[2].low, a[3].low};
+    const uint32_t b_high[kB] = {b[0].high, b[1].high}, b_low[kB] = {b[0].low, b[1].low};
+    Tf32::multiply(c, atom, j, a_high, b_low);
+    Tf32::multiply(c, atom, j, a_low, b_high);
+    Tf32::multiply(c, atom, j, a_high, b_high);
+  }
+
+ private:
+  template <int kCount>
+  __device__ static void take_apart(const Element (&whole)[kCount], Register (&parts)[kCount]) {
+    INFL_UNROLL(4)
+    for (int i = 0; i < kCount; ++i) {
+      const float x = ptx::float_of(whole[i]);
+      const uint32_t high = ptx::round_to_tf32(x);
+      parts[i] = {high, ptx::round_to_tf32(x - ptx::float_of(high & ~0x1fffu))};  // the instruction may leave anything in the other bits
+    }
   }
 };
 

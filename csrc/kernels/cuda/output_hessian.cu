@@ -130,6 +130,7 @@ struct Diagonal {
 template <class T>
 void output_hessian(const Context& ctx, const OutputHessian<T>& h, HessianPart part, int64_t V, int64_t n, T* u) {
   if (V == 0 || n == 0) return;
+  if (h.classes_innermost) return output_hessian(ctx, h.by_position(), part, V, n * h.positions, u);
   if (h.shape == HessianShape::softmax) {
     if (h.C / h.positions >= INT_MAX) {
       throw std::invalid_argument("output_hessian: expected fewer than 2^31 classes, got " + std::to_string(h.C / h.positions) + ".");

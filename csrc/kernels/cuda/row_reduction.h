@@ -263,7 +263,6 @@ constexpr size_t kKeptStates = (sizeof(State) * (1 + kThreads / kWarp) + 15) / 1
 // finds its own again. The others it loads last, and loads again in the opposite order.
 template <class Op>
 __global__ void __launch_bounds__(kThreads, 2) kept_kernel(int64_t size, Chunks chunks, int kept, Op op) {
-  using Line = decltype(op.at(0, 0));
   using State = typename Op::State;
   using Item = typename Op::Item;
   constexpr int kInFlight = kKeptInFlight<Item>, kStep = kThreads * kInFlight;

@@ -1,8 +1,8 @@
 // The CUDA language on a CPU, as far as kernels/cuda uses it: every thread of a block is a fiber that runs until it ends or waits at a barrier.
 //
 // Slow and exact. What it finds: wrong indices, arithmetic, launch sizes, barriers that not all threads reach, reads of memory nobody wrote (device
-// memory and dynamic shared memory start as NaN). With INFL_EMULATION_ORDER=reversed threads and blocks run in the opposite order, so a missing
-// barrier, or blocks that depend on each other, show as results that differ.
+// memory and dynamic shared memory start as NaN). With INFL_EMULATION_ORDER=reversed threads and blocks run in the opposite order, with a number
+// in orders drawn from that seed, so a missing barrier, or blocks that depend on each other, show as results that differ.
 #pragma once
 
 #include <cmath>

@@ -4,6 +4,8 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <numeric>
+#include <random>
 #include <utility>
 
 #include "common/device_library.h"
@@ -134,13 +136,35 @@ void prepare(Fiber& fiber) {
 #endif
 }
 
-bool reversed() {
-  static const bool value = [] {
-    const char* order = std::getenv("INFL_EMULATION_ORDER");
-    return order != nullptr && std::string(order) == "reversed";
-  }();
-  return value;
-}
+// In which order `count` threads, warps or blocks take their turns: as they are numbered, the other way round, or at steps from a place that are
+// drawn anew every time, from a seed. INFL_EMULATION_ORDER says "reversed" or the seed.
+class Turns {
+ public:
+  explicit Turns(uint64_t count) : count_(count) {
+    static const std::string order = [] {
+      const char* given = std::getenv("INFL_EMULATION_ORDER");
+      return std::string(given == nullptr ? "" : given);
+    }();
+    if (order.empty() || count < 2) return;
+    if (order == "reversed") {
+      at_ = step_ = count - 1;
+      return;
+    }
+    thread_local std::mt19937_64 draw(std::stoull(order));
+    at_ = draw() % count;
+    do step_ = draw() % count;
+    while (std::gcd(step_, count) != 1);
+  }
+  uint64_t next() {
+    const uint64_t at = at_;
+    at_ += step_;
+    if (at_ >= count_) at_ -= count_;
+    return at;
+  }
+
+ private:
+  uint64_t count_, at_ = 0, step_ = 1;
+};
 
 void resume(Block& block, int index) {
   block.running = index;
@@ -155,8 +179,9 @@ void resume(Block& block, int index) {
 // Runs the lanes of one warp until all have ended or wait for the block.
 void run_warp(Block& block, const char* who, int begin, int end) {
   for (;;) {
+    Turns turns(static_cast<uint64_t>(end - begin));
     for (int k = begin; k < end; ++k) {
-      const int i = reversed() ? begin + end - 1 - k : k;
+      const int i = begin + static_cast<int>(turns.next());
       if (block.fibers[i].state == State::ready) resume(block, i);
     }
     if (block.failure != nullptr) stuck(who, block.failure);
@@ -180,8 +205,9 @@ void run_warp(Block& block, const char* who, int begin, int end) {
 void run_block(Block& block, const char* who, int first) {
   const int warps = block.stride / 32, end = first + block.count;
   for (;;) {
+    Turns turns(static_cast<uint64_t>(warps));
     for (int k = 0; k < warps; ++k) {
-      const int w = reversed() ? warps - 1 - k : k;
+      const int w = static_cast<int>(turns.next());
       run_warp(block, who, first + w * 32, std::min(end, first + w * 32 + 32));
     }
     bool waits = false, waits_for_cluster = false;
@@ -210,8 +236,9 @@ void run_cluster(Block& block, const char* who) {
   for (;;) {
     bool waits = false;
     unsigned fewest = ~0u, most = 0;  // arrivals
+    Turns turns(static_cast<uint64_t>(block.blocks));
     for (int k = 0; k < block.blocks; ++k) {
-      const int r = reversed() ? block.blocks - 1 - k : k;
+      const int r = static_cast<int>(turns.next());
       run_block(block, who, r * block.stride);
       bool ended = true;
       for (int i = r * block.stride; i < r * block.stride + block.count; ++i) {
@@ -504,9 +531,11 @@ void launch(const char* who, int cluster, dim3 blocks, dim3 threads, size_t shar
   }
   block.shared.resize(std::max<size_t>(block.shared.size(), cluster));
   const uint64_t total = uint64_t{blocks.x} * blocks.y * blocks.z, clusters = total / static_cast<uint64_t>(cluster);
+  Turns turns(clusters);
   for (uint64_t k = 0; k < clusters; ++k) {
+    const uint64_t first = turns.next() * static_cast<uint64_t>(cluster);
     for (int r = 0; r < cluster; ++r) {
-      const uint64_t b = (reversed() ? clusters - 1 - k : k) * static_cast<uint64_t>(cluster) + static_cast<uint64_t>(r);
+      const uint64_t b = first + static_cast<uint64_t>(r);
       block.shared[r].assign(shared + 16, 0xff);
       for (int i = 0; i < block.count; ++i) {
         Place& place = block.fibers[r * block.stride + i].place;

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 import influence_ext._C as _C
-from influence_ext.context import about_to_start_threads
 from influence_ext.losses import Loss
 from influence_ext.losses.base import KernelLoss
 
@@ -46,7 +45,6 @@ class Ensemble:
         loss: Loss,
         targets: Tensor,
     ):
-        about_to_start_threads()
         self._plan, self._inputs, self._constants = plan, inputs, constants
         self._loss = _prepared(loss, output_shape, targets, inputs[0])
         self._native: dict[int, Any] = {}  # by the size of the batch

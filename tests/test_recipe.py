@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import influence_ext as ie
-from influence_ext.errors import ArgumentError, DataError, DivergenceError, DTypeError, ShapeError
+from influence_ext.errors import ArgumentError, DataError, DeviceError, DivergenceError, DTypeError, ShapeError
 from influence_ext.testing import assert_close
 from tests.cases import generator
 
@@ -206,7 +206,8 @@ ERRORS = {
     "momentum-none": ({"momentum": None}, r"expected momentum to be a number in \[0, 1\), got None"),
     "betas-number": ({"betas": 0.9}, r"expected betas to be two numbers in \[0, 1\), got 0.9"),
     "dtype": ({"dtype": torch.bfloat16}, r"expected dtype to be None, torch\.float32 or torch\.float64, got torch\.bfloat16"),
-    "device": ({"device": "gpu"}, "expected device to be None or a device of PyTorch, got 'gpu'"),
+    "device": ({"device": "gpu"}, "expected device to be None, 'cpu' or a CUDA device, which the kernels are for, got 'gpu'"),
+    "device-without-kernels": ({"device": "mps"}, "expected device to be None, 'cpu' or a CUDA device, .* got 'mps'"),
 }
 
 
@@ -227,6 +228,8 @@ def test_unusable_training() -> None:
         ie.train(BASE, (X[:0], y[:0]))
     with pytest.raises(DivergenceError, match=r"training: expected finite parameters .* after epoch 1; lower lr \(now 1e\+200\)"):
         ie.train(replace(BASE, lr=1e200), (X, y))
+    with pytest.raises(DeviceError, match=r"train: expected parameters on the CPU or a CUDA device, got .*weight on meta"):
+        ie.train(replace(BASE, build_model=lambda: nn.Linear(2, 1, device="meta")), (X, y))
     with pytest.raises(ArgumentError, match="train: expected a Recipe, got tuple"):
         ie.train((X, y), BASE)  # type: ignore[arg-type]
     with pytest.raises(DataError, match=r"train: expected inputs that the network takes, got RuntimeError: mat1 .* cannot be multiplied"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -327,6 +328,9 @@ def test_a_proximity_that_smaller_steps_come_to_hold_is_taken() -> None:
     halving = ie.train(replace(base, schedule=lambda epoch: 0.5 if epoch % 2 else 1.0), (X, y))
     with pytest.raises(ArgumentError, match=r"/ lr = 40 \(at the least lr of schedule '<lambda>'\), beyond which"):
         ie.proximal_response(halving, [1], damping=41.0)
+    pausing = ie.train(replace(base, schedule=lambda epoch: 0.0 if epoch == 41 else 1.0), (X, y))
+    with pytest.raises(ArgumentError, match=r"/ lr = 20 \(at the least lr of schedule '<lambda>'\), beyond which"):
+        ie.proximal_response(pausing, [1], damping=21.0)
 
 
 def test_what_cannot_be_compared_is_refused() -> None:
@@ -359,3 +363,66 @@ def test_only_runs_can_be_retrained() -> None:
         next(run.model.parameters()).add_(1.0)
     with pytest.raises(ArgumentError, match=r"expected run\.model to hold the parameters it was trained to"):
         ie.retrain(run, [1])
+
+
+def test_the_branches_are_trained_on_the_data_of_the_run() -> None:
+    """Whatever the caller does with the tensors afterwards, also behind torch's back."""
+    X, y = data()
+    expected = ie.retrain(ie.train(SGD, data()), REMOVED)
+    run = ie.train(SGD, (X, y))
+    X.numpy()[:] = 0.0
+    y.fill_(7.0)
+    assert torch.equal(ie.retrain(run, REMOVED).params, expected.params)
+    assert_close(ie.pbrf(run, remove=REMOVED, damping=0.1).outputs, ie.pbrf(ie.train(SGD, data()), remove=REMOVED, damping=0.1).outputs)
+
+
+def away(make: Callable[[], nn.Module], **options: Any) -> ie.Recipe:
+    return ie.Recipe(make, nn.CrossEntropyLoss(), lr=10.0, epochs=4, batch_size=10, **options)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_training_that_diverges_within_the_finite_numbers_says_so(optimizer: str) -> None:
+    """Its loss is worse than that of guessing, by plain PyTorch; and the branches are named and left out of the terms."""
+    X = torch.randn(60, 5, generator=generator("away"))
+    y = X[:, :3].argmax(1)
+    recipe = away(lambda: nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)), optimizer=optimizer)
+    with pytest.warns(NumericalWarning, match=r"train: expected a training that learns, got an objective of .* lower lr \(now 10\)"):
+        run = ie.train(recipe, (X, y))
+    assert float(nn.functional.cross_entropy(run.model(X).detach(), y)) > 2 * float(torch.tensor(3.0).log())
+    with pytest.warns(NumericalWarning, match=r"retrain_many: .*lower the recipe's lr"):
+        responses = ie.retrain_many(run, [[1], [2]], "warm")
+    assert [r.status for r in responses] == [ResponseStatus.TRAINING_DIVERGED] * 2
+    assert not responses[0].status.success
+    found = ie.decompose(run, [[1], [2]], damping=1e-2, max_steps=20)
+    assert [found.quality[0][kind]["status"] for kind in ("cold_start", "warm_start", "proximal")] == ["training_diverged"] * 3
+    assert found.left_out("proximity gap") == [0, 1]
+    assert "cold start: 2 training_diverged" in found.table()
+    assert "not defined" in found.table()
+
+
+def test_noise_around_a_trained_network_is_no_divergence() -> None:
+    """From a minimum every training goes uphill."""
+    X, _ = data()
+    trained = nn.Linear(3, 1).double()
+    y = trained(X).detach() + 0.01 * torch.randn(N, 1, generator=generator("noise"), dtype=F64)
+    recipe = replace(SGD, build_model=lambda: trained, lr=0.003, batch_size=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", NumericalWarning)
+        assert ie.retrain(ie.train(recipe, (X, y)), [1], "warm").status is ResponseStatus.TRAINED
+
+
+def test_a_training_that_its_weight_decay_ends_at_a_higher_loss_has_not_diverged(recwarn: pytest.WarningsRecorder) -> None:
+    """It starts where the loss alone is least, and converges to the minimum of the objective."""
+    X = torch.randn(60, 5, generator=generator("decay"), dtype=F64)
+    y = X.sum(1, keepdim=True) + 5
+
+    def fitted() -> nn.Module:
+        model = nn.Linear(5, 1).double()
+        with torch.no_grad():
+            model.weight.fill_(1)
+            model.bias.fill_(5)
+        return model
+
+    run = ie.train(ie.Recipe(fitted, nn.MSELoss(), lr=0.01, epochs=50, batch_size=60, weight_decay=20.0, dtype=F64), (X, y))
+    assert run.history["loss"][-1] > run.history["loss"][0] + 1
+    assert not [w for w in recwarn if issubclass(w.category, NumericalWarning)]

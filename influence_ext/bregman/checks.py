@@ -2,29 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from numbers import Integral, Real
-from typing import Any
-
+from influence_ext.checks import is_count, is_number
 from influence_ext.errors import ArgumentError
-
-
-def is_number(x: Any) -> bool:
-    """Whether ``x`` is a finite real number, of Python's or NumPy's."""
-    try:
-        return not isinstance(x, bool) and isinstance(x, Real) and math.isfinite(x)
-    except OverflowError:  # a whole number beyond all floats
-        return False
-
-
-def is_whole(x: Any) -> bool:
-    """Whether ``x`` is a whole number, of Python's or NumPy's."""
-    return not isinstance(x, bool) and isinstance(x, Integral)
-
-
-def is_count(x: Any) -> bool:
-    """Whether ``x`` is a whole number of at least 1."""
-    return is_whole(x) and x >= 1
 
 
 def check_damping(damping: float, weight_decay: float, *, who: str) -> None:

@@ -21,6 +21,7 @@ from influence_ext.bregman.progress import Progress, reporter
 from influence_ext.bregman.recipe import Run
 from influence_ext.bregman.response import Response, TrainedNetwork, in_double
 from influence_ext.bregman.retrain import Branches, removed_sets
+from influence_ext.checks import is_one_of
 from influence_ext.context import standalone
 from influence_ext.data import load
 from influence_ext.errors import ArgumentError, DataError
@@ -37,8 +38,8 @@ TERMS = ("warm-start gap", "proximity gap", "non-convergence gap", "linearizatio
 
 Measure = Literal["output", "parameter"]
 MEASURES: tuple[Measure, ...] = ("output", "parameter")
-NO_END_POINT = ("diverged", "non_finite")
-"""Statuses of a search whose last point depends on where it was stopped."""
+NO_END_POINT = ("diverged", "training_diverged", "non_finite")
+"""Statuses of a search or a training whose last point depends on where it was stopped."""
 FORMAT = "influence_ext.decomposition/1"
 
 
@@ -71,7 +72,7 @@ class Decomposition:
 
     def values(self, term: str, measure: Measure = "output") -> Tensor:
         """``[num_sets]`` in float64: one term's distance for every removed set, without those of :meth:`left_out`."""
-        if term not in TERMS or measure not in MEASURES:
+        if not is_one_of(term, TERMS) or not is_one_of(measure, MEASURES):
             raise ArgumentError(
                 f"Decomposition.values: expected a term of {', '.join(TERMS)} and measure 'output' or 'parameter', got {term!r} and "
                 f"{measure!r}; correct the name."
@@ -82,7 +83,7 @@ class Decomposition:
 
     def left_out(self, term: str) -> list[int]:
         """Positions of the removed sets where one side of the term has no end point: its search diverged, so no distance is defined."""
-        if term not in TERMS:
+        if not is_one_of(term, TERMS):
             raise ArgumentError(f"Decomposition.left_out: expected a term of {', '.join(TERMS)}, got {term!r}; correct the name.")
         k = TERMS.index(term)
         return self._failed(KINDS[k], KINDS[k + 1])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from influence_ext.bregman.response import TrainedNetwork
+from influence_ext.data import Examples
 from influence_ext.losses import OutputHessian
 from influence_ext.operators.ggn import GGN
 from influence_ext.plan import Plan
@@ -24,12 +25,14 @@ class Reference:
 
     Args:
         network: θs with its data and loss.
+        memory_budget: bytes that each tape with the workspace of a product may take; what does not fit is recomputed in chunks of
+            examples. None: no limit.
     """
 
-    def __init__(self, network: TrainedNetwork):
-        self.network = network
+    def __init__(self, network: TrainedNetwork, memory_budget: int | None = None):
+        self.network, self.memory_budget = network, None if memory_budget is None else int(memory_budget)
         self._exact_plan = Plan.of(network.exact_model, network.exact_examples.X, who=network.who)
-        self.exact = self._exact_plan.linearize(network.exact_examples.X, network.exact_theta)
+        self.exact = self._tape(self._exact_plan, network.exact_examples, network.exact_theta)
         self.exact.check_outputs(network.who)
         self.z = self.exact.outputs.clone()
         self.targets = network.exact_examples.targets
@@ -44,16 +47,19 @@ class Reference:
     @cached_property
     def fast(self) -> Tape:
         """A tape in the network's dtype, for curvature products."""
-        return self._fast_plan.linearize(self.network.examples.X, self.network.theta)
+        return self._tape(self._fast_plan, self.network.examples, self.network.theta)
 
     @cached_property
     def probe(self) -> Tape:
         """A second tape in the network's dtype, for difference quotients; between evaluations ``exact`` is free to serve as one."""
-        return self.exact if self.is_double else self._fast_plan.linearize(self.network.examples.X, self.network.theta)
+        return self.exact if self.is_double else self._tape(self._fast_plan, self.network.examples, self.network.theta)
 
     def subset(self, examples: Sequence[int]) -> Tape:
         """A tape at θs in float64 on some of the examples."""
-        return self._exact_plan.linearize(self.network.exact_examples.subset(examples).X, self.network.exact_theta)
+        return self._tape(self._exact_plan, self.network.exact_examples.subset(examples), self.network.exact_theta)
+
+    def _tape(self, plan: Plan, examples: Examples, theta: Tensor) -> Tape:
+        return plan.linearize(examples, theta, memory_budget=self.memory_budget)
 
     @cached_property
     def _fast_plan(self) -> Plan:
@@ -81,11 +87,11 @@ class Reference:
         """``G + λ I`` at θs in float64."""
         if self.is_double:
             return self.curvature(damping)
-        return GGN(self.network.exact_model, self.network.loss, self.network.exact_examples, damping)
+        return GGN(self.network.exact_model, self.network.loss, self.network.exact_examples, damping, memory_budget=self.memory_budget)
 
     @cached_property
     def _curvature(self) -> GGN:
-        return GGN(self.network.model, self.network.loss, self.network.examples)
+        return GGN(self.network.model, self.network.loss, self.network.examples, memory_budget=self.memory_budget)
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from influence_ext import solvers
-from influence_ext.bregman.checks import check_damping, check_search, is_number
+from influence_ext.bregman.checks import check_damping, check_search
 from influence_ext.bregman.minimise import Minimum, minimise
 from influence_ext.bregman.objective import BregmanObjective, Reference
 from influence_ext.bregman.progress import Progress, reporter
 from influence_ext.bregman.recipe import Run
 from influence_ext.bregman.response import Response, ResponseStatus, TrainedNetwork, removed_indices
+from influence_ext.checks import is_number, is_one_of
 from influence_ext.context import standalone
+from influence_ext.data import check_budget
 from influence_ext.errors import ArgumentError, DivergenceError, NumericalWarning
 from influence_ext.solvers.base import check_solver
 
@@ -40,6 +42,7 @@ def pbrf(
     epsilon: float | None = None,
     rtol: float | None = None,
     max_steps: int = 200,
+    memory_budget: int | None = None,
     on_failure: OnFailure = "raise",
     progress: bool | Progress = False,
 ) -> Response:
@@ -55,13 +58,16 @@ def pbrf(
     Args:
         model_or_run: Any trained network, or a run (which brings loss, data and weight decay).
         loss: Its loss.
-        train_data: ``(X, y)`` or a re-iterable of batches.
+        train_data: ``(X, y)`` or a re-iterable of batches; a pair is not copied, so leave it as it is while the response is used.
         remove: Indices of the training examples removed together.
         damping: λ.
         weight_decay: ``w`` of the training objective; ``None`` means the run's, or 0 for a network.
         epsilon: ε; ``None`` is ``c``, which removes the examples.
         rtol: Goal for ``‖∇Q‖ / ‖∇Q(θs)‖``; ``None`` is 1e-6 in float64 and 1e-4 in float32.
         max_steps: Bound on Newton steps.
+        memory_budget: Bytes that one forward state with one product's workspace may take, as in :class:`influence_ext.GGN`; what does not
+            fit is recomputed in chunks of examples. Two states are held, three where the network is not float64, and one of the removed
+            examples; the data stay in memory (in float64 too), as do the outputs of all examples. ``None``: no limit.
         on_failure: ``"raise"`` on divergence, or ``"return"`` the last point with its status and a :class:`NumericalWarning`. A response
             that merely misses its tolerance is always returned, with that warning.
         progress: ``True`` for a line on stderr, or a function ``(label, done, total)``.
@@ -71,18 +77,20 @@ def pbrf(
 
     Raises:
         ArgumentError: an index out of range or repeated, all examples removed, ``λ + w`` not positive, where the curvature may be singular,
-            or an option that makes no sense.
+            an option that makes no sense, or a ``memory_budget`` that holds not even one example (the message says what would do).
         DataError, ShapeError, DTypeError, UnsupportedModelError, UnsupportedLossError: see :class:`influence_ext.GGN`.
         DivergenceError: the objective has no local minimum near θs.
 
     Cost:
         Per Newton step one forward and backward pass and the CG products of one vector (typically 5 steps, 200 products).
-        Memory: a float64 tape and one in the network's dtype, a third where that is not float64.
+        Memory: a float64 tape and one in the network's dtype, a third where that is not float64. With a ``memory_budget`` that they do not
+        fit, every product and every gradient costs one forward pass more.
 
     Reference:
         Bae et al., "If Influence Functions are the Answer, Then What is the Question?", NeurIPS 2022, section 4.
     """
     check_search(rtol, max_steps, who="pbrf")
+    check_budget(memory_budget, "pbrf")
     _check_on_failure(on_failure, who="pbrf")
     if epsilon is not None and not is_number(epsilon):
         raise ArgumentError(f"pbrf: expected epsilon to be a finite number, got {epsilon!r}; leave it out to remove the examples.")
@@ -92,7 +100,13 @@ def pbrf(
     report = reporter(progress)
     epsilon = None if epsilon is None else float(epsilon)
     response = solve_pbrf(
-        Reference(network), removed, damping, epsilon, rtol, max_steps, on_step=lambda step: report("PBRF", step, max_steps)
+        Reference(network, memory_budget),
+        removed,
+        damping,
+        epsilon,
+        rtol,
+        max_steps,
+        on_step=lambda step: report("PBRF", step, max_steps),
     )
     report("PBRF", max_steps, max_steps)
     return checked(response, on_failure, who="pbrf")
@@ -135,39 +149,44 @@ def linearized_pbrf(
     *,
     weight_decay: float | None = None,
     solver: solvers.Solver | None = None,
+    memory_budget: int | None = None,
 ) -> Response:
     r"""The first-order response ``θs + c (G + λ_eff I)⁻¹ Σ_{z ∈ S} ∇ℓ_z(θs)``, solved exactly.
 
     Args:
         model_or_run: Any trained network, or a run.
         loss: Its loss.
-        train_data: ``(X, y)`` or a re-iterable of batches.
+        train_data: ``(X, y)`` or a re-iterable of batches; a pair is not copied, so leave it as it is while the response is used.
         remove: Indices of the training examples removed together.
         damping: λ; ``λ_eff = λ + w``.
         weight_decay: ``w``; ``None`` means the run's, or 0 for a network.
         solver: ``None`` solves to a relative residual of 1e-9 (1e-5 for a float32 network), recomputed in float64.
+        memory_budget: See :func:`pbrf`; the solver may take as much beside.
 
     Returns:
         The response; ``relative_residual`` says how exactly it was solved.
 
     Raises:
-        ArgumentError: an index out of range or repeated, all examples removed, ``λ + w`` not positive, or a solver that is none.
+        ArgumentError: an index out of range or repeated, all examples removed, ``λ + w`` not positive, a solver that is none, or a
+            ``memory_budget`` that holds not even one example.
         DataError, ShapeError, DTypeError, UnsupportedModelError, UnsupportedLossError: see :class:`influence_ext.GGN`.
 
     Warns:
         NumericalWarning: the solver missed its tolerance.
 
     Cost:
-        One linear solve with the Gauss-Newton matrix.
+        One linear solve with the Gauss-Newton matrix. Memory and what a ``memory_budget`` costs: see :func:`pbrf`.
 
     Reference:
         Bae et al. 2022, equation 12.
     """
     check_solver(solver, "linearized_pbrf")
+    check_budget(memory_budget, "linearized_pbrf")
     network = TrainedNetwork.of(model_or_run, loss, train_data, weight_decay=weight_decay, who="linearized_pbrf")
     removed = removed_indices(remove, network.num_examples, who="linearized_pbrf")
     check_damping(damping, network.weight_decay, who="linearized_pbrf")
-    response = linear_responses(Reference(network), [removed], damping + network.weight_decay, solver, "linearized_pbrf")[0]
+    reference = Reference(network, memory_budget)
+    response = linear_responses(reference, [removed], damping + network.weight_decay, solver, "linearized_pbrf")[0]
     return checked(response, "return", who="linearized_pbrf")
 
 
@@ -201,7 +220,7 @@ def _solve_exactly(reference: Reference, damping: float, B: Tensor) -> solvers.S
     """By a factorisation in float64 where one is cheaper; else by conjugate gradients in the network's dtype, refined in float64."""
     exact = reference.exact_curvature(damping)
     goal = EXACT[reference.network.theta.dtype]
-    solver = solvers.auto(exact, len(B), rtol=goal, on_failure="return").solver
+    solver = solvers.auto(exact, len(B), rtol=goal, on_failure="return", memory_budget=reference.memory_budget).solver
     if reference.is_double or isinstance(solver, solvers.FactorisingSolver):
         return solver.solve(exact, B)
     assert isinstance(solver, (solvers.CG, solvers.BlockCG))
@@ -238,7 +257,7 @@ def checked(response: Response, on_failure: OnFailure, *, who: str) -> Response:
 
 
 def _check_on_failure(on_failure: OnFailure, *, who: str) -> None:
-    if on_failure not in ("raise", "return"):
+    if not is_one_of(on_failure, ("raise", "return")):
         raise ArgumentError(f"{who}: expected on_failure to be 'raise' or 'return', got {on_failure!r}; choose one.")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -11,7 +12,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from influence_ext.bregman.checks import is_count, is_number, is_whole
 from influence_ext.bregman.progress import Progress, reporter
 from influence_ext.bregman.training import (
     Trainer,
@@ -23,12 +23,13 @@ from influence_ext.bregman.training import (
     seed_everything,
     seeded,
 )
+from influence_ext.checks import is_count, is_number, is_one_of, is_whole
 from influence_ext.context import standalone
 from influence_ext.data import Examples, load
-from influence_ext.errors import ArgumentError, DeviceError, DTypeError
+from influence_ext.errors import ArgumentError, DeviceError, DivergenceError, DTypeError, NumericalWarning
 from influence_ext.losses import Loss, resolve
 from influence_ext.losses.generic import CallableLoss
-from influence_ext.params import SUPPORTED_DTYPES, ParameterSpace, is_half
+from influence_ext.params import DEVICES, SUPPORTED_DTYPES, ParameterSpace, is_half
 
 OPTIMIZERS = ("sgd", "adam")
 SCHEDULES = ("constant", "cosine")
@@ -84,19 +85,19 @@ class Recipe:
     dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        if self.optimizer == "adamw":
+        if is_one_of(self.optimizer, ("adamw",)):
             raise ArgumentError(
                 "Recipe: expected optimizer 'sgd' or 'adam', got 'adamw', whose decoupled weight decay minimises no (w/2)‖θ‖² and "
                 "so fits none of the objectives compared here; use 'adam' with weight_decay."
             )
-        if self.optimizer not in OPTIMIZERS:
+        if not is_one_of(self.optimizer, OPTIMIZERS):
             raise ArgumentError(f"Recipe: expected optimizer 'sgd' or 'adam', got {self.optimizer!r}; choose one of the two.")
         if not callable(self.build_model) or isinstance(self.build_model, nn.Module):
             raise ArgumentError(
                 f"Recipe: expected build_model to be a function that returns a new network, got {type(self.build_model).__name__}; "
                 "pass a function, for example lambda: nn.Sequential(...)."
             )
-        if not callable(self.schedule) and self.schedule not in SCHEDULES:
+        if not callable(self.schedule) and not is_one_of(self.schedule, SCHEDULES):
             raise ArgumentError(
                 f"Recipe: expected schedule 'constant', 'cosine' or a function of the epoch, got {self.schedule!r}; choose one."
             )
@@ -108,10 +109,15 @@ class Recipe:
             ("eps", is_number(self.eps) and self.eps > 0, "a positive number"),
             ("weight_decay", is_number(self.weight_decay) and self.weight_decay >= 0, "a number of at least 0"),
             ("epochs", is_count(self.epochs), "a whole number of at least 1"),
-            ("batch_size", is_count(self.batch_size), "a whole number of at least 1"),
+            ("epochs", not is_count(self.epochs) or self.epochs < 2**31, "below 2^31"),
+            ("batch_size", is_count(self.batch_size) and self.batch_size < 2**63, "a whole number of at least 1"),
             ("seed", is_whole(self.seed) and self.seed >= 0, "a whole number of at least 0"),
-            ("dtype", self.dtype is None or self.dtype in SUPPORTED_DTYPES, "None, torch.float32 or torch.float64"),
-            ("device", _is_device(self.device), "None or a device of PyTorch"),
+            (
+                "dtype",
+                self.dtype is None or (isinstance(self.dtype, torch.dtype) and self.dtype in SUPPORTED_DTYPES),
+                "None, torch.float32 or torch.float64",
+            ),
+            ("device", _is_device(self.device), "None, 'cpu' or a CUDA device, which the kernels are for"),
         ):
             if not ok:
                 raise ArgumentError(f"Recipe: expected {name} to be {expected}, got {getattr(self, name)!r}; correct {name}.")
@@ -178,7 +184,7 @@ class Run:
     Attributes:
         model: The trained network, in evaluation mode.
         recipe: How it was trained.
-        data: The training examples.
+        data: The training examples, a copy of the caller's.
         history: ``"loss"``, the mean of ``c N ℓ`` over each epoch while training, and ``"lr"``; one number an epoch.
         initial: θ₀ with its buffers, before the first step.
         final: θs with its buffers and the optimiser's moments, after the last step.
@@ -204,8 +210,14 @@ class Run:
         return self.initial.theta
 
     def batch_order(self, epoch: int) -> Tensor:
-        """``[N]``, the permutation of the training examples that ``epoch`` walks through."""
-        return self.recipe.batch_order(epoch, self.data.num_examples)
+        """``[N]``, the permutation of the training examples that ``epoch`` walks through.
+
+        Raises:
+            ArgumentError: ``epoch`` is no whole number of at least 0.
+        """
+        if not (is_whole(epoch) and epoch >= 0):
+            raise ArgumentError(f"Run.batch_order: expected epoch to be a whole number of at least 0, got {epoch!r}; epochs count from 0.")
+        return self.recipe.batch_order(int(epoch), self.data.num_examples)
 
     def __repr__(self) -> str:
         first, last = self.history["loss"][0], self.history["loss"][-1]
@@ -222,8 +234,8 @@ def train(recipe: Recipe, data: Any, progress: bool | Progress = False) -> Run:
 
     Args:
         recipe: What to train and how.
-        data: ``(X, y)``, or a re-iterable of such batches. Not copied where it is one ``(X, y)`` made outside of
-            inference mode: leave it as it is while the run is used.
+        data: ``(X, y)``, or a re-iterable of such batches. The run keeps a copy, which all its branches are trained on: what becomes of
+            these tensors afterwards changes nothing.
         progress: ``True`` for a line on stderr, or a function ``(label, done, total)``.
 
     Returns:
@@ -234,6 +246,9 @@ def train(recipe: Recipe, data: Any, progress: bool | Progress = False) -> Run:
         DataError, ShapeError, DTypeError, DeviceError: the data are unusable, or do not fit the network or the loss.
         UnsupportedLossError: the loss is none, or mixes examples.
         DivergenceError: the training loss left the finite numbers.
+
+    Warns:
+        NumericalWarning: the training diverged within them: its loss is above what it began with and what one output for all would have.
 
     Cost:
         ``K`` passes of a plain forward and backward; data stay in memory, parameters and gradients are one flat buffer each. In several
@@ -250,14 +265,23 @@ def train(recipe: Recipe, data: Any, progress: bool | Progress = False) -> Run:
     initial = trainer.starting_point()
     _check_fit(trainer)
     final, history = trainer.advance(initial, range(recipe.epochs), report=reporter(progress), label="training")
+    if (away := trainer.ran_away(initial, final)) is not None:
+        message = (
+            f"train: expected a training that learns, got {away}; it diverged: lower lr (now {recipe.lr:g}) or standardise the inputs."
+        )
+        if not math.isfinite(away.objective):
+            raise DivergenceError(message)
+        warnings.warn(message, NumericalWarning, stacklevel=3)
     trainer.write(final, model)
     return Run(model.eval(), recipe, examples, history, initial, final, loss)
 
 
 def _build(recipe: Recipe) -> nn.Module:
     """A new network of the recipe, its initialisation drawn under ``seed`` with the global generators put back afterwards."""
-    if recipe.device is not None and torch.device(recipe.device).type == "cuda" and not torch.cuda.is_available():
-        raise DeviceError(f"train: expected the recipe's device {recipe.device} to be there, got a PyTorch that finds none; leave it out.")
+    wanted = None if recipe.device is None else torch.device(recipe.device)
+    if wanted is not None and wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count() or "none"
+        raise DeviceError(f"train: expected the recipe's device {recipe.device} to be there, got {found} that PyTorch finds; leave it out.")
     with isolated_random_state(recipe.device), torch.enable_grad():
         seed_everything(recipe.seed, -1, recipe.device)
         model = recipe.build_model()
@@ -300,8 +324,7 @@ def _placed(examples: Examples, space: ParameterSpace, dtype: torch.dtype | None
     """The examples on the parameters' device and, where the recipe names a dtype, their floating-point tensors in it."""
 
     def place(x: Tensor) -> Tensor:
-        x = x.to(space.device, dtype if x.is_floating_point() else None)
-        return x.clone() if x.is_inference() else x  # no backward pass takes what inference mode made
+        return x.to(space.device, dtype if x.is_floating_point() else None, copy=True)  # outside of inference mode, so autograd takes it
 
     placed = replace(examples, inputs=tuple(map(place, examples.inputs)), targets=place(examples.targets))
     other = {str(x.dtype) for x in placed.inputs if x.is_floating_point() and x.dtype != space.dtype}
@@ -319,6 +342,6 @@ def _in_unit(x: Any) -> bool:
 
 def _is_device(device: Any) -> bool:
     try:
-        return device is None or torch.device(device) is not None
-    except (RuntimeError, TypeError):
+        return device is None or torch.device(device).type in DEVICES
+    except (RuntimeError, TypeError, ValueError):
         return False

@@ -31,6 +31,7 @@ class ResponseStatus(enum.Enum):
     STALLED = "stalled"
     MAX_STEPS = "max_steps"
     DIVERGED = "diverged"
+    TRAINING_DIVERGED = "training_diverged"
     NON_FINITE = "non_finite"
 
     @property
@@ -51,7 +52,9 @@ _EXPLANATIONS = {
     "kink of a ReLU network, where no gradient vanishes, or at the rounding error of the data type; a smooth activation or float64 helps",
     ResponseStatus.MAX_STEPS: "used up its steps before reaching the goal; raise max_steps or damping, or accept a larger rtol",
     ResponseStatus.DIVERGED: "ran away from the trained parameters: the objective has no local minimum near them; raise damping",
-    ResponseStatus.NON_FINITE: "left the finite numbers; raise damping or use float64",
+    ResponseStatus.TRAINING_DIVERGED: "the training ended with an objective above what the base run began with and what one output for all "
+    "examples has; lower the recipe's lr, or damping where the response is held back by it",
+    ResponseStatus.NON_FINITE: "left the finite numbers; raise damping or use float64, or lower the recipe's lr",
 }
 
 

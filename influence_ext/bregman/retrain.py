@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from influence_ext.bregman.checks import check_damping, check_search, is_count
+from influence_ext.bregman.checks import check_damping, check_search
 from influence_ext.bregman.minimise import minimise
 from influence_ext.bregman.objective import BregmanObjective, Reference
 from influence_ext.bregman.pbrf import checked, default_rtol, response_at
@@ -20,7 +20,8 @@ from influence_ext.bregman.progress import Progress, portion, reporter
 from influence_ext.bregman.recipe import Run
 from influence_ext.bregman.response import LateNorms, Norms, Response, ResponseStatus, TrainedNetwork, removed_indices
 from influence_ext.bregman.together import TogetherTrainer, Trained
-from influence_ext.bregman.training import Proximity, Trainer
+from influence_ext.bregman.training import Proximity, RanAway, Trainer
+from influence_ext.checks import is_count, is_one_of
 from influence_ext.context import standalone
 from influence_ext.errors import ArgumentError
 
@@ -65,13 +66,16 @@ def retrain(
         ArgumentError: an option makes no sense.
         DivergenceError: training left the finite numbers.
 
+    Warns:
+        NumericalWarning: the response's ``status`` is no success, as where training diverged within the finite numbers.
+
     Cost:
         The epochs named, by the training loop of :func:`train`.
 
     Reference:
         Bae et al. 2022, section 3 and appendix on the protocol.
     """
-    if start not in ("cold", "warm"):
+    if not is_one_of(start, ("cold", "warm")):
         raise ArgumentError(f"retrain: expected start to be 'cold' or 'warm', got {start!r}; choose one.")
     branches = Branches(run, who="retrain", epochs=epochs, converge=converge, rtol=rtol, max_steps=max_steps)
     removed = removed_indices(remove, run.data.num_examples, who="retrain")
@@ -121,11 +125,14 @@ def retrain_many(
         ArgumentError: no set, or an option makes no sense.
         DivergenceError: training left the finite numbers.
 
+    Warns:
+        NumericalWarning: the response's ``status`` is no success, as where training diverged within the finite numbers.
+
     Cost:
         The arithmetic of the trainings one by one; what a step costs beside that is paid once for all sets. Memory: for each set trained at
         a time, its parameters with gradient and moments, and the activations of a batch (in the C++ core the latter for each thread).
     """
-    if start not in ("cold", "warm"):
+    if not is_one_of(start, ("cold", "warm")):
         raise ArgumentError(f"retrain_many: expected start to be 'cold' or 'warm', got {start!r}; choose one.")
     groups = removed_sets(run, remove, who="retrain_many")
     branches = Branches(
@@ -155,7 +162,8 @@ def proximal_response(
         run: The base run.
         remove: Indices of the training examples removed together.
         damping: λ. The weight decay stays where the training has it, in ``(w/2)‖θ‖²``. With SGD and ``epochs``, ``λ + w`` has to be below
-            ``2 (1 + momentum) / lr``, where its steps are stable, in one epoch at least of those that the schedule names.
+            ``2 (1 + momentum) / lr``, where its steps are stable, in one epoch at least of those that the schedule names
+            and in which lr is not 0.
         epochs: Epochs from θs; ``None`` is ``K/2``, rounded up.
         converge: Solve to convergence instead of those epochs.
         rtol: Goal of ``converge`` for the relative gradient norm; ``None`` is 1e-6 in float64 and 1e-4 in float32.
@@ -169,13 +177,17 @@ def proximal_response(
         ArgumentError: an option makes no sense.
         DivergenceError: training left the finite numbers.
 
+    Warns:
+        NumericalWarning: the response's ``status`` is no success, as where training diverged within the finite numbers.
+
     Reference:
         Bae et al. 2022, section 3.
     """
     branches = Branches(run, who="proximal_response", epochs=epochs, converge=converge, rtol=rtol, max_steps=max_steps)
     branches.check_proximity(damping)
     removed = removed_indices(remove, run.data.num_examples, who="proximal_response")
-    return checked(branches.proximal([removed], damping, reporter(progress))[0], "raise", who="proximal_response")
+    response = branches.proximal([removed], damping, reporter(progress))[0]
+    return checked(response, "raise", who="proximal_response")
 
 
 @standalone
@@ -211,6 +223,9 @@ def proximal_response_many(
     Raises:
         ArgumentError: no set, or an option makes no sense.
         DivergenceError: training left the finite numbers.
+
+    Warns:
+        NumericalWarning: the response's ``status`` is no success, as where training diverged within the finite numbers.
 
     Cost:
         See :func:`retrain_many`.
@@ -299,11 +314,11 @@ class Branches:
         """Refuse a proximity term on which SGD's steps grow along every direction in which the loss is flat or bends upwards.
 
         With momentum m and learning rate η, steps along a curvature κ are stable for ``η κ < 2 (1 + m)``; here ``κ = λ + w``. Where the
-        schedule comes to a smaller η, what grew before may shrink again, so the smallest one decides.
+        schedule comes to a smaller η, what grew before may shrink again, so the smallest one that moves at all decides.
         """
         recipe = self.run.recipe
         check_damping(damping, recipe.weight_decay, who=self._who)
-        lr = recipe.lr * min(map(recipe.lr_factor, self._later))
+        lr = min((lr for epoch in self._later if (lr := recipe.lr * recipe.lr_factor(epoch)) > 0), default=0.0)
         most = 2 * (1 + recipe.momentum) / lr if lr else math.inf
         if recipe.optimizer == "sgd" and not self._converge and damping + recipe.weight_decay >= most:
             where = "" if recipe.schedule == "constant" else f" (at the least lr of schedule {recipe.schedule_name!r})"
@@ -326,13 +341,14 @@ class Branches:
         # What the gradients at the ends are computed of: no optimiser state.
         ends = [replace(trained, point=replace(trained.point, moments=())) for trained in found]
         norms = LateNorms(partial(self._norms, groups, ends, proximity))
+        away = [self._trainer.ran_away(self.run.initial, end.point, removed) for removed, end in zip(groups, ends, strict=True)]
         return [
             Response(
                 kind,
                 removed,
                 trained.point.theta.double(),
                 self.network,
-                ResponseStatus.TRAINED,
+                _ended(away[k]),
                 norms=partial(norms.of, k),
                 num_steps=num_epochs,
                 buffers=trained.point.buffers,
@@ -384,6 +400,13 @@ def removed_sets(run: Run, remove: Iterable[Iterable[int]], *, who: str, allow_e
             f"{'none' if not sets else repr(sets[0])}; write remove=[[3], [17]] for two single examples."
         )
     return [removed_indices(group, run.data.num_examples, who=who, allow_empty=allow_empty) for group in sets]
+
+
+def _ended(away: RanAway | None) -> ResponseStatus:
+    """Status of a training."""
+    if away is None:
+        return ResponseStatus.TRAINED
+    return ResponseStatus.TRAINING_DIVERGED if math.isfinite(away.objective) else ResponseStatus.NON_FINITE
 
 
 def _norm(gradient: Tensor) -> float:

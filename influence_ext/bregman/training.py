@@ -16,6 +16,7 @@ from influence_ext.bregman.progress import Progress
 from influence_ext.data import Examples, ModelInput, call_model
 from influence_ext.errors import DataError, DivergenceError, InfluenceExtError, ShapeError
 from influence_ext.losses import Loss
+from influence_ext.losses.generic import CallableLoss
 from influence_ext.params import ParameterSpace
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 CHUNK = 4096
 """Examples in one forward pass outside training; the same everywhere, so that equal parameters give equal outputs."""
+FEW = 64
+"""Examples that a training's end is looked at on first."""
 
 _generators = threading.RLock()
 
@@ -69,6 +72,20 @@ class Proximity:
 
     damping: float
     anchor: Tensor
+
+
+@dataclass(frozen=True)
+class RanAway:
+    """A training that diverged: its ``objective`` at the end, above the ``limit``; see :meth:`Trainer.ran_away`."""
+
+    objective: float
+    limit: float
+
+    def __str__(self) -> str:
+        return (
+            f"an objective of {self.objective:.3g} at its end (mean loss and weight decay), above the {self.limit:.3g} that it began with "
+            "or that one output for all has"
+        )
 
 
 @contextlib.contextmanager
@@ -244,6 +261,8 @@ class Trainer:
                         t = self.examples.targets[index]
                         z = outputs_of(self.model, rows(self.examples.X, index), len(index), label)
                         z_value = z.detach()
+                        if isinstance(self.loss, CallableLoss) and done in (0, len(epochs) - 1):
+                            self.loss.confirm(z_value, t, label)
                         z.backward(self.loss.gradient(z_value, t) * (scale / len(batch)))
                         total += self.loss.value(z_value, t).sum(dtype=torch.float64)
                     if recipe.weight_decay:
@@ -262,6 +281,46 @@ class Trainer:
                 )
         report(label, len(epochs), len(epochs))
         return TrainingPoint(theta.clone(), self.buffers(), moments, num_steps), history
+
+    def ran_away(self, start: TrainingPoint, end: TrainingPoint, removed: Sequence[int] = ()) -> RanAway | None:
+        """Whether a training diverged, be it within the finite numbers; ``None`` if not.
+
+        Its objective at the end, the mean loss with its share of the weight decay, is then above that at the start and above that of one
+        output for all examples, the mean one at the start: it has learned less than nothing. (A start may be a trained network, which noisy
+        steps leave uphill.)
+
+        Cost: a forward pass over 64 examples at either point; where it is above on them, over all.
+        """
+        kept = torch.ones(self.examples.num_examples, dtype=torch.bool)
+        few = torch.linspace(0, len(kept) - 1, min(FEW, len(kept)), dtype=torch.float64).long()
+        kept[list(removed)] = False
+        for index in (few, kept.nonzero()[:, 0]):
+            index = index.to(self.space.device)
+            found = self._mean_loss(self._outputs(end, index), index) + self._decay(end)
+            z = self._outputs(start, index)
+            limit = max(self._mean_loss(z, index), self._mean_loss(z.mean(dim=0, keepdim=True).expand_as(z), index)) + self._decay(start)
+            if found <= limit:
+                return None
+        return RanAway(found, limit)
+
+    def _decay(self, point: TrainingPoint) -> float:
+        """``(w/2)‖θ‖²`` in units of the mean loss."""
+        weight = self.loss.factor(self.examples.targets) * self.examples.num_examples
+        return self.recipe.weight_decay / 2 * float(point.theta.square().sum(dtype=torch.float64)) / weight
+
+    def _mean_loss(self, z: Tensor, index: Tensor) -> float:
+        """The mean of ``ℓ`` over the examples ``index`` at their outputs."""
+        targets = self.examples.targets[index]
+        parts = [self.loss.value(z[k : k + CHUNK], targets[k : k + CHUNK]) for k in range(0, len(z), CHUNK)]
+        return float(torch.cat(parts).mean(dtype=torch.float64))
+
+    def _outputs(self, point: TrainingPoint, index: Tensor) -> Tensor:
+        """``[n, *out]``, in evaluation mode."""
+        self._theta.copy_(point.theta)
+        self.load_buffers(point.buffers)
+        self.model.eval()
+        with isolated_random_state(self.space.device), torch.no_grad():
+            return torch.cat([call_model(self.model, rows(self.examples.X, part)) for part in index.split(CHUNK)])
 
     def gradient(
         self,

@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         found = ie.decompose(trained, groups, args.damping, solver, converge=args.converge, progress=report)
     correlations = {kind: {"pearson": c.pearson, "spearman": c.spearman} for kind, c in found.correlations(test).items()} if test else {}
     files = write(found, args.out) if args.out else []
-    failed = [q["pbrf"]["status"] for q in found.quality if q["pbrf"]["status"] in ("diverged", "non_finite")]
+    failed = any(found.left_out(term) for term in found.terms[0])
     if args.json:
         terms = {t: {m: {"mean": found.mean(t, m), "spread": found.spread(t, m)} for m in ("output", "parameter")} for t in found.terms[0]}
         emit(

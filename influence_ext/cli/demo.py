@@ -270,6 +270,10 @@ def judge(report: Report, found: Terms) -> None:
         report.failures.append(
             f"{name}: {num_lost} of {num_removed} PBRFs diverged: no minimum near the trained parameters; raise the damping"
         )
+    for kind in ("cold_start", "warm_start", "proximal"):
+        num_lost = found.statuses(kind).get("training_diverged", 0)
+        if num_lost > num_removed // 2:
+            report.failures.append(f"{name}: {num_lost} of {num_removed} trainings diverged ({kind.replace('_', ' ')}); lower the lr")
 
 
 def correlations(report: Report, terms: list[Terms]) -> None:

@@ -117,7 +117,9 @@ def build_info() -> dict[str, Any]:
         parallel region, instruction sets compiled and the one in use, CUDA, the bytes of freed memory that are kept and may be
         (:func:`empty_cache`), and the native rules and losses.
     """
-    native: dict[str, Any] = dict(_C.build_info())
+    from influence_ext.context import standalone  # loaded when something is computed, as the layers are
+
+    native: dict[str, Any] = dict(standalone(_C.build_info)())
     cached, limit = _C.cache_size()
     return {
         "version": __version__,

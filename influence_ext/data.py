@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 from torch.utils.data.sampler import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
+from influence_ext.checks import is_number
 from influence_ext.errors import ArgumentError, DataError, DeviceError, DTypeError, ShapeError
 from influence_ext.finite import all_finite
 
@@ -57,6 +58,11 @@ class Examples:
         """Whether the inputs are in memory."""
         return True
 
+    @property
+    def most_at_once(self) -> int:
+        """Examples of the largest block that :meth:`blocks` can give."""
+        return self.num_examples
+
     def blocks(self, size: int) -> Iterator[tuple[int, ModelInput]]:
         """``(first example, X)`` of consecutive blocks of at most ``size`` examples."""
         for start in range(0, self.num_examples, size):
@@ -94,20 +100,27 @@ class Examples:
 class StreamedExamples(Examples):
     """A data set that is read again in every pass: targets in memory, inputs batch by batch.
 
-    ``inputs`` are those of the first batch, for their shapes.
+    ``inputs`` are those of the first batch that has examples, for their shapes.
 
     Attributes:
         batches: the user's re-iterable of ``(X, y)``.
         memory_budget: bytes.
+        largest_batch: examples.
     """
 
     batches: Iterable[Any] = ()
     memory_budget: int = 0
+    largest_batch: int = 0
 
     @property
     def resident(self) -> bool:
         """Whether the inputs are in memory."""
         return False
+
+    @property
+    def most_at_once(self) -> int:
+        """Examples of the largest batch."""
+        return self.largest_batch
 
     def blocks(self, size: int) -> Iterator[tuple[int, ModelInput]]:
         """``(first example, X)`` of consecutive blocks of at most ``size`` examples, none across two batches."""
@@ -195,8 +208,7 @@ def load(data: Any, who: str = "load", memory_budget: int | None = None) -> Exam
     """
     if isinstance(data, Examples):
         return data
-    if not _is_budget(memory_budget):
-        raise ArgumentError(f"{who}: expected memory_budget to be a number of bytes, got {memory_budget!r}; correct memory_budget.")
+    check_budget(memory_budget, who)
     # Batches are pairs; a pair whose first is none is one (X, y), whatever y is.
     if isinstance(data, (tuple, list)) and len(data) == 2 and (isinstance(data[1], Tensor) or not isinstance(data[0], (tuple, list))):
         batches = [_parse(data, "data", who)]
@@ -211,30 +223,37 @@ def load(data: Any, who: str = "load", memory_budget: int | None = None) -> Exam
     return examples
 
 
-def _is_budget(budget: Any) -> bool:
-    return budget is None or isinstance(budget, Real)
+def check_budget(memory_budget: Any, who: str) -> None:
+    """Refuse what is neither None nor a number of bytes.
+
+    Raises:
+        ArgumentError: it is neither.
+    """
+    if not (memory_budget is None or is_number(memory_budget)):
+        raise ArgumentError(f"{who}: expected memory_budget to be a finite number of bytes, got {memory_budget!r}; correct memory_budget.")
 
 
 def _load_within(data: Iterable[Any], who: str, memory_budget: int) -> Examples:
-    """All batches, or where they exceed the budget their targets and the first batch."""
+    """All batches, or where they exceed the budget their targets and the first batch that has examples."""
     batches: list[_Batch] = []
-    total, streaming = 0, False
+    total, shown = 0, None
+    streaming = False
     with _random_state_kept():
         for k, batch in enumerate(data):
             parsed = _parse(batch, f"batch {k}", who)
             _check_finite(Examples(parsed.inputs, parsed.targets, parsed.convention, parsed.keys), who)
             total += sum(x.nbytes for x in parsed.inputs)
-            streaming = streaming or total > memory_budget // 2
-            if streaming:
-                batches = [replace(b, inputs=tuple(x[:0].clone() for x in b.inputs)) if i else b for i, b in enumerate(batches)]
-                parsed = replace(parsed, inputs=tuple(x[:0].clone() for x in parsed.inputs)) if k else parsed
-            batches.append(parsed)
-    if not streaming:
+            if not streaming and total > memory_budget // 2:
+                streaming, batches = True, [b.without_inputs() for b in batches]
+            batches.append(parsed.without_inputs() if streaming else parsed)
+            if shown is None or not shown.inputs[0].shape[0]:
+                shown = parsed  # the first that has examples
+    if not streaming or shown is None:
         return _concatenate(batches, who)
+    _concatenate([b.without_inputs() for b in batches], who)  # raises if they differ in structure
     targets = torch.cat([b.targets for b in batches])
-    first = batches[0]
-    _concatenate([replace(b, inputs=tuple(x[:0] for x in b.inputs)) for b in batches], who)  # raises if they differ in structure
-    return StreamedExamples(first.inputs, targets, first.convention, first.keys, data, memory_budget)
+    largest = max(len(b.targets) for b in batches)
+    return StreamedExamples(shown.inputs, targets, shown.convention, shown.keys, data, memory_budget, largest)
 
 
 def check_indices(indices: Iterable[int] | Tensor, num_examples: int, who: str) -> list[int]:
@@ -263,11 +282,15 @@ def _to_indices(indices: Any, num_examples: int, who: str) -> list[int]:
         indices = indices.tolist()
     checked: list[int] = []
     for index in indices:
-        if isinstance(index, bool) or not hasattr(index, "__index__"):
+        try:
+            value = None if isinstance(index, bool) else operator.index(index)
+        except TypeError:
+            value = None
+        if value is None:
+            shown = f"{type(index).__name__} of shape {list(index.shape)}" if hasattr(index, "shape") else repr(index)
             raise ArgumentError(
-                f"{who}: expected example indices as integers, got {index!r}; turn a mask into indices with mask.nonzero()[:, 0]."
+                f"{who}: expected example indices as integers, got {shown}; turn a mask into indices with mask.nonzero()[:, 0]."
             )
-        value = index.__index__()
         if not 0 <= value < num_examples:
             raise ArgumentError(f"{who}: expected example indices from 0 to {num_examples - 1}, got {value}; correct or drop it.")
         checked.append(value)
@@ -281,6 +304,9 @@ class _Batch:
     targets: Tensor
     convention: Convention
     keys: tuple[str, ...] | None
+
+    def without_inputs(self) -> _Batch:
+        return replace(self, inputs=tuple(x[:0].clone() for x in self.inputs))
 
     def named(self) -> list[tuple[str, Tensor]]:
         return [

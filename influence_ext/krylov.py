@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 import influence_ext._C as _C
-from influence_ext.context import about_to_start_threads
 
 if TYPE_CHECKING:
     from influence_ext.graphs import RecordableProduct
@@ -34,7 +33,6 @@ class CGVectors:
 
     def __init__(self, R: Tensor, target: Tensor, budget: list[int], lower_bound: float):
         """``target [V]`` of ``‖r‖``; ``budget``: steps each may take; ``lower_bound``: of A's eigenvalues by its construction, or 0."""
-        about_to_start_threads()
         self.r = R
         self.x = torch.zeros_like(R)
         self._p = torch.zeros_like(R)

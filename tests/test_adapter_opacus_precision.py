@@ -1,4 +1,4 @@
-"""The Opacus adapter in half precision and under autocast, against a loop over examples in float64."""
+"""The adapters for backward passes in half precision and under autocast, against a loop over examples in float64."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from influence_ext.adapters.backpack import BatchGrad, backpack, extend
 from influence_ext.adapters.opacus import GradSampleModule, register_grad_samplers
 from influence_ext.testing import assert_close
 from tests.cases.backward import WIDE, expected
@@ -93,3 +94,49 @@ def test_autocast_around_everything() -> None:
         assert_close(samples(wrapped)[name], rows, scope="model")
     half = GradSampleModule(copy.deepcopy(model).bfloat16())
     assert half(arrives.detach()[:0]).dtype == half(arrives.detach()).dtype == torch.float32
+
+
+def partly_frozen(dtype: torch.dtype) -> nn.Module:
+    """With a frozen parameter and buffers, which are half precision too."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3))
+    model[1].eval().running_mean.normal_()
+    model[3].bias.requires_grad_(False)
+    return model.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("adapter", ["opacus", "backpack", "graph"])
+def test_inputs_of_half_precision_get_gradients(dtype: torch.dtype, adapter: str) -> None:
+    """Rounded once: computed in float32, as the samples are."""
+    torch.manual_seed(0)
+    model = partly_frozen(dtype)
+    exact = copy.deepcopy(model).double()
+    x, y = torch.randn(6, 4, dtype=dtype, requires_grad=True), torch.arange(6) % 3
+    wrapped = GradSampleModule(model) if adapter == "opacus" else extend(model)
+    with backpack(BatchGrad()):
+        F.cross_entropy(wrapped(x), y).backward(create_graph=adapter == "graph")
+    leaf = x.detach().double().requires_grad_()
+    F.cross_entropy(exact(leaf), y).backward()
+    trained = [(p, like) for p, like in zip(model.parameters(), exact.parameters(), strict=True) if p.requires_grad]
+    for p, like in [(x, leaf), *trained]:
+        assert p.grad.dtype == dtype
+        assert torch.allclose(p.grad.double(), like.grad, rtol=torch.finfo(dtype).eps, atol=1e-6)
+    for n in range(6):
+        loss = F.cross_entropy(exact(x[n : n + 1].detach().double()), y[n : n + 1])
+        rows = torch.autograd.grad(loss, [like for _, like in trained])
+        for (p, _), row in zip(trained, rows, strict=True):
+            found = p.grad_sample[n] if adapter == "opacus" else 6 * p.grad_batch[n].double()  # a mean over the batch
+            assert torch.allclose(found.double(), row, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_batches_with_and_without_examples_take_the_same_inputs(dtype: torch.dtype) -> None:
+    wrapped = GradSampleModule(partly_frozen(dtype))
+    for given in (torch.float32, dtype):
+        for count in (6, 0):
+            x = torch.randn(count, 4, dtype=given, requires_grad=True)
+            output = wrapped(x)
+            output.square().sum().backward()
+            assert (output.dtype, x.grad.dtype, x.grad.shape) == (torch.float32, given, x.shape)
+            assert {(rows.dtype, len(rows)) for rows in samples(wrapped).values()} == {(dtype, count)}
+            wrapped.zero_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from influence_ext import errors, reference
 from influence_ext.plan import Plan
 from influence_ext.reference.jacobian import call, double, double_copy
 from influence_ext.reference.products import TwiceDifferentiable
+from influence_ext.tape import Tape
 from influence_ext.testing import assert_close
-from tests.cases import Network, NetworkCase, build, in_float64
+from tests.cases import Network, NetworkCase, budget_of, build, in_float64
 from tests.cases.families import FAMILIES
 from tests.cases.models import NETWORKS
 
@@ -161,9 +163,73 @@ def test_a_tape_moves_to_other_examples(name: str) -> None:
     with pytest.raises(errors.ShapeError, match="another number anew"):
         tape.relinearize(theta, other[:-1])
     assert torch.equal(tape.jvp(V), fresh.jvp(V))
-    chunked = plan.linearize(network.X, memory_budget=plan.linearize(network.X).cached_bytes)
+    chunked = plan.linearize(network.X, memory_budget=budget_of(2, lambda budget: plan.linearize(network.X, memory_budget=budget)))
     with pytest.raises(errors.ArgumentError, match="recomputed in chunks"):
         chunked.relinearize(theta, other)
+
+
+class Sum(nn.Module):
+    """Of two inputs, by a weight that is an expression of a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 3) / 2)
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        return torch.tanh((x + z) @ torch.sinh(self.w))
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_copies_of_a_tape_stand_where_it_stands(chunk: int | None) -> None:
+    torch.manual_seed(0)
+    model, X = Sum(), (torch.randn(9, 4), torch.randn(9, 4))
+    V, G, theta = torch.randn(2, 12), torch.randn(9, 3), torch.randn(12) / 2
+    plan = Plan.of(model, X)
+
+    def linearized(budget: int | None) -> Tape:
+        return plan.linearize(X, second_order=True, memory_budget=budget)
+
+    def expected(theta: Tensor) -> Tensor:
+        def value(w: Tensor) -> Tensor:
+            return (outputs(w) * G.double()).sum()
+
+        return V.double() @ torch.autograd.functional.hessian(value, theta.double())
+
+    def outputs(w: Tensor) -> Tensor:
+        return torch.tanh((X[0] + X[1]).double() @ torch.sinh(w.view(4, 3)))
+
+    tape = linearized(None if chunk is None else budget_of(chunk, linearized))
+    assert tape.chunk == chunk
+    tape.keep_cotangents(2 * G)
+    copy = tape.at_precision("bfloat16").at_precision("full")
+    tape.keep_cotangents(G)
+    wider: dict[str, Any] = {"factor": 4, "because": "the curvatures of sinh and tanh cancel in part"}
+    for one in (tape, copy):
+        assert_close(one.hvp(V, None), expected(one.theta), **wider)
+    copy.relinearize(theta)
+    copy.keep_cotangents(G)
+    for one in (tape, copy):
+        assert torch.equal(one.theta, theta)
+        assert_close(one.outputs, outputs(theta.double()))
+        assert_close(one.hvp(V, None), expected(theta), **wider)
+
+
+def test_inputs_that_do_not_fit_leave_the_tape_where_it_stands() -> None:
+    X = torch.randn(6, 4), torch.randn(6, 4)
+    tape = Plan.of(Sum(), X).linearize(X)
+    with pytest.raises(errors.ShapeError, match=r"as many examples in X\[1\] as in X\[0\], 6, got 5"):
+        tape.relinearize(tape.theta + 1, (X[0], X[1][:5]))
+    assert tape.jvp(torch.randn(1, 12)).shape == (1, 6, 3)
+
+
+def test_a_sample_has_an_objective_of_its_own() -> None:
+    network = build(NETWORKS["mlp-ce"], F64)
+    N = network.outputs.shape[0]
+    G = ie.GGN(network.model, network.loss, network.data, weights=torch.arange(N, dtype=F64))
+    before = G.objective_weight
+    chosen = torch.randperm(N, generator=torch.Generator().manual_seed(1))[:2]
+    assert G.sample(torch.Generator().manual_seed(1), 2).objective_weight == pytest.approx(float(chosen.double().mean()))
+    assert before == G.objective_weight == (N - 1) / 2
 
 
 def test_hessian_keeps_the_point_it_was_made_at() -> None:
@@ -231,7 +297,7 @@ def test_monte_carlo_fisher_depends_on_its_seed_alone() -> None:
     F = ie.MonteCarloFisher(network.model, network.loss, network.data, num_samples=3, seed=5)
     assert F.num_roots == 3 * network.N
     assert_close(F.diagonal(), F.to_dense().diagonal())
-    with pytest.raises(errors.ArgumentError, match="num_samples >= 1, got 0"):
+    with pytest.raises(errors.ArgumentError, match=r"num_samples >= 1 and below 2\^31, got 0"):
         ie.MonteCarloFisher(network.model, network.loss, network.data, num_samples=0)
 
 
@@ -252,7 +318,11 @@ def test_influence_with_the_empirical_fisher() -> None:
     G = network.grads
     dense = network.factor * G.T @ G + 0.1 * torch.eye(network.P, dtype=F64)
     assert_close(scores, network.factor * G @ torch.linalg.solve(dense, G.T))
-    chunked = ie.Influence(network.model, network.loss, network.data, damping=0.1, memory_budget=influence.operator.cached_bytes - 1)
+
+    def within(budget: int) -> ie.Influence:
+        return ie.Influence(network.model, network.loss, network.data, damping=0.1, memory_budget=budget)
+
+    chunked = within(budget_of(2, within))
     assert chunked.operator.tape.chunk is not None
     assert_close(
         chunked.scores(network.data).values,

@@ -22,8 +22,9 @@ from torch.autograd.function import once_differentiable
 from influence_ext.capture import Remembered, differentiable
 from influence_ext.capture.probe import same
 from influence_ext.context import standalone
-from influence_ext.data import ModelInput, call_arguments, call_model
+from influence_ext.data import ModelInput, call_arguments
 from influence_ext.errors import DTypeError, UnsupportedModelError
+from influence_ext.params import is_half, widened
 from influence_ext.plan import Plan
 from influence_ext.tape import Tape
 
@@ -126,7 +127,7 @@ class ForwardPass:
         return _each(self.X, lambda x: x.view_as(x)), {name: p.view_as(p) for name, p in self.parameters.items()}
 
     def _torch(self, X: ModelInput, theta: Mapping[str, Tensor]) -> Tensor:
-        return torch.func.functional_call(self.network, dict(theta), *call_arguments(X))
+        return widened_call(self.network, theta, *call_arguments(X))
 
     def _marked(self, derivatives: dict[Any, Tensor]) -> dict[Any, Tensor]:
         """The same; a backward pass through one of them counts as one of second order."""
@@ -148,7 +149,7 @@ class _Node(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: ForwardPass, *leaves: Tensor) -> Tensor:
         ctx.call = call
-        return call.tape.outputs.clone()  # the tape must not hold what holds the tape
+        return call.tape.outputs.clone(memory_format=torch.contiguous_format)  # the tape must not hold what holds the tape
 
     @staticmethod
     @once_differentiable
@@ -255,11 +256,11 @@ def _check_training(call: ForwardPass, who: str) -> None:
         return
     few = min(call.num_examples, 2)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        output = call_model(copy.deepcopy(call.network), _each(call.X, lambda x: x[:few]))
+        output = widened_call(copy.deepcopy(call.network), {}, *call_arguments(_each(call.X, lambda x: x[:few])))
     expected = call.tape.outputs[:few]
     if output.dtype == expected.dtype:
         agree = same(output, expected)
-    else:  # the network's own arithmetic is half as precise
+    else:  # the network rounds its outputs
         limit = torch.finfo(output.dtype).eps ** 0.5 * float(expected.abs().max())
         agree = torch.allclose(output.to(expected.dtype), expected, rtol=0, atol=limit)
     if output.shape != expected.shape or not agree:
@@ -334,6 +335,20 @@ def one_way(network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     if any(isinstance(x, tuple) for x in named.values()):
         raise DTypeError(f"{who}: expected tensors by position or by name, got both for a network that takes *args; give them one way.")
     return (), named
+
+
+def widened_call(network: nn.Module, theta: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """``network(*args, **kwargs)`` by torch at the parameters ``theta``, in the dtype that tapes compute in.
+
+    Derivatives arrive in the dtypes of inputs and parameters as given. Cost of half precision: a float32 copy of parameters and buffers.
+    """
+    tensors = dict(theta)
+    if is_half(network):
+        held = {**dict(network.named_parameters()), **dict(network.named_buffers()), **theta}
+        tensors = {name: widened(x) for name, x in held.items()}
+        args = tuple(widened(x) if isinstance(x, Tensor) else x for x in args)
+        kwargs = {key: widened(x) if isinstance(x, Tensor) else x for key, x in kwargs.items()}
+    return torch.func.functional_call(network, tensors, args, dict(kwargs))
 
 
 def before_autocast(network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -11,10 +11,9 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from influence_ext.adapters.backward import ForwardPass, before_autocast, named, one_way, recording, run, without
+from influence_ext.adapters.backward import ForwardPass, before_autocast, named, one_way, recording, run, widened_call, without
 from influence_ext.context import standalone
 from influence_ext.errors import ArgumentError, DTypeError, ShapeError, UnsupportedModelError
 from influence_ext.plan import Plan
@@ -120,9 +119,7 @@ class GradSampleModule(nn.Module):
     @standalone
     def _of_no_examples(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Of an empty batch, as Poisson sampling draws them: torch computes, and no row is recorded for any parameter."""
-        output: Tensor = self._module(*args, **kwargs)
-        if output.dtype in (torch.bfloat16, torch.float16):
-            output = output.float()  # as full batches come
+        output: Tensor = widened_call(self._module, {}, args, kwargs)
 
         def record(_: Tensor) -> None:
             self._waiting.discard(record)

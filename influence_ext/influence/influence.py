@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from influence_ext.checks import is_one_of
 from influence_ext.context import standalone
 from influence_ext.data import Examples, check_indices, load
 from influence_ext.errors import ArgumentError
@@ -69,7 +70,7 @@ class Influence:
         params: Selection | None = None,
         memory_budget: int | None = None,
     ):
-        if curvature not in tuple(CURVATURES):
+        if not is_one_of(curvature, CURVATURES):
             raise ArgumentError(
                 f"Influence: expected curvature among {', '.join(map(repr, CURVATURES))}, got {curvature!r}; 'ggn' is that of the PBRF."
             )

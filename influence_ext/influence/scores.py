@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass, field
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from influence_ext.checks import is_whole
 from influence_ext.errors import ArgumentError, DataError
 from influence_ext.files import whole_file
 
@@ -47,10 +47,12 @@ class Scores:
             ArgumentError: ``test`` or ``k`` out of range.
         """
         num_test, num_train = self.values.shape
-        if not _is_whole(test, 0, num_test - 1):
+        if not (is_whole(test) and 0 <= test < num_test):
             raise ArgumentError(f"Scores.top: expected test in [0, {num_test}), got {test!r}; choose a row of values.")
-        if not _is_whole(k, 1, num_train):
+        if not (is_whole(k) and 1 <= k <= num_train):
             raise ArgumentError(f"Scores.top: expected k in [1, {num_train}], got {k!r}; there are {num_train} training examples.")
+        if not isinstance(harmful, bool):
+            raise ArgumentError(f"Scores.top: expected harmful to be True or False, got {harmful!r}; it asks for the smallest scores.")
         found = torch.topk(self.values[test], k, largest=not harmful)
         return list(zip(found.indices.tolist(), found.values.tolist(), strict=True))
 
@@ -81,10 +83,6 @@ class Scores:
         return f"Scores({self.values.shape[0]} test x {self.values.shape[1]} train, worst residual {worst})"
 
 
-def _is_whole(x: Any, least: int, most: int) -> bool:
-    return isinstance(x, Integral) and least <= int(x) <= most
-
-
 def load_scores(path: str | os.PathLike[str]) -> Scores:
     """Read what :meth:`Scores.save` wrote.
 
@@ -93,7 +91,10 @@ def load_scores(path: str | os.PathLike[str]) -> Scores:
     """
     import numpy as np
 
-    source = Path(path)
+    try:
+        source = Path(path)
+    except TypeError as reason:
+        raise DataError(f"load_scores: expected a path, got {type(path).__name__}; pass where Scores.save wrote.") from reason
     if not source.exists() and source.suffix != ".npz":
         source = source.with_name(source.name + ".npz")
     try:

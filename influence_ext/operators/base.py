@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from influence_ext.checks import is_count
 from influence_ext.context import standalone
 from influence_ext.errors import ArgumentError, DeviceError, DTypeError, ShapeError
 
@@ -75,13 +76,13 @@ class LinearOperator(abc.ABC):
             DTypeError: another dtype.
             DeviceError: another device.
         """
-        self._check(V, "[V, P]", V.dim() == 2 and V.shape[1] == self.num_parameters)
+        self._check(V, "[V, P]", isinstance(V, Tensor) and V.dim() == 2 and V.shape[1] == self.num_parameters)
         return self._matmat(V.detach().contiguous())
 
     @standalone
     def matvec(self, v: Tensor) -> Tensor:
         """Multiply onto one vector ``[P] -> [P]``."""
-        self._check(v, "[P]", v.dim() == 1 and v.shape[0] == self.num_parameters)
+        self._check(v, "[P]", isinstance(v, Tensor) and v.dim() == 1 and v.shape[0] == self.num_parameters)
         return self._matmat(v.detach().contiguous()[None])[0]
 
     def __matmul__(self, v: Any) -> Any:
@@ -123,8 +124,10 @@ class LinearOperator(abc.ABC):
         """``[P, P]``, assembled by products onto unit vectors, ``block_size`` at a time.
 
         Raises:
-            ArgumentError: the matrix would take more than 8 GiB.
+            ArgumentError: the matrix would take more than 8 GiB, or ``block_size`` is no number of at least 1.
         """
+        if not is_count(block_size):
+            raise ArgumentError(f"{type(self).__name__}.to_dense: expected block_size to be at least 1, got {block_size!r}; leave it out.")
         P = self.num_parameters
         size = P * P * self.dtype.itemsize
         if size > 8 * 2**30:
@@ -173,6 +176,9 @@ class LinearOperator(abc.ABC):
 
     def _check(self, v: Tensor, expected: str, shape_ok: bool) -> None:
         who = type(self).__name__
+        if not isinstance(v, Tensor) or v.layout != torch.strided:
+            found = v.layout if isinstance(v, Tensor) else type(v).__name__
+            raise DTypeError(f"{who}: expected v as a dense tensor of shape {expected}, got {found}; convert it with torch.as_tensor.")
         if not shape_ok:
             raise ShapeError(f"{who}: expected v of shape {expected} with P = {self.num_parameters}, got {list(v.shape)}{self._hint()}.")
         if v.dtype != self.dtype:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from influence_ext.checks import is_count, is_seed
 from influence_ext.context import standalone
 from influence_ext.errors import ArgumentError
 from influence_ext.graphs import Graphs
@@ -39,7 +40,7 @@ class _OuterProducts(KroneckerFactored, CurvatureOperator):
     @standalone
     def root_matmat(self, V: Tensor) -> Tensor:
         """``U v``: ``[V, P] -> [V, R]`` with ``R = K·N``, draws first. Cost: V tangent sweeps."""
-        self._check(V, "[V, P]", V.dim() == 2 and V.shape[1] == self.num_parameters)
+        self._check(V, "[V, P]", isinstance(V, Tensor) and V.dim() == 2 and V.shape[1] == self.num_parameters)
         rows = self._rows.reshape(self._num_draws, self.num_examples, -1)
         tangents = self._tape.jvp(V.detach().contiguous()).reshape(V.shape[0], *rows.shape[1:])
         return torch.einsum("vnc,knc->vkn", tangents, rows).reshape(V.shape[0], self.num_roots)
@@ -120,8 +121,12 @@ class MonteCarloFisher(_OuterProducts):
         graphs: Graphs = "auto",
         weights: Tensor | None = None,
     ):
-        if num_samples < 1:
-            raise ArgumentError(f"MonteCarloFisher: expected num_samples >= 1, got {num_samples}; draw at least one target an example.")
+        if not is_count(num_samples) or num_samples >= 2**31:
+            raise ArgumentError(
+                f"MonteCarloFisher: expected num_samples >= 1 and below 2^31, got {num_samples!r}; draw at least one target an example."
+            )
+        if not is_seed(seed):
+            raise ArgumentError(f"MonteCarloFisher: expected seed to be a whole number of 64 bits, got {seed!r}; correct it.")
         self.num_samples, self.seed = int(num_samples), int(seed)
         options: dict[str, Any] = {"memory_budget": memory_budget, "reduction": reduction, "schedule": schedule}
         super().__init__(model, loss, data, damping, params=params, graphs=graphs, weights=weights, **options)

@@ -57,7 +57,7 @@ class GGN(KroneckerFactored, CurvatureOperator):
     @standalone
     def root_matmat(self, V: Tensor) -> Tensor:
         """``U v``: ``[V, P] -> [V, R]`` with ``R = C·N`` ordered output first, ``U = [√c S_nᵀ J_n]``."""
-        self._check(V, "[V, P]", V.dim() == 2 and V.shape[1] == self.num_parameters)
+        self._check(V, "[V, P]", isinstance(V, Tensor) and V.dim() == 2 and V.shape[1] == self.num_parameters)
         outputs = self._hessian.root_rmatmat(self._tape.jvp(V.detach().contiguous()))
         return (
             outputs.reshape(V.shape[0], self.num_examples, self.num_roots // self.num_examples)

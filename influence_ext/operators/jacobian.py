@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from influence_ext.context import standalone
@@ -62,14 +63,17 @@ def vjp(model: nn.Module, X: Any, g: Tensor, *, params: Selection | None = None)
     plan = Plan.of(model, inputs, params, "vjp")
     tape = plan.linearize(inputs)
     shape = tuple(tape.outputs.shape)
-    single = tuple(g.shape) == shape
-    fits = single or (g.dim() == len(shape) + 1 and tuple(g.shape[1:]) == shape)
+    single = isinstance(g, Tensor) and tuple(g.shape) == shape
+    fits = single or (isinstance(g, Tensor) and tuple(g.shape[1:]) == shape and g.dim() == len(shape) + 1)
     _check(g, plan.space, "vjp", "g", fits, f"{list(shape)} or [V, {', '.join(map(str, shape))}]")
     rows = tape.vjp((g[None] if single else g).detach().contiguous())
     return rows[0] if single else rows
 
 
-def _check(tensor: Tensor, space: ParameterSpace, who: str, name: str, fits: bool, expected: str) -> None:
+def _check(tensor: Any, space: ParameterSpace, who: str, name: str, fits: bool, expected: str) -> None:
+    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+        found = tensor.layout if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise DTypeError(f"{who}: expected {name} as a dense tensor, got {found}; convert it with torch.as_tensor.")
     if not fits:
         raise ShapeError(
             f"{who}: expected {name} of shape {expected} with P = {space.num_parameters}, got {list(tensor.shape)}; "

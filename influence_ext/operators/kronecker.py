@@ -109,7 +109,7 @@ class KroneckerFactored(LinearisedOperator):
         limit = BLOCK_BYTES // self.dtype.itemsize
         num_columns = num_samples or math.prod(plan.output_shape)
         size = max(1, min(self.num_examples, limit // (fixed + each * min(num_columns, FEW_COLUMNS))))
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(int(seed))
         for start, X in self.examples.blocks(size):
             tape = plan.linearize(X, theta)
             is_first = True

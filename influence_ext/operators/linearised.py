@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from influence_ext.checks import is_count, is_one_of
 from influence_ext.context import standalone
 from influence_ext.data import Examples, load
 from influence_ext.errors import ArgumentError
@@ -35,7 +36,7 @@ class LinearisedOperator(LinearOperator):
             the parameters have now. Of a model in half precision (bfloat16, float16) parameters, inputs and targets are read as they are;
             arithmetic, vectors and results are float32, and what the model itself would round in between is not rounded.
         loss: ``nn`` loss module, functional or its name, or a callable; see :func:`influence_ext.losses.resolve`.
-        data: one ``(X, y)`` or a re-iterable of such batches.
+        data: one ``(X, y)`` or a re-iterable of such batches. A pair is not copied: leave it as it is while the operator is used.
         damping: λ ≥ 0.
         params: names, patterns or tensors that select a sub-space; default: all parameters with ``requires_grad``.
         memory_budget: bytes that the cached forward state and one product's workspace may take; what does not fit is recomputed chunk by
@@ -86,7 +87,7 @@ class LinearisedOperator(LinearOperator):
         self.damping = check_damping(damping, who)
         self._tape: Tape = plan.linearize(self.examples, memory_budget=memory_budget, second_order=self._second_order, precision=precision)
         self._tape.replayed(graphs, memory_budget is not None)
-        if schedule != "auto":  # within a budget the tape has chosen
+        if not is_one_of(schedule, ("auto",)):  # within a budget the tape has chosen
             self._tape.set_schedule(schedule)
         self._tape.check_outputs(who)
         self.loss.check(self._tape.outputs, self.examples.targets, who)
@@ -201,8 +202,10 @@ class LinearisedOperator(LinearOperator):
         Cost: a forward pass over the batch.
         """
         who, N = type(self).__name__, self.num_examples
-        if not 1 <= batch_size <= N:
-            raise ArgumentError(f"{who}.sample: expected batch_size in [1, {N}], got {batch_size}; draw no more than there are examples.")
+        if not is_count(batch_size) or batch_size > N:
+            raise ArgumentError(f"{who}.sample: expected batch_size in [1, {N}], got {batch_size!r}; draw no more than there are examples.")
+        if not isinstance(generator, torch.Generator):
+            raise ArgumentError(f"{who}.sample: expected a torch.Generator, got {type(generator).__name__}; pass torch.Generator().")
         index = torch.randperm(N, generator=generator)[:batch_size]
         batch = self._copy()
         batch.examples = self.examples.subset(index)
@@ -213,6 +216,7 @@ class LinearisedOperator(LinearOperator):
         batch._tape.replayed(self._tape.graphs)
         # c/|B| instead of c/N for a mean loss, N/|B| instead of 1 for a sum: the same factor N/|B| on c.
         batch._factor = self._factor * N / batch_size
+        batch.__dict__.pop("objective_weight", None)  # what was remembered of all examples
         batch._prepare()
         return batch
 
@@ -263,7 +267,7 @@ def check_damping(damping: Any, who: str) -> float:
     """
     try:
         value = float("nan") if isinstance(damping, str) else float(damping)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # RuntimeError: a tensor of several elements
         value = float("nan")
     if not 0 <= value < float("inf"):
         raise ArgumentError(f"{who}: expected damping >= 0 and finite, got {damping!r}; for instance damping=1e-3.")

@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from influence_ext.chunks import ChunkedFactors
 from influence_ext.context import standalone
 from influence_ext.data import Examples, load
+from influence_ext.derived import DerivedFactors
 from influence_ext.errors import ArgumentError, DeviceError, DTypeError, ShapeError
 from influence_ext.losses import Loss, LossLike, resolve
 from influence_ext.params import ParameterSpace, Selection
@@ -70,8 +73,16 @@ class ExampleGradients:
         """``⟨∇ℓ_n, ∇ℓ'_m⟩``: ``[N, M]``; of the examples with themselves by default."""
         mine = self.tape.factors(self.output_gradients[None])
         theirs = mine if other is None else other.tape.factors(other.output_gradients[None])
+        if _generality(theirs) > _generality(mine):
+            transposed: Tensor = theirs.gram(mine)
+            return transposed.T.contiguous()
         gram: Tensor = mine.gram(theirs)
         return gram
+
+
+def _generality(factors: Any) -> int:
+    """Factors multiply with those of no greater generality: the extension's know their like alone, chunks those too, the chain rule all."""
+    return 2 if isinstance(factors, DerivedFactors) else 1 if isinstance(factors, ChunkedFactors) else 0
 
 
 @standalone
@@ -146,6 +157,9 @@ def per_example_dots(model: nn.Module, loss: LossLike | Loss, data: Any, V: Tens
     who = "per_example_dots"
     gradients = ExampleGradients.of(model, loss, data, params, who)
     space = gradients.tape.plan.space
+    if not isinstance(V, Tensor) or V.layout != torch.strided:
+        found = V.layout if isinstance(V, Tensor) else type(V).__name__
+        raise DTypeError(f"{who}: expected V as a dense tensor, got {found}; convert it with torch.as_tensor.")
     if V.dim() not in (1, 2) or V.shape[-1] != space.num_parameters:
         raise ShapeError(
             f"{who}: expected V of shape [V, P] with P = {space.num_parameters}, got {list(V.shape)}; parameters: {space.describe()}."

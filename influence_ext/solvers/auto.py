@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from numbers import Integral
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from influence_ext.checks import is_count, is_number
 from influence_ext.errors import ArgumentError
 from influence_ext.operators.base import CurvatureOperator, LinearOperator
 from influence_ext.solvers.base import CountedOperator, OnFailure, Outcome, Solver
@@ -116,14 +115,17 @@ def auto(
         An :class:`AutoChoice`, itself a solver.
 
     Raises:
-        ArgumentError: ``num_rhs`` is no whole number of at least 1, ``at_once`` none in between, or the operator is not one.
+        ArgumentError: ``num_rhs`` is no whole number of at least 1, ``at_once`` none in between, ``memory_budget`` no number of bytes, or
+            the operator is not one.
     """
     if not isinstance(operator, LinearOperator):
         raise ArgumentError(f"auto: expected a LinearOperator, got {type(operator).__name__}; pass a curvature such as GGN(...).")
-    if not _is_count(num_rhs):
+    if not is_count(num_rhs):
         raise ArgumentError(f"auto: expected num_rhs, a whole number of at least 1, got {num_rhs!r}; pass the number of right-hand sides.")
+    if not (memory_budget is None or (is_number(memory_budget) and memory_budget >= 0)):
+        raise ArgumentError(f"auto: expected memory_budget to be a number of bytes or None, got {memory_budget!r}; None is no limit.")
     V = num_rhs if at_once is None else at_once
-    if not _is_count(V) or num_rhs < V:
+    if not is_count(V) or num_rhs < V:
         raise ArgumentError(f"auto: expected at_once, a whole number in [1, {num_rhs}], got {at_once!r}; a part of the right-hand sides.")
     num_rhs, V = int(num_rhs), int(V)
     P = operator.num_parameters
@@ -210,7 +212,3 @@ def auto(
     reason += f", against {', '.join(others)}" if others else ""
     reason += f" ({'; '.join(ruled_out)})." if ruled_out else "."
     return AutoChoice(solver=options[name], reason=reason, costs=costs, memory=memory, on_failure=on_failure)
-
-
-def _is_count(x: Any) -> bool:
-    return isinstance(x, Integral) and int(x) >= 1

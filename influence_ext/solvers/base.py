@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from influence_ext.checks import is_count, is_number, is_one_of, is_seed
 from influence_ext.context import standalone
 from influence_ext.errors import ArgumentError, DataError, DeviceError, DTypeError, ShapeError, SolverFailure
 from influence_ext.operators.base import CurvatureOperator, LinearOperator
@@ -246,7 +247,7 @@ class Solver(abc.ABC):
         return False
 
     def __post_init__(self) -> None:
-        self._require(self.on_failure in ("raise", "return"), "on_failure to be 'raise' or 'return'", self.on_failure)
+        self._require(is_one_of(self.on_failure, ("raise", "return")), "on_failure to be 'raise' or 'return'", self.on_failure)
 
     def solve(self, operator: LinearOperator, B: Tensor) -> Solution:
         """Solve for every row of ``B``.
@@ -282,16 +283,18 @@ class Solver(abc.ABC):
             raise ArgumentError(f"{self.name}: expected {expected}, got {got!r}{'; ' + fix if fix else ''}.")
 
     def _require_count(self, name: str, value: int) -> None:
-        valid = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-        self._require(valid, f"{name} to be an integer of at least 1", value)
+        self._require(is_count(value), f"{name} to be an integer of at least 1", value)
+
+    def _require_seed(self, value: int) -> None:
+        self._require(is_seed(value), "seed to be a whole number of 64 bits", value)
 
     def _require_positive(self, name: str, value: float | None, fix: str = "") -> None:
         """``value`` may be None; otherwise it has to be a finite number above zero."""
-        self._require(value is None or 0 < value < float("inf"), f"{name} to be a finite number > 0", value, fix)
+        self._require(value is None or (is_number(value) and value > 0), f"{name} to be a finite number > 0", value, fix)
 
     def _require_tolerance(self, rtol: float | None) -> None:
         fix = "the relative residual of x = 0 is 1, so useful values lie well below"
-        self._require(rtol is None or 0 < rtol < 1, "rtol to be between 0 and 1", rtol, fix)
+        self._require(rtol is None or (is_number(rtol) and 0 < rtol < 1), "rtol to be between 0 and 1", rtol, fix)
 
 
 def check_solver(solver: Any, who: str) -> None:

@@ -47,6 +47,7 @@ class Dual(FactorisingSolver):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_count("max_roots", self.max_roots)
+        self._require(isinstance(self.spectral, bool), "spectral to be True or False", self.spectral)
 
     @standalone
     def factorise(self, operator: LinearOperator) -> DualFactorisation:

@@ -70,6 +70,7 @@ class EKFAC(FactorisingSolver):
         super().__post_init__()
         if self.num_samples is not None:
             self._require_count("num_samples", self.num_samples)
+        self._require_seed(self.seed)
 
     @standalone
     def factorise(self, operator: LinearOperator) -> EKFACFactorisation:

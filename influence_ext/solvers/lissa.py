@@ -83,6 +83,7 @@ class LiSSA(Solver):
         self._require_count("num_repeats", self.num_repeats)
         self._require_positive("scale", self.scale, "leave it None to have it estimated")
         self._require_tolerance(self.rtol)
+        self._require_seed(self.seed)
         if self.batch_size is not None:
             self._require_count("batch_size", self.batch_size)
         self._require(
@@ -132,7 +133,7 @@ class LiSSA(Solver):
         if self.batch_size is None:
             return operator.matmat
         source, size = self._sampled(operator), self.batch_size
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(int(self.seed))
         return lambda h: operator.apply(source.sample(generator, size), h)
 
     def _sampled(self, operator: CountedOperator) -> Sampled:
@@ -147,7 +148,7 @@ class LiSSA(Solver):
     def _top_eigenvalue(self, operator: CountedOperator) -> float:
         estimates = [top_eigenvalue(operator, seed=self.seed)]
         if self.batch_size is not None:
-            generator = torch.Generator().manual_seed(self.seed)
+            generator = torch.Generator().manual_seed(int(self.seed))
             source = self._sampled(operator)
             for _ in range(NUM_SCALE_BATCHES):
                 batch = CountedOperator(source.sample(generator, self.batch_size))

@@ -35,7 +35,7 @@ def top_eigenvalue(operator: LinearOperator, num_steps: int = 20, seed: int = 0)
     if num_steps < 1:
         raise ArgumentError(f"top_eigenvalue: expected num_steps of at least 1, got {num_steps}.")
     # drawn on the CPU so that every device starts from the same vector
-    start = torch.randn(1, operator.num_parameters, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    start = torch.randn(1, operator.num_parameters, dtype=torch.float64, generator=torch.Generator().manual_seed(int(seed)))
     x = (start / start.norm()).to(dtype=operator.dtype, device=operator.device)
     tiny = torch.finfo(operator.dtype).tiny
     growth = x.new_zeros(())

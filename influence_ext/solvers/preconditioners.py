@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
+from influence_ext.checks import is_count, is_one_of, is_seed, is_whole
 from influence_ext.context import standalone
 from influence_ext.errors import ArgumentError, ShapeError
 from influence_ext.operators.base import LinearOperator
@@ -99,7 +100,7 @@ class Nystrom(Preconditioner):
     The damping is the operator's own (``operator.damping``); an operator without one is sketched as it is, with λ = 0.
 
     Raises:
-        ArgumentError: ``rank`` is no positive integer.
+        ArgumentError: ``rank`` is no positive integer, or ``seed`` no whole number.
 
     Cost: ``rank`` products in one call, about 6 P rank² operations and ``rank`` vectors of memory once; 4 P rank operations a
     step and column.
@@ -112,8 +113,10 @@ class Nystrom(Preconditioner):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
+        if not is_count(self.rank):
             raise ArgumentError(f"Nystrom: expected rank to be an integer of at least 1, got {self.rank!r}; 50 is a good start.")
+        if not is_seed(self.seed):
+            raise ArgumentError(f"Nystrom: expected seed to be a whole number of 64 bits, got {self.seed!r}; correct it.")
 
     @standalone
     def factorise(self, operator: LinearOperator) -> NystromInverse:
@@ -122,7 +125,7 @@ class Nystrom(Preconditioner):
         damping = float(getattr(operator, "damping", 0.0))
         counted = CountedOperator(operator)
         # drawn on the CPU so that every device starts from the same sketch
-        draws = torch.randn(P, min(self.rank, P), dtype=torch.float64, generator=torch.Generator().manual_seed(self.seed))
+        draws = torch.randn(P, min(self.rank, P), dtype=torch.float64, generator=torch.Generator().manual_seed(int(self.seed)))
         sketch = torch.linalg.qr(draws.to(dtype=dtype, device=operator.device))[0]
         product = counted.matmat(sketch.T.contiguous()).T
         status, U, eigenvalues = _nystrom(sketch, product, damping)
@@ -199,7 +202,7 @@ class PreconditionedSolver(Solver):
     def __post_init__(self) -> None:
         super().__post_init__()
         given = self.preconditioner
-        known = given is None or given == "jacobi" or isinstance(given, Preconditioner) or callable(given)
+        known = given is None or is_one_of(given, ("jacobi",)) or isinstance(given, Preconditioner) or callable(given)
         self._require(known, "preconditioner to be None, 'jacobi', a Preconditioner or a function [V, P] -> [V, P]", given)
 
     def solve(self, operator: LinearOperator, B: Tensor, x0: Tensor | None = None) -> Solution:
@@ -216,7 +219,7 @@ class PreconditionedSolver(Solver):
         return prepared
 
     def _require_kept(self, value: int | None) -> None:
-        valid = value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 0)
+        valid = value is None or (is_whole(value) and value >= 0)
         self._require(valid, "reorthogonalise to be None or an integer of at least 0", value, "it is how many past residuals to keep")
 
     @abc.abstractmethod

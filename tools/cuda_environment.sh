@@ -6,9 +6,18 @@ has() { "$python" -c "import $1" 2>/dev/null; } # module
 
 cuda_toolkit() {
   local who=$1
-  if [ -z "${CUDA_HOME:-}" ] && [ -d /usr/local/cuda ]; then export CUDA_HOME=/usr/local/cuda; fi
-  if [ -n "${CUDA_HOME:-}" ]; then PATH=$PATH:$CUDA_HOME/bin; fi
-  command -v nvcc >/dev/null || { echo "$who: expected the CUDA toolkit, found no nvcc; install it, or put it on PATH or in CUDA_HOME." >&2; return 1; }
+  if [ -z "${CUDA_HOME:-}" ]; then
+    if command -v nvcc >/dev/null; then
+      CUDA_HOME=$(dirname "$(dirname "$(readlink -f "$(command -v nvcc)")")")
+    else
+      CUDA_HOME=/usr/local/cuda
+    fi
+  fi
+  [ -x "$CUDA_HOME/bin/nvcc" ] || {
+    echo "$who: expected the CUDA toolkit, found no nvcc in $CUDA_HOME/bin; install it, or put its nvcc on PATH or its folder in CUDA_HOME." >&2
+    return 1
+  }
+  export CUDA_HOME PATH=$CUDA_HOME/bin:$PATH # the same compiler for torch's build, which asks CUDA_HOME, as for what is asked here
   command -v "${CXX:-c++}" >/dev/null || { echo "$who: expected a C++ compiler, found no '${CXX:-c++}'; install g++ or set CXX." >&2; return 1; }
 }
 
@@ -25,8 +34,10 @@ cuda_environment() {
     echo "$who: expected setuptools 77 or later for '$python', which reads pyproject.toml, got an older one or none; install it." >&2
     return 1
   }
-  "$python" -c 'import pathlib, sys, sysconfig; sys.exit(not pathlib.Path(sysconfig.get_path("include"), "Python.h").exists())' || {
-    echo "$who: expected Python.h of '$python', found none; install its development package (python3-dev)." >&2
+  "$python" -c 'import os, pathlib, sys, sysconfig
+folders = [sysconfig.get_path("include"), *filter(None, os.environ.get("CPATH", "").split(":"))]
+sys.exit(not any(pathlib.Path(folder, "Python.h").exists() for folder in folders))' || {
+    echo "$who: expected Python.h of '$python', found none; install its development package (python3-dev), or put its folder in CPATH." >&2
     return 1
   }
   has ninja || command -v ninja >/dev/null || echo "$who: found no ninja, so one file is compiled after the other; expect an hour." >&2

@@ -1,4 +1,6 @@
 // Fibers for the threads of a block, memory and matrix products of the emulated device, and the table that the extension loads.
+#include <charconv>
+#include <climits>
 #include <cstdlib>
 #include <deque>
 #include <map>
@@ -136,21 +138,40 @@ void prepare(Fiber& fiber) {
 #endif
 }
 
+// What INFL_EMULATION_ORDER says: nothing, "reversed", or a seed.
+struct Order {
+  bool is_reversed = false, is_drawn = false;
+  uint64_t seed = 0;
+};
+
+const Order& order() {
+  static const Order said = [] {
+    const char* given = std::getenv("INFL_EMULATION_ORDER");
+    const std::string text(given == nullptr ? "" : given);
+    Order order;
+    if (text.empty()) return order;
+    order.is_reversed = text == "reversed";
+    order.is_drawn = !order.is_reversed;
+    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), order.seed);
+    if (order.is_drawn && (error != std::errc() || end != text.data() + text.size())) {
+      throw std::invalid_argument("emulated device: expected INFL_EMULATION_ORDER to be 'reversed' or a seed below 2^64, got '" + text +
+                                  "'; give one of these, or unset it.");
+    }
+    return order;
+  }();
+  return said;
+}
+
 // In which order `count` threads, warps or blocks take their turns: as they are numbered, the other way round, or at steps from a place that are
-// drawn anew every time, from a seed. INFL_EMULATION_ORDER says "reversed" or the seed.
+// drawn anew every time.
 class Turns {
  public:
   explicit Turns(uint64_t count) : count_(count) {
-    static const std::string order = [] {
-      const char* given = std::getenv("INFL_EMULATION_ORDER");
-      return std::string(given == nullptr ? "" : given);
-    }();
-    if (order.empty() || count < 2) return;
-    if (order == "reversed") {
-      at_ = step_ = count - 1;
-      return;
-    }
-    thread_local std::mt19937_64 draw(std::stoull(order));
+    const Order& said = order();
+    if (count < 2) return;
+    if (said.is_reversed) at_ = step_ = count - 1;
+    if (!said.is_drawn) return;
+    thread_local std::mt19937_64 draw(said.seed);
     at_ = draw() % count;
     do step_ = draw() % count;
     while (std::gcd(step_, count) != 1);
@@ -420,9 +441,11 @@ class HostRuntime final : public DeviceRuntime {
     copy(to, from, bytes);
   }
   void multiply(const MatrixProduct<float>& p, Precision, void*) override {
+    check(p);
     run([p] { product(p); });
   }
   void multiply(const MatrixProduct<double>& p, Precision, void*) override {
+    check(p);
     run([p] { product(p); });
   }
 
@@ -430,6 +453,28 @@ class HostRuntime final : public DeviceRuntime {
   static void copy(void* to, const void* from, int64_t bytes) {
     ++traffic.copies;
     std::memcpy(to, from, static_cast<size_t>(bytes));
+  }
+  // What cublasGemmStridedBatchedEx documents of its arguments, in our terms: sizes and leading dimensions that are ints, leading dimensions not
+  // below what is stored side by side, results that do not overlap. Of addresses it asks nothing but whole elements (FP8 and arrays of pointers
+  // aside).
+  template <class T>
+  static void check(const MatrixProduct<T>& p) {
+    const auto expect = [](bool holds, const std::string& what) {
+      if (!holds) throw std::invalid_argument("emulated device: expected a matrix product as cuBLAS takes it, got " + what + ".");
+    };
+    const auto expect_leading = [&](const char* of, int64_t ld, int64_t least) {
+      expect(ld >= std::max<int64_t>(1, least) && ld <= INT_MAX, "a leading dimension of " + std::string(of) + " of " + std::to_string(ld) +
+                                                                     " where " + std::to_string(least) + " elements are side by side");
+    };
+    for (const int64_t size : {p.batch, p.M, p.N, p.K}) expect(size >= 0 && size <= INT_MAX, "a size of " + std::to_string(size));
+    expect_leading("A", p.lda, p.a_transposed ? p.M : p.K);
+    expect_leading("B", p.ldb, p.b_transposed ? p.K : p.N);
+    expect_leading("C", p.ldc, p.N);
+    for (const T* data : {p.a, p.b, static_cast<const T*>(p.c)}) {
+      expect(data != nullptr && reinterpret_cast<uintptr_t>(data) % sizeof(T) == 0, "an address that is none of an element");
+    }
+    const bool one_after_another = p.c_batch >= (p.M - 1) * p.ldc + p.N, side_by_side = p.c_batch >= p.N && p.ldc >= (p.batch - 1) * p.c_batch + p.N;
+    expect(p.batch < 2 || one_after_another || side_by_side, "results " + std::to_string(p.c_batch) + " elements apart, which overlap");
   }
   template <class T>
   static void product(const MatrixProduct<T>& p) {
@@ -556,6 +601,7 @@ std::vector<DeviceKernel>& kernels() {
 }  // namespace infl::emulation
 
 extern "C" __attribute__((visibility("default"))) infl::DeviceLibrary influence_ext_device_library() {
+  infl::emulation::order();  // says at once what is wrong with it
   static infl::emulation::HostRuntime runtime;
   static infl::emulation::Recorder recorder;
   return {&runtime, &recorder, infl::emulation::kernels().data(), static_cast<int64_t>(infl::emulation::kernels().size())};

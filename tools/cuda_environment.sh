@@ -5,16 +5,19 @@
 has() { "$python" -c "import $1" 2>/dev/null; } # module
 
 cuda_toolkit() {
-  local who=$1
+  local who=$1 folder
   if [ -z "${CUDA_HOME:-}" ]; then
-    if command -v nvcc >/dev/null; then
-      CUDA_HOME=$(dirname "$(dirname "$(readlink -f "$(command -v nvcc)")")")
-    else
-      CUDA_HOME=/usr/local/cuda
-    fi
+    # The nvcc on PATH may be a script or a link that stands alone: a toolkit has headers and libraries, too.
+    for folder in "$(dirname "$(dirname "$(readlink -f "$(command -v nvcc || echo /)")")")" /usr/local/cuda; do
+      if [ -x "$folder/bin/nvcc" ] && [ -e "$folder/include/cuda_runtime.h" ]; then
+        CUDA_HOME=$folder
+        break
+      fi
+    done
   fi
-  [ -x "$CUDA_HOME/bin/nvcc" ] || {
-    echo "$who: expected the CUDA toolkit, found no nvcc in $CUDA_HOME/bin; install it, or put its nvcc on PATH or its folder in CUDA_HOME." >&2
+  [ -x "${CUDA_HOME:-}/bin/nvcc" ] || {
+    local where=${CUDA_HOME:+$CUDA_HOME/bin}
+    echo "$who: expected the CUDA toolkit, found no nvcc in ${where:-a toolkit on PATH or in /usr/local/cuda}; install it, or set CUDA_HOME." >&2
     return 1
   }
   export CUDA_HOME PATH=$CUDA_HOME/bin:$PATH # the same compiler for torch's build, which asks CUDA_HOME, as for what is asked here

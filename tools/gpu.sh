@@ -5,7 +5,8 @@
 #   make gpu                       all
 #   make gpu ARGS="tests bench"    some of: build tests sanitizer bench
 #   make gpu MINUTES=9             no more than about that long; called again it goes on: with what is still to be compiled, with the tests that have not
-#                                  passed yet (build/gpu/ knows which), with the cases of this commit without a result. Exit status 75: not done yet
+#                                  passed yet (build/gpu/ knows which), with the cases of this commit without a result
+# Exit status: 0 all passed or left out, 75 something is not done yet (make turns it into 2), 1 something failed.
 # What it passes on: TEST_ARGS to pytest, SANITIZER_TOOLS and SANITIZER_SET (of tests) to compute-sanitizer, BENCH_ARGS to bench.run, MAX_JOBS (compilers
 # at a time) and TORCH_CUDA_ARCH_LIST to the build, which is else for this machine's GPU alone.
 set -uo pipefail
@@ -104,8 +105,8 @@ device_tests() {
 }
 
 # About sixty tests, since each takes a hundred times as long: rows that go through every kind of kernel, some of them through several blocks, and lines
-# that clusters of blocks keep in shared memory.
-readonly SANITIZED="(single or chain or layer-norm-33 or embedding-twice or embedding-large or attention-causal-long or attention-mask-heads or long_line) and not f64"
+# that clusters of blocks keep in shared memory. No graphs: without torch's cache of memory an allocation in a capture is the driver's, which breaks it.
+readonly SANITIZED="(single or chain or layer-norm-33 or embedding-twice or embedding-large or attention-causal-long or attention-mask-heads or long_line) and not f64 and not replayed"
 
 sanitizer() {
   is_built "the step of compute-sanitizer" && has_pytest || return "$LEFT_OUT"

@@ -62,7 +62,7 @@ build/cuda/%.o: csrc/kernels/cuda/%.cu $(shell find csrc -name '*.h')
 cuda-build: ## the extension against a CUDA build of torch in CUDA_VENV (gigabytes; needs nvcc, no GPU), imported at the end
 	@bash tools/cuda_build.sh $(CUDA_VENV) "$(CUDA_TORCH)"
 
-gpu: ## on a machine with a GPU and torch: build, device tests, compute-sanitizer, benchmark (the machine's own Python; no network)
+gpu: ## on a machine with a GPU and torch: build, device tests, compute-sanitizer, benchmark (its own Python; no network; MINUTES=9: in parts)
 	@PYTHON=$(PYTHON) bash tools/gpu.sh $(ARGS)
 
 lint: $(DONE)/test $(DONE)/lint ## ruff, mypy, clang-format (mypy reads the types of the demo's and the tests' packages)

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 import influence_ext as ie
 from influence_ext import reference
+from influence_ext.losses.hessian import SOFTMAX_LAST
 from influence_ext.plan import Plan
 from influence_ext.tape import Tape
 from influence_ext.testing import assert_close
 from tests.cases import LOSSES, NetworkCase, build
 from tests.cases.layers import Expression, fc
 from tests.cases.pointwise import SMOOTH
-from tests.emulation import emulated_device
+from tests.emulation import Traffic, emulated_device
 from tests.test_device_precision import LIMITS, check_errors, error
 
 
@@ -267,6 +268,25 @@ def test_a_callable_loss_and_a_hessian_take_their_own_ways() -> None:
     V = normal(2, sum(p.numel() for p in model.parameters()), seed=3)
     assert_close(ie.GGN(model, loss, (X, y), schedule="by_example").matmat(V), reference.ggn_products(model, loss, X, y, V))
     assert_close(ie.Hessian(model, loss, (X, y)).matmat(V), reference.hessian_products(model, loss, X, y, V))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
+def test_classes_that_lie_innermost(dtype: torch.dtype) -> None:
+    """As the report says: by example. An example has several softmaxes, one after another."""
+    model, X, y = nn.Sequential(mlp(4, 6, 12), nn.Unflatten(1, (4, 3))).to(dtype), normal(21, 4).to(dtype), torch.arange(84).view(21, 4) % 3
+
+    def loss(z: Tensor, t: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(z.flatten(0, 1), t.flatten())
+
+    V = normal(2, sum(p.numel() for p in model.parameters()), seed=3).to(dtype)
+    G, other = (ie.GGN(model, loss, (X, y), reduction="mean", schedule=schedule) for schedule in ("by_example", "by_operator"))
+    assert G._hessian.shape == SOFTMAX_LAST
+    assert "V = 8: by example" in G.report()
+    before = Traffic.now()
+    product = G.matmat(V)
+    assert Traffic.now().since(before).products == 0, "the vendor's products are layer by layer"
+    eager = None if dtype == torch.float64 else other.matmat(V)
+    assert_close(product, reference.ggn_products(model, loss, X, y, V), eager=eager)
 
 
 @pytest.mark.parametrize("precision", LIMITS)

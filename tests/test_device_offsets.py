@@ -7,6 +7,9 @@ that never are aligned together.
 from __future__ import annotations
 
 import ctypes
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -141,3 +144,11 @@ def test_pointwise_kernels(run: Callable[..., list[tuple[Tensor, Tensor]]], offs
         for got, expected in run(memory, offsets, V, size):
             assert_close(got, expected, scope="layer")
         memory.check_surroundings()
+
+
+def test_an_order_that_is_none_is_a_sentence() -> None:
+    code = f"import ctypes; ctypes.CDLL({str(library())!r}).influence_ext_device_library()"
+    for order in ("abc", "7 ", "-1", str(2**64)):
+        environment = {**os.environ, "INFL_EMULATION_ORDER": order}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+        assert f"expected INFL_EMULATION_ORDER to be 'reversed' or a seed below 2^64, got '{order}'; give one of these" in done.stderr

@@ -171,6 +171,49 @@ def test_attention_at_every_edge(options: dict[str, Any], V: int, precision: str
     attention(options, precision, V)
 
 
+def check_second_order(options: dict[str, Any], precision: Any, V: int, gain: float = 1.0) -> None:
+    """``∇²_θ(Σ_n g_nᵀ f_n) V`` against plain PyTorch in float64."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Sharp(options, gain)
+    random = generator("x" + repr((options, V)))
+    X = torch.randn(2, 1, max(options["L"], options["S"]), max(options["E"], options["F"]), generator=random)
+    tape = Plan.of(model, X).linearize(X, precision=precision, second_order=True)
+    T, g = torch.randn(V, sum(p.numel() for p in model.parameters()), generator=random), torch.randn(tape.outputs.shape, generator=random)
+    tape.keep_cotangents(g)
+    oracle = copy.deepcopy(model).double()
+    theta, f = trainable(oracle), function(oracle, X.double())
+    expected = [jvp(lambda at: vjp(f, at)[1](g.double())[0], (theta,), (unflatten(theta, t.double()),))[1] for t in T]
+    product = tape.hvp(T, None)
+    check_errors({"hvp": error(product, torch.stack([flatten(e) for e in expected]))}, precision, ["hvp"])
+    assert torch.equal(product, tape.hvp(T, None)), "products do not repeat"
+
+
+MASKED = {"L": 33, "S": 35, "H": 2, "K": 1, "E": 5, "F": 4, "mask": (2, 33, 35)}
+
+
+@quick
+@pytest.mark.parametrize("options", [pytest.param(AGAIN, id="computed"), pytest.param(KEPT, id="kept"), pytest.param(MASKED, id="mask")])
+def test_second_order_of_attention(options: dict[str, Any], precision: str) -> None:
+    check_second_order(options, precision, 2)
+
+
+@slow
+@pytest.mark.parametrize(
+    ("options", "V", "gain"),
+    [
+        pytest.param({"L": 129, "S": 130, "H": 1, "K": 1, "E": 36, "F": 68}, 1, 1.0, id="aligned rows, computed"),
+        pytest.param({"L": 65, "S": 67, "H": 1, "K": 1, "E": 66, "F": 129}, 3, 1.0, id="kept, three blocks of features"),
+        pytest.param({"L": 130, "S": 129, "H": 2, "K": 1, "E": 5, "F": 4, "causal": True}, 2, 1.0, id="causal, grouped"),
+        pytest.param({"L": 66, "S": 70, "H": 2, "K": 2, "E": 8, "F": 8, "mask": (2, 1, 70)}, 2, 1.0, id="a mask of keys"),
+        pytest.param({"L": 70, "S": 66, "H": 2, "K": 2, "E": 8, "F": 8, "mask": (1, 70, 1)}, 2, 1.0, id="a mask of queries"),
+        pytest.param(AGAIN, 2, 16.0, id="large scores"),
+    ],
+)
+def test_second_order_of_attention_at_every_edge(options: dict[str, Any], V: int, gain: float, precision: str) -> None:
+    check_second_order(options, precision, V, gain)
+
+
 @quick
 def test_convolution(precision: str) -> None:
     """Tiles of 32 and of 64 rows with an edge, a stride and padding that leave odd lines."""

@@ -140,3 +140,40 @@ def test_a_build_asked_for_cuda_that_this_torch_has_not() -> None:
     )
     assert done.returncode != 0
     assert re.search(r"setup\.py: INFLUENCE_EXT_CUDA=1 needs a CUDA build of torch.*; use auto or 0 to build for the CPU\.", done.stderr)
+
+
+PRODUCTS = """
+#include <cstdio>
+#include "emulation/product.h"
+int main() {
+  using namespace infl;
+  float a[64] = {}, b[64] = {}, c[64] = {};
+  const MatrixProduct<float> good{.batch = 2, .M = 3, .N = 2, .K = 4, .a = a, .b = b, .c = c, .lda = 4, .ldb = 2, .ldc = 2, .c_batch = 6};
+  const auto check = [](const MatrixProduct<float>& p) {
+    try {
+      emulation::check(p);
+      std::puts("taken");
+    } catch (const std::exception& e) { std::puts(e.what()); }
+  };
+  check(good);
+  auto p = good; p.a_transposed = p.b_transposed = true; p.lda = 3; p.ldb = 4; check(p);
+  p = good; p.ldc = 4; p.c_batch = 2; check(p);
+  p = good; p.lda = 3; check(p);
+  p = good; p.b_transposed = true; p.ldb = 3; check(p);
+  p = good; p.ldc = 1; check(p);
+  p = good; p.c_batch = 5; check(p);
+  p = good; p.N = int64_t{1} << 31; check(p);
+}
+"""
+
+
+def test_the_emulated_vendor_refuses_what_the_vendor_does(tmp_path: Path) -> None:
+    (tmp_path / "it.cpp").write_text(PRODUCTS)
+    include = [f"-I{ROOT / folder}" for folder in ("csrc", "tests/emulation")]
+    subprocess.run(["c++", "-std=c++20", "-O0", *include, "-o", str(tmp_path / "it"), str(tmp_path / "it.cpp")], check=True)
+    said = subprocess.run([str(tmp_path / "it")], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert said[:3] == ["taken"] * 3
+    for line, what in zip(
+        said[3:], ("of A of 3 where 4", "of B of 3 where 4", "of C of 1 where 2", "results 5 elements", "a size of 2147483648"), strict=True
+    ):
+        assert what in line

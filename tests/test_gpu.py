@@ -225,16 +225,18 @@ def test_out_of_memory_is_a_sentence_and_nothing_is_lost() -> None:
     assert all(torch.equal(a, b) for a, b in zip(parameters, model.parameters(), strict=True))
 
 
+@pytest.mark.parametrize(("width", "classes"), [pytest.param(256, 10, id="aligned"), pytest.param(255, 9, id="odd")])
 @pytest.mark.parametrize("schedule", ["by_operator", "by_example"])
 @pytest.mark.parametrize(("precision", "limit"), [("full", 2e-6), ("tf32", 2e-3), ("bfloat16", 2e-2)])
-def test_precisions_of_the_matrix_product(precision: Any, limit: float, schedule: Any) -> None:
+def test_precisions_of_the_matrix_product(precision: Any, limit: float, schedule: Any, width: int, classes: int) -> None:
     """Relative error of a GGN product of an MLP 256-256-10 against float64: float32 has 24 bits, TF32 11, bfloat16 8.
 
-    By operator the vendor's products, by example the chain's kernel.
+    By operator the vendor's products, by example the chain's kernel. All right-hand sides share the layers' inputs, a batch stride of zero;
+    with odd widths, rows and the tangents of the second right-hand side begin at odd addresses.
     """
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.Tanh(), torch.nn.Linear(256, 10))
-    X, y, loss = torch.randn(128, 256), torch.randint(10, (128,)), torch.nn.CrossEntropyLoss()
+    model = torch.nn.Sequential(torch.nn.Linear(256, width), torch.nn.Tanh(), torch.nn.Linear(width, classes))
+    X, y, loss = torch.randn(128, 256), torch.randint(classes, (128,)), torch.nn.CrossEntropyLoss()
     V = torch.randn(2, sum(p.numel() for p in model.parameters()))
     exact = reference.ggn_products(model, torch.nn.functional.cross_entropy, X, y, V)
     G = ie.GGN(copy.deepcopy(model).cuda(), loss, (X.cuda(), y.cuda()), precision=precision, schedule=schedule)

@@ -5,10 +5,22 @@
 has() { "$python" -c "import $1" 2>/dev/null; } # module
 
 cuda_toolkit() {
-  local who=$1
-  if [ -z "${CUDA_HOME:-}" ] && [ -d /usr/local/cuda ]; then export CUDA_HOME=/usr/local/cuda; fi
-  if [ -n "${CUDA_HOME:-}" ]; then PATH=$PATH:$CUDA_HOME/bin; fi
-  command -v nvcc >/dev/null || { echo "$who: expected the CUDA toolkit, found no nvcc; install it, or put it on PATH or in CUDA_HOME." >&2; return 1; }
+  local who=$1 folder
+  if [ -z "${CUDA_HOME:-}" ]; then
+    # The nvcc on PATH may be a script or a link that stands alone: a toolkit has headers and libraries, too.
+    for folder in "$(dirname "$(dirname "$(readlink -f "$(command -v nvcc || echo /)")")")" /usr/local/cuda; do
+      if [ -x "$folder/bin/nvcc" ] && [ -e "$folder/include/cuda_runtime.h" ]; then
+        CUDA_HOME=$folder
+        break
+      fi
+    done
+  fi
+  [ -x "${CUDA_HOME:-}/bin/nvcc" ] || {
+    local where=${CUDA_HOME:+$CUDA_HOME/bin}
+    echo "$who: expected the CUDA toolkit, found no nvcc in ${where:-a toolkit on PATH or in /usr/local/cuda}; install it, or set CUDA_HOME." >&2
+    return 1
+  }
+  export CUDA_HOME PATH=$CUDA_HOME/bin:$PATH # the same compiler for torch's build, which asks CUDA_HOME, as for what is asked here
   command -v "${CXX:-c++}" >/dev/null || { echo "$who: expected a C++ compiler, found no '${CXX:-c++}'; install g++ or set CXX." >&2; return 1; }
 }
 
@@ -25,8 +37,10 @@ cuda_environment() {
     echo "$who: expected setuptools 77 or later for '$python', which reads pyproject.toml, got an older one or none; install it." >&2
     return 1
   }
-  "$python" -c 'import pathlib, sys, sysconfig; sys.exit(not pathlib.Path(sysconfig.get_path("include"), "Python.h").exists())' || {
-    echo "$who: expected Python.h of '$python', found none; install its development package (python3-dev)." >&2
+  "$python" -c 'import os, pathlib, sys, sysconfig
+folders = [sysconfig.get_path("include"), *filter(None, os.environ.get("CPATH", "").split(":"))]
+sys.exit(not any(pathlib.Path(folder, "Python.h").exists() for folder in folders))' || {
+    echo "$who: expected Python.h of '$python', found none; install its development package (python3-dev), or put its folder in CPATH." >&2
     return 1
   }
   has ninja || command -v ninja >/dev/null || echo "$who: found no ninja, so one file is compiled after the other; expect an hour." >&2

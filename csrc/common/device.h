@@ -30,7 +30,7 @@ class DeviceRuntime {
   virtual void* allocate(int64_t bytes, void* stream) = 0;
   virtual void release(void* p) noexcept = 0;
 
-  // Host memory may be reused as soon as they return; download waits for the stream.
+  // Host memory may be reused as soon as they return, for which both wait for the stream.
   virtual void upload(void* to, const void* from, int64_t bytes, void* stream) = 0;
   virtual void download(void* to, const void* from, int64_t bytes, void* stream) = 0;
 

@@ -311,7 +311,7 @@ void Tape<T>::descend(const Context& ctx, const T* g, const Descent<T>& descent,
 
 template <class T>
 void Tape<T>::ggn(const Context& ctx, int64_t V, const T* v, const OutputHessian<T>& h, T* out) const {
-  if (runs_as_chain(ctx, V) && !h.classes_innermost) return run_chain(ctx, {.V = V, .v = v, .hessian = h, .out = out});
+  if (runs_as_chain(ctx, V) && !h.untransposed) return run_chain(ctx, {.V = V, .v = v, .hessian = h, .out = out});
   product(ctx, V, v, h, false, out);
 }
 

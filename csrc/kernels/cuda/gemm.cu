@@ -84,7 +84,9 @@ struct FillMatrix {
   }
 };
 
-// An operand as the library takes it: where it lies, else it is copied first.
+// An operand as the library takes it: where it lies, else it is copied first. Tangents lie in vectors [P], so with P, or a parameter's place, no
+// multiple of four (two of float64) their addresses are none of 16 bytes. cuBLAS asks that of arrays of pointers and of FP8 only; here it costs at
+// most speed, against a copy that would be a read and a write of all tangents more.
 template <class T>
 struct Operand {
   const T* data;

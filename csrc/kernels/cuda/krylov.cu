@@ -4,6 +4,10 @@
 // A column's sums are made in two steps: by block over its stretch, then over the blocks' parts, in the same fixed order by everyone who needs the
 // total: that is every block of the next kernel, which costs it 8 bytes a part against the kMinStretch elements or more that it moves. So a kernel
 // only reads what the one before has written, and the scalars of a column are written by its first block, where no other block reads them.
+//
+// Where P is no multiple of four (two in float64) columns lie differently within 16 bytes, and a thread takes an element at a time: the same lines of
+// memory, with a quarter (half) of the bytes in flight. Vectors between the edges of each column would have more, but then a column's sums would
+// depend on which one it is.
 #include "kernels/krylov.h"
 
 #include <limits>

@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -42,23 +44,48 @@ namespace infl::cuda {
 
 inline void check(cudaError_t error, const char* who) {
   if (error == cudaSuccess) return;
+  cudaGetLastError();  // else the next launch would be told of it
   std::string message = std::string(who) + ": expected the launch to succeed, got '" + cudaGetErrorString(error) + "'";
   if (error == cudaErrorNoKernelImageForDevice)
     message += "; this build has no code for this GPU, rebuild with its architecture in TORCH_CUDA_ARCH_LIST";
   throw std::runtime_error(message + ".");
 }
 
-// Of the current device.
-inline DeviceLimits device_limits(const char* who) {
+inline int current_device(const char* who) {
   int device = 0;
   check(cudaGetDevice(&device), who);
-  const auto attribute = [&](cudaDeviceAttr name) {
-    int value = 0;
-    check(cudaDeviceGetAttribute(&value, name, device), who);
-    return value;
-  };
-  return {static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)),
-          static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor)), attribute(cudaDevAttrClusterLaunch) != 0};
+  return device;
+}
+
+// What `ask` finds for a key, once in a process: between two launches the driver would be asked the same again and again.
+template <class Key, class Value>
+class Remembered {
+ public:
+  template <class Ask>
+  Value operator()(const Key& key, const Ask& ask) {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    const auto known = values_.find(key);
+    return known != values_.end() ? known->second : values_.emplace(key, ask()).first->second;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::map<Key, Value> values_;
+};
+
+// Of the current device.
+inline DeviceLimits device_limits(const char* who) {
+  static auto* known = new Remembered<int, DeviceLimits>;  // outlives every tape, whatever order a process ends in
+  const int device = current_device(who);
+  return (*known)(device, [&] {
+    const auto attribute = [&](cudaDeviceAttr name) {
+      int value = 0;
+      check(cudaDeviceGetAttribute(&value, name, device), who);
+      return value;
+    };
+    return DeviceLimits{static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)),
+                        static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor)), attribute(cudaDevAttrClusterLaunch) != 0};
+  });
 }
 
 inline cudaFuncAttributes attributes(const void* kernel, const char* who) {
@@ -67,22 +94,30 @@ inline cudaFuncAttributes attributes(const void* kernel, const char* who) {
   return found;
 }
 
+using KernelOnDevice = std::pair<const void*, int>;
+
 // Whether the kernel's code on the current device has what `cluster_arrive` and the like do. A device that runs clusters also runs code compiled from
 // PTX of architectures that have none, where they do nothing.
 template <class Kernel>
 bool has_cluster_code(Kernel* kernel, const char* who) {
-  return attributes(reinterpret_cast<const void*>(kernel), who).ptxVersion >= 90;
+  static auto* known = new Remembered<KernelOnDevice, bool>;
+  const auto* function = reinterpret_cast<const void*>(kernel);
+  return (*known)({function, current_device(who)}, [&] { return attributes(function, who).ptxVersion >= 90; });
 }
 
-// Allows blocks of the kernel `shared` bytes beyond the 48 KB that all may have, by allowing all that its static memory leaves: a number of bytes
-// would be taken back by another host thread whose launch needs fewer. Those 48 KB hold a kernel's static memory too, which `shared` does not count:
-// asked for from 32 KB on, which leaves 16 KB for it, more than any kernel with both has.
+// Allows blocks of the kernel `shared` bytes beyond the 48 KB that all may have, by allowing all that its static memory leaves, once: a number of
+// bytes would be taken back by another host thread whose launch needs fewer. Those 48 KB hold a kernel's static memory too, which `shared` does not
+// count: asked for from 32 KB on, which leaves 16 KB for it, more than any kernel with both has.
 template <class Kernel>
 void allow_shared(Kernel* kernel, size_t shared, const char* who) {
   if (shared <= (32 << 10)) return;
+  static auto* allowed = new Remembered<KernelOnDevice, size_t>;
   const auto* function = reinterpret_cast<const void*>(kernel);
-  const size_t most = device_limits(who).shared_bytes - attributes(function, who).sharedSizeBytes;
-  check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most)), who);
+  (*allowed)({function, current_device(who)}, [&] {
+    const size_t most = device_limits(who).shared_bytes - attributes(function, who).sharedSizeBytes;
+    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most)), who);
+    return most;
+  });
 }
 
 // Launches kernel<<<blocks, threads, shared bytes, stream>>>(arguments...), arguments converted to the kernel's parameter types.

@@ -266,17 +266,17 @@ struct Worker {
     }
     // p ∘ (x − p·x), the most probable class m left out of the sum: next to p_m ≈ 1 the others would lose their digits, and the product does not see
     // a constant added to x, so that x_m counts as zero.
-    const int classes = C / positions, lane = thread() % kWarp;
+    const int classes = C / positions, apart = h.classes_innermost ? 1 : positions, lane = thread() % kWarp;
     for (int line = thread() / kWarp; line < count * positions; line += kThreads / kWarp) {
       const int64_t n = first + line / positions;
-      const int position = line % positions;
-      const T* const probability = h.state + n * C + position;
-      T* const x = outputs + line / positions * stride + position;
+      const int position = line % positions, at_first = h.classes_innermost ? position * classes : position;
+      const T* const probability = h.state + n * C + at_first;
+      T* const x = outputs + line / positions * stride + at_first;
       T top = -1;
       int m = 0;
       for (int k = lane; k < classes; k += kWarp) {
-        if (probability[k * positions] > top) {
-          top = probability[k * positions];
+        if (probability[k * apart] > top) {
+          top = probability[k * apart];
           m = k;
         }
       }
@@ -288,13 +288,13 @@ struct Worker {
           m = at;
         }
       }
-      const T shift = x[m * positions];
+      const T shift = x[m * apart];
       T dot = 0;
-      for (int k = lane; k < classes; k += kWarp) dot += probability[k * positions] * (x[k * positions] - shift);
+      for (int k = lane; k < classes; k += kWarp) dot += probability[k * apart] * (x[k * apart] - shift);
       dot = warp_sum(dot);
       __syncwarp();  // from here on no lane reads of x but what is its own
       const T weight = h.scale * (h.weights != nullptr ? h.weights[n * positions + position] : T(1));
-      for (int k = lane; k < classes; k += kWarp) x[k * positions] = weight * (probability[k * positions] * ((x[k * positions] - shift) - dot));
+      for (int k = lane; k < classes; k += kWarp) x[k * apart] = weight * (probability[k * apart] * ((x[k * apart] - shift) - dot));
     }
     __syncthreads();
   }

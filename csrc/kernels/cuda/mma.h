@@ -1,4 +1,4 @@
-// Products on tensor cores: mma.sync of sm_80 and later, at three kinds of arithmetic, and a tile of a block of threads made of them with the
+// Products on tensor cores: mma.sync of sm_80 and later, at four kinds of arithmetic, and a tile of a block of threads made of them with the
 // interface of RegisterTile (tile.h).
 //
 //   kind        A [M, K] B [K, N]   factors                                 sums

@@ -1,4 +1,5 @@
 // Fibers for the threads of a block, memory and matrix products of the emulated device, and the table that the extension loads.
+#include <charconv>
 #include <cstdlib>
 #include <deque>
 #include <map>
@@ -10,6 +11,7 @@
 
 #include "common/device_library.h"
 #include "common/out_of_memory.h"
+#include "emulation/product.h"
 #include "kernels/cuda/launch.h"
 
 namespace infl::emulation {
@@ -136,21 +138,40 @@ void prepare(Fiber& fiber) {
 #endif
 }
 
+// What INFL_EMULATION_ORDER says: nothing, "reversed", or a seed.
+struct Order {
+  bool is_reversed = false, is_drawn = false;
+  uint64_t seed = 0;
+};
+
+const Order& order() {
+  static const Order said = [] {
+    const char* given = std::getenv("INFL_EMULATION_ORDER");
+    const std::string text(given == nullptr ? "" : given);
+    Order order;
+    if (text.empty()) return order;
+    order.is_reversed = text == "reversed";
+    order.is_drawn = !order.is_reversed;
+    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), order.seed);
+    if (order.is_drawn && (error != std::errc() || end != text.data() + text.size())) {
+      throw std::invalid_argument("emulated device: expected INFL_EMULATION_ORDER to be 'reversed' or a seed below 2^64, got '" + text +
+                                  "'; give one of these, or unset it.");
+    }
+    return order;
+  }();
+  return said;
+}
+
 // In which order `count` threads, warps or blocks take their turns: as they are numbered, the other way round, or at steps from a place that are
-// drawn anew every time, from a seed. INFL_EMULATION_ORDER says "reversed" or the seed.
+// drawn anew every time.
 class Turns {
  public:
   explicit Turns(uint64_t count) : count_(count) {
-    static const std::string order = [] {
-      const char* given = std::getenv("INFL_EMULATION_ORDER");
-      return std::string(given == nullptr ? "" : given);
-    }();
-    if (order.empty() || count < 2) return;
-    if (order == "reversed") {
-      at_ = step_ = count - 1;
-      return;
-    }
-    thread_local std::mt19937_64 draw(std::stoull(order));
+    const Order& said = order();
+    if (count < 2) return;
+    if (said.is_reversed) at_ = step_ = count - 1;
+    if (!said.is_drawn) return;
+    thread_local std::mt19937_64 draw(said.seed);
     at_ = draw() % count;
     do step_ = draw() % count;
     while (std::gcd(step_, count) != 1);
@@ -420,33 +441,24 @@ class HostRuntime final : public DeviceRuntime {
     copy(to, from, bytes);
   }
   void multiply(const MatrixProduct<float>& p, Precision, void*) override {
-    run([p] { product(p); });
+    check(p);
+    run([p] {
+      ++traffic.products;
+      emulation::multiply(p);
+    });
   }
   void multiply(const MatrixProduct<double>& p, Precision, void*) override {
-    run([p] { product(p); });
+    check(p);
+    run([p] {
+      ++traffic.products;
+      emulation::multiply(p);
+    });
   }
 
  private:
   static void copy(void* to, const void* from, int64_t bytes) {
     ++traffic.copies;
     std::memcpy(to, from, static_cast<size_t>(bytes));
-  }
-  template <class T>
-  static void product(const MatrixProduct<T>& p) {
-    ++traffic.products;
-    for (int64_t i = 0; i < p.batch; ++i) {
-      const T *a = p.a + i * p.a_batch, *b = p.b + i * p.b_batch;
-      for (int64_t m = 0; m < p.M; ++m) {
-        for (int64_t n = 0; n < p.N; ++n) {
-          T sum = 0;
-          for (int64_t k = 0; k < p.K; ++k) {
-            sum += (p.a_transposed ? a[k * p.lda + m] : a[m * p.lda + k]) * (p.b_transposed ? b[n * p.ldb + k] : b[k * p.ldb + n]);
-          }
-          T& c = p.c[i * p.c_batch + m * p.ldc + n];
-          c = p.accumulate ? c + sum : sum;
-        }
-      }
-    }
   }
 };
 
@@ -556,6 +568,7 @@ std::vector<DeviceKernel>& kernels() {
 }  // namespace infl::emulation
 
 extern "C" __attribute__((visibility("default"))) infl::DeviceLibrary influence_ext_device_library() {
+  infl::emulation::order();  // says at once what is wrong with it
   static infl::emulation::HostRuntime runtime;
   static infl::emulation::Recorder recorder;
   return {&runtime, &recorder, infl::emulation::kernels().data(), static_cast<int64_t>(infl::emulation::kernels().size())};

@@ -19,7 +19,7 @@ MAX_LINES = {".py": 500, ".pyi": 500, ".cpp": 600, ".h": 600, ".cu": 600, ".cuh"
 EVERYTHING = {"bregman", "influence"}
 MAY_USE: dict[str, set[str]] = {
     "binary": set(),
-    "checks": set(),
+    "checks": {"errors"},
     "errors": set(),
     "context": set(),
     "files": set(),

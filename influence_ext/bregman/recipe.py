@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -26,7 +25,7 @@ from influence_ext.bregman.training import (
 from influence_ext.checks import is_count, is_number, is_one_of, is_whole
 from influence_ext.context import standalone
 from influence_ext.data import Examples, load
-from influence_ext.errors import ArgumentError, DeviceError, DivergenceError, DTypeError, NumericalWarning
+from influence_ext.errors import ArgumentError, DeviceError, DivergenceError, DTypeError, warn
 from influence_ext.losses import Loss, resolve
 from influence_ext.losses.generic import CallableLoss
 from influence_ext.params import DEVICES, SUPPORTED_DTYPES, ParameterSpace, is_half
@@ -271,7 +270,7 @@ def train(recipe: Recipe, data: Any, progress: bool | Progress = False) -> Run:
         )
         if not math.isfinite(away.objective):
             raise DivergenceError(message)
-        warnings.warn(message, NumericalWarning, stacklevel=3)
+        warn(message)
     trainer.write(final, model)
     return Run(model.eval(), recipe, examples, history, initial, final, loss)
 

@@ -21,7 +21,7 @@ from influence_ext.bregman.recipe import Run
 from influence_ext.bregman.response import LateNorms, Norms, Response, ResponseStatus, TrainedNetwork, removed_indices
 from influence_ext.bregman.together import TogetherTrainer, Trained
 from influence_ext.bregman.training import Proximity, RanAway, Trainer
-from influence_ext.checks import is_count, is_one_of
+from influence_ext.checks import check_budget, is_answer, is_count, is_one_of
 from influence_ext.context import standalone
 from influence_ext.errors import ArgumentError
 
@@ -270,10 +270,11 @@ class Branches:
         check_search(rtol, max_steps, who=who)
         if epochs is not None and not is_count(epochs):
             raise ArgumentError(f"{who}: expected epochs to be a whole number of at least 1, got {epochs!r}; correct epochs.")
+        if not is_answer(converge):
+            raise ArgumentError(f"{who}: expected converge to be True or False, got {converge!r}; True solves to convergence.")
         if epochs is not None and converge:
             raise ArgumentError(f"{who}: expected either epochs or converge=True, got both; leave out one.")
-        if memory_budget is not None and not is_count(memory_budget):
-            raise ArgumentError(f"{who}: expected memory_budget to be a number of bytes of at least 1, got {memory_budget!r}; correct it.")
+        memory_budget = check_budget(memory_budget, who)
         self.run, self._who = run, who
         self.network = TrainedNetwork.of(run, None, None, who=who) if reference is None else reference.network
         if converge and self.network.buffers_move(run.initial.buffers):

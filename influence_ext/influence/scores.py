@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from influence_ext.checks import is_whole
+from influence_ext.checks import is_answer, is_whole
 from influence_ext.errors import ArgumentError, DataError
 from influence_ext.files import whole_file
 
@@ -51,7 +51,7 @@ class Scores:
             raise ArgumentError(f"Scores.top: expected test in [0, {num_test}), got {test!r}; choose a row of values.")
         if not (is_whole(k) and 1 <= k <= num_train):
             raise ArgumentError(f"Scores.top: expected k in [1, {num_train}], got {k!r}; there are {num_train} training examples.")
-        if not isinstance(harmful, bool):
+        if not is_answer(harmful):
             raise ArgumentError(f"Scores.top: expected harmful to be True or False, got {harmful!r}; it asks for the smallest scores.")
         found = torch.topk(self.values[test], k, largest=not harmful)
         return list(zip(found.indices.tolist(), found.values.tolist(), strict=True))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from influence_ext.checks import is_answer
 from influence_ext.context import standalone
 from influence_ext.errors import ArgumentError
 from influence_ext.operators.base import CurvatureOperator, LinearOperator
@@ -47,7 +48,7 @@ class Dual(FactorisingSolver):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_count("max_roots", self.max_roots)
-        self._require(isinstance(self.spectral, bool), "spectral to be True or False", self.spectral)
+        self._require(is_answer(self.spectral), "spectral to be True or False", self.spectral)
 
     @standalone
     def factorise(self, operator: LinearOperator) -> DualFactorisation:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from numbers import Integral, Real
 from typing import Any
 
@@ -27,8 +27,8 @@ def is_whole(x: Any) -> bool:
 
 
 def is_count(x: Any) -> bool:
-    """Whether ``x`` is a whole number of at least 1."""
-    return is_whole(x) and x >= 1
+    """Whether ``x`` is a whole number of at least 1, and one of 64 bits."""
+    return is_whole(x) and 1 <= x < 2**63
 
 
 def is_seed(x: Any) -> bool:
@@ -45,6 +45,26 @@ def is_answer(x: Any) -> bool:
 def is_one_of(x: Any, names: Collection[str]) -> bool:
     """Whether ``x`` is one of these words; arrays and lists are none."""
     return isinstance(x, str) and x in names
+
+
+def is_iterable(x: Any) -> bool:
+    """Whether ``x`` can be iterated over; arrays and tensors without an axis say that they can."""
+    return isinstance(x, Iterable) and getattr(x, "ndim", 1) != 0
+
+
+def check_damping(damping: Any, who: str) -> float:
+    """λ as a float; one that is a tensor or an array counts too.
+
+    Raises:
+        ArgumentError: it is negative, infinite or not a number.
+    """
+    try:
+        value = math.nan if is_answer(damping) or isinstance(damping, (str, bytes)) else float(damping)
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # RuntimeError: a tensor of several elements
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise ArgumentError(f"{who}: expected damping >= 0 and finite, got {damping!r}; for instance damping=1e-3.")
+    return value
 
 
 def check_budget(memory_budget: Any, who: str) -> int | None:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 from torch.utils.data.sampler import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
-from influence_ext.checks import check_budget
+from influence_ext.checks import check_budget, is_answer, is_iterable
 from influence_ext.errors import ArgumentError, DataError, DeviceError, DTypeError, ShapeError
 from influence_ext.finite import all_finite
 
@@ -262,18 +262,18 @@ def check_indices(indices: Iterable[int] | Tensor, num_examples: int, who: str) 
 
 
 def _to_indices(indices: Any, num_examples: int, who: str) -> list[int]:
-    if isinstance(indices, str) or not isinstance(indices, Iterable):
+    if isinstance(indices, (str, bytes)) or not is_iterable(indices):
         raise ArgumentError(f"{who}: expected a list of example indices, got {indices!r}; put a single index into a list.")
     if isinstance(indices, Tensor):
-        if indices.dim() != 1:
-            raise ArgumentError(
-                f"{who}: expected a list of example indices, got a tensor of shape {list(indices.shape)}; pass a one-dimensional one."
-            )
+        if indices.dim() != 1 or indices.is_meta or indices.layout != torch.strided:
+            found = f"{indices.layout} of shape {list(indices.shape)} on {indices.device}"
+            raise ArgumentError(f"{who}: expected a list of example indices, got a tensor ({found}); pass a dense one-dimensional one.")
         indices = indices.tolist()
     checked: list[int] = []
     for index in indices:
         try:
-            value = None if isinstance(index, bool) else operator.index(index)
+            is_mask = is_answer(index) or (isinstance(index, Tensor) and index.dtype == torch.bool)
+            value = None if is_mask else operator.index(index)
         except TypeError:
             value = None
         if value is None:
@@ -317,7 +317,7 @@ def _check_iterable(data: Any, who: str) -> None:
             f"{who}: expected (X, y) or batches (X, y), got the data set {type(data).__name__}, which yields single examples; wrap it in "
             "torch.utils.data.DataLoader(dataset, batch_size=256)."
         )
-    if isinstance(data, (Tensor, Mapping, str, bytes)) or not isinstance(data, Iterable):
+    if isinstance(data, (Tensor, Mapping, str, bytes)) or not is_iterable(data):
         raise DataError(f"{who}: expected one tuple (X, y) or a re-iterable of such tuples, got {type(data).__name__}; pass (X, y).")
     if isinstance(data, DataLoader):
         samplers = (data.sampler, getattr(data.batch_sampler, "sampler", None))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -56,13 +54,3 @@ class DivergenceError(InfluenceExtError, RuntimeError):
 
 class NumericalWarning(UserWarning):
     """A result is usable but less accurate than asked for."""
-
-
-def warn(message: str) -> None:
-    """Give a :class:`NumericalWarning` at the line that called this package: the first outside of it and of torch, whose decorators are
-    between the two. (``skip_file_prefixes`` does that from Python 3.12 on.)
-    """
-    level, frame = 2, sys._getframe(1)
-    while frame.f_globals.get("__name__", "").partition(".")[0] in ("influence_ext", "torch") and frame.f_back is not None:
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, NumericalWarning, stacklevel=level)

@@ -17,8 +17,8 @@ from influence_ext.bregman.progress import Progress, reporter
 from influence_ext.bregman.recipe import Run
 from influence_ext.bregman.response import Response, ResponseStatus, TrainedNetwork, removed_indices
 from influence_ext.checks import check_budget, is_number, is_one_of
-from influence_ext.context import standalone
-from influence_ext.errors import ArgumentError, DivergenceError, warn
+from influence_ext.context import standalone, warn
+from influence_ext.errors import ArgumentError, DivergenceError
 from influence_ext.solvers.base import check_solver
 
 EXACT = {torch.float64: 1e-9, torch.float32: 1e-5}
@@ -95,7 +95,7 @@ def pbrf(
     network = TrainedNetwork.of(model_or_run, loss, train_data, weight_decay=weight_decay, who="pbrf")
     removed = removed_indices(remove, network.num_examples, who="pbrf")
     check_damping(damping, network.weight_decay, who="pbrf")
-    report = reporter(progress)
+    report = reporter(progress, "pbrf")
     epsilon = None if epsilon is None else float(epsilon)
     response = solve_pbrf(
         Reference(network, memory_budget),

@@ -23,9 +23,9 @@ from influence_ext.bregman.training import (
     seeded,
 )
 from influence_ext.checks import is_count, is_number, is_one_of, is_whole
-from influence_ext.context import standalone
+from influence_ext.context import standalone, warn
 from influence_ext.data import Examples, load
-from influence_ext.errors import ArgumentError, DeviceError, DivergenceError, DTypeError, warn
+from influence_ext.errors import ArgumentError, DeviceError, DivergenceError, DTypeError
 from influence_ext.losses import Loss, resolve
 from influence_ext.losses.generic import CallableLoss
 from influence_ext.params import DEVICES, SUPPORTED_DTYPES, ParameterSpace, is_half
@@ -96,7 +96,7 @@ class Recipe:
                 f"Recipe: expected build_model to be a function that returns a new network, got {type(self.build_model).__name__}; "
                 "pass a function, for example lambda: nn.Sequential(...)."
             )
-        if not callable(self.schedule) and not is_one_of(self.schedule, SCHEDULES):
+        if (not callable(self.schedule) or isinstance(self.schedule, type)) and not is_one_of(self.schedule, SCHEDULES):
             raise ArgumentError(
                 f"Recipe: expected schedule 'constant', 'cosine' or a function of the epoch, got {self.schedule!r}; choose one."
             )
@@ -244,6 +244,7 @@ def train(recipe: Recipe, data: Any, progress: bool | Progress = False) -> Run:
         ArgumentError: no recipe, or one whose ``build_model`` returns no network.
         DataError, ShapeError, DTypeError, DeviceError: the data are unusable, or do not fit the network or the loss.
         UnsupportedLossError: the loss is none, or mixes examples.
+        UnsupportedModelError: the network's outputs have no gradient.
         DivergenceError: the training loss left the finite numbers.
 
     Warns:
@@ -263,7 +264,7 @@ def train(recipe: Recipe, data: Any, progress: bool | Progress = False) -> Run:
     trainer = Trainer(recipe, copy.deepcopy(model), loss, examples)
     initial = trainer.starting_point()
     _check_fit(trainer)
-    final, history = trainer.advance(initial, range(recipe.epochs), report=reporter(progress), label="training")
+    final, history = trainer.advance(initial, range(recipe.epochs), report=reporter(progress, "train"), label="training")
     if (away := trainer.ran_away(initial, final)) is not None:
         message = (
             f"train: expected a training that learns, got {away}; it diverged: lower lr (now {recipe.lr:g}) or standardise the inputs."

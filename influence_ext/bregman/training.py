@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from influence_ext.bregman.progress import Progress
 from influence_ext.data import Examples, ModelInput, call_model
-from influence_ext.errors import DataError, DivergenceError, InfluenceExtError, ShapeError
+from influence_ext.errors import DataError, DivergenceError, InfluenceExtError, ShapeError, UnsupportedModelError
 from influence_ext.losses import Loss
 from influence_ext.losses.generic import CallableLoss
 from influence_ext.params import ParameterSpace
@@ -131,7 +131,7 @@ def calling_the_network(who: str, remedy: str = "correct their shape, dtype or v
         yield
     except (InfluenceExtError, torch.OutOfMemoryError):
         raise
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
         if "DefaultCPUAllocator" in str(error) or "can't allocate memory" in str(error):
             raise
         raise DataError(f"{who}: expected inputs that the network takes, got {first_line(error)}; {remedy}.") from error
@@ -236,6 +236,7 @@ class Trainer:
 
         Raises:
             DivergenceError: the training loss left the finite numbers.
+            UnsupportedModelError: outputs have no gradient.
         """
         recipe = self.recipe
         theta, grad = self._theta, self._grad
@@ -261,6 +262,11 @@ class Trainer:
                     if len(index):
                         t = self.examples.targets[index]
                         z = outputs_of(self.model, rows(self.examples.X, index), len(index), label)
+                        if not z.requires_grad:
+                            raise UnsupportedModelError(
+                                f"{label}: expected outputs that PyTorch can differentiate by the trainable parameters, got ones without a "
+                                "gradient; leave out what detaches them, such as .detach() or torch.no_grad() in the forward pass."
+                            )
                         z_value = z.detach()
                         if isinstance(self.loss, CallableLoss) and done in (0, len(epochs) - 1):
                             self.loss.confirm(z_value, t, label)

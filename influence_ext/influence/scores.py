@@ -13,7 +13,7 @@ from torch import Tensor
 
 from influence_ext.checks import is_answer, is_whole
 from influence_ext.errors import ArgumentError, DataError
-from influence_ext.files import whole_file
+from influence_ext.files import check_path, whole_file
 
 FORMAT = "influence_ext.scores/1"
 
@@ -61,10 +61,13 @@ class Scores:
 
         Returns:
             The path written, with the suffix ``.npz``.
+
+        Raises:
+            ArgumentError: ``path`` is none.
         """
         import numpy as np
 
-        target = Path(path)
+        target = check_path(path, "Scores.save")
         if target.suffix != ".npz":
             target = target.with_name(target.name + ".npz")
         with whole_file(target) as path, path.open("wb") as file:
@@ -87,14 +90,12 @@ def load_scores(path: str | os.PathLike[str]) -> Scores:
     """Read what :meth:`Scores.save` wrote.
 
     Raises:
+        ArgumentError: ``path`` is none.
         DataError: the file is missing or not a scores file.
     """
     import numpy as np
 
-    try:
-        source = Path(path)
-    except TypeError as reason:
-        raise DataError(f"load_scores: expected a path, got {type(path).__name__}; pass where Scores.save wrote.") from reason
+    source = check_path(path, "load_scores")
     if not source.exists() and source.suffix != ".npz":
         source = source.with_name(source.name + ".npz")
     try:

@@ -10,7 +10,7 @@ from torch import Tensor
 from influence_ext.checks import check_budget, is_count
 from influence_ext.errors import ArgumentError
 from influence_ext.operators.base import CurvatureOperator, LinearOperator
-from influence_ext.solvers.base import CountedOperator, OnFailure, Outcome, Solver
+from influence_ext.solvers.base import CountedOperator, OnFailure, Outcome, Solver, check_operator
 from influence_ext.solvers.block_cg import BlockCG
 from influence_ext.solvers.cg import CG
 from influence_ext.solvers.direct import Direct
@@ -118,8 +118,7 @@ def auto(
         ArgumentError: ``num_rhs`` is no whole number of at least 1, ``at_once`` none in between, ``memory_budget`` no number of bytes, or
             the operator is not one.
     """
-    if not isinstance(operator, LinearOperator):
-        raise ArgumentError(f"auto: expected a LinearOperator, got {type(operator).__name__}; pass a curvature such as GGN(...).")
+    check_operator(operator, "auto")
     if not is_count(num_rhs):
         raise ArgumentError(f"auto: expected num_rhs, a whole number of at least 1, got {num_rhs!r}; pass the number of right-hand sides.")
     memory_budget = check_budget(memory_budget, "auto")

@@ -1,4 +1,6 @@
-"""What surrounds a computation and may not change it: autocast, torch.compile, other threads, and a fork that leaves threads behind."""
+"""What surrounds a computation and may not change it: autocast, torch.compile, other threads, a fork that leaves threads behind; and who
+called, in whose name warnings are given.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +10,13 @@ import os
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import torch
+
+from influence_ext.errors import NumericalWarning
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -57,6 +62,16 @@ def standalone(function: Callable[P, R]) -> Callable[P, R]:
             return body(*args, **kwargs)
 
     return call
+
+
+def warn(message: str) -> None:
+    """Give a :class:`NumericalWarning` at the line that called this package: the first outside of it and of torch, whose decorators are
+    between the two. (``skip_file_prefixes`` does that from Python 3.12 on.)
+    """
+    level, frame = 2, sys._getframe(1)
+    while frame.f_globals.get("__name__", "").partition(".")[0] in ("influence_ext", "torch") and frame.f_back is not None:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, NumericalWarning, stacklevel=level)
 
 
 class _Fork(threading.local):

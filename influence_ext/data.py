@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 from torch.utils.data.sampler import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
-from influence_ext.checks import is_number
+from influence_ext.checks import check_budget, is_answer, is_iterable
 from influence_ext.errors import ArgumentError, DataError, DeviceError, DTypeError, ShapeError
 from influence_ext.finite import all_finite
 
@@ -199,16 +199,16 @@ def load(data: Any, who: str = "load", memory_budget: int | None = None) -> Exam
     Raises:
         DataError: no examples, an iterator that can be read only once, a shuffling loader, an element that is not ``(X,
             y)``, or NaN or an infinity (the message names the first example).
-        ArgumentError: a ``memory_budget`` that is no number.
+        ArgumentError: a ``memory_budget`` that is no number of bytes.
         ShapeError: numbers of examples or shapes that do not fit together.
         DTypeError: an element that is not a dense real tensor, or batches of different dtypes.
         DeviceError: tensors on several devices.
 
     Cost: one pass over the data, and a copy of it if it comes in batches.
     """
+    memory_budget = check_budget(memory_budget, who)
     if isinstance(data, Examples):
         return data
-    check_budget(memory_budget, who)
     # Batches are pairs; a pair whose first is none is one (X, y), whatever y is.
     if isinstance(data, (tuple, list)) and len(data) == 2 and (isinstance(data[1], Tensor) or not isinstance(data[0], (tuple, list))):
         batches = [_parse(data, "data", who)]
@@ -221,16 +221,6 @@ def load(data: Any, who: str = "load", memory_budget: int | None = None) -> Exam
     examples = _concatenate(batches, who)
     _check_finite(examples, who)
     return examples
-
-
-def check_budget(memory_budget: Any, who: str) -> None:
-    """Refuse what is neither None nor a number of bytes.
-
-    Raises:
-        ArgumentError: it is neither.
-    """
-    if not (memory_budget is None or is_number(memory_budget)):
-        raise ArgumentError(f"{who}: expected memory_budget to be a finite number of bytes, got {memory_budget!r}; correct memory_budget.")
 
 
 def _load_within(data: Iterable[Any], who: str, memory_budget: int) -> Examples:
@@ -272,18 +262,18 @@ def check_indices(indices: Iterable[int] | Tensor, num_examples: int, who: str) 
 
 
 def _to_indices(indices: Any, num_examples: int, who: str) -> list[int]:
-    if isinstance(indices, str) or not isinstance(indices, Iterable):
+    if isinstance(indices, (str, bytes)) or not is_iterable(indices):
         raise ArgumentError(f"{who}: expected a list of example indices, got {indices!r}; put a single index into a list.")
     if isinstance(indices, Tensor):
-        if indices.dim() != 1:
-            raise ArgumentError(
-                f"{who}: expected a list of example indices, got a tensor of shape {list(indices.shape)}; pass a one-dimensional one."
-            )
+        if indices.dim() != 1 or indices.is_meta or indices.layout != torch.strided:
+            found = f"{indices.layout} of shape {list(indices.shape)} on {indices.device}"
+            raise ArgumentError(f"{who}: expected a list of example indices, got a tensor ({found}); pass a dense one-dimensional one.")
         indices = indices.tolist()
     checked: list[int] = []
     for index in indices:
         try:
-            value = None if isinstance(index, bool) else operator.index(index)
+            is_mask = is_answer(index) or (isinstance(index, Tensor) and index.dtype == torch.bool)
+            value = None if is_mask else operator.index(index)
         except TypeError:
             value = None
         if value is None:
@@ -327,7 +317,7 @@ def _check_iterable(data: Any, who: str) -> None:
             f"{who}: expected (X, y) or batches (X, y), got the data set {type(data).__name__}, which yields single examples; wrap it in "
             "torch.utils.data.DataLoader(dataset, batch_size=256)."
         )
-    if isinstance(data, (Tensor, Mapping, str, bytes)) or not isinstance(data, Iterable):
+    if isinstance(data, (Tensor, Mapping, str, bytes)) or not is_iterable(data):
         raise DataError(f"{who}: expected one tuple (X, y) or a re-iterable of such tuples, got {type(data).__name__}; pass (X, y).")
     if isinstance(data, DataLoader):
         samplers = (data.sampler, getattr(data.batch_sampler, "sampler", None))

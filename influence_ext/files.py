@@ -7,6 +7,21 @@ import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from influence_ext.errors import ArgumentError
+
+
+def check_path(path: Any, who: str) -> Path:
+    """Where to write or read.
+
+    Raises:
+        ArgumentError: not a path, or an empty one.
+    """
+    if not isinstance(path, (str, os.PathLike)) or not str(path):
+        found = repr(path) if isinstance(path, (str, bytes)) else type(path).__name__
+        raise ArgumentError(f"{who}: expected a path, got {found}; pass a str or a pathlib.Path.")
+    return Path(path)
 
 
 @contextlib.contextmanager

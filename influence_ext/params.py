@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from influence_ext.checks import is_one_of
+from influence_ext.checks import is_iterable, is_one_of
 from influence_ext.errors import ArgumentError, DataError, DeviceError, DTypeError, ShapeError
 from influence_ext.finite import all_finite, flatten_finite
 
@@ -257,7 +257,7 @@ def widened_model(model: nn.Module) -> nn.Module:
 def _select(params: Selection, by_name: Mapping[str, Tensor], aliases: Mapping[str, str], first: Mapping[int, str], who: str) -> set[str]:
     """Names of the selected trainable parameters."""
     chosen: set[str] = set()
-    if not isinstance(params, Iterable):
+    if not is_iterable(params):
         raise ArgumentError(f"{who}: expected params= to be a name, a parameter or a list of them, got {params!r}; leave it out for all.")
     for item in [params] if isinstance(params, (str, Tensor)) else params:
         if isinstance(item, Tensor):

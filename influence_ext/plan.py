@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import influence_ext._C as _C
 from influence_ext.capture import CapturedGraph, capture, format_table, named_tensors, plan_key, remembered
+from influence_ext.checks import is_iterable
 from influence_ext.chunks import ChunkedTape, first_rows, free_bytes
 from influence_ext.context import exclusive
 from influence_ext.data import Examples, StreamedExamples
@@ -93,7 +94,8 @@ class Plan:
         millisecond the first time for another model of that structure, or after a change to it; microseconds for an unchanged model.
         """
         if isinstance(params, Iterable) and not isinstance(params, (str, Tensor)):
-            params = tuple(params)
+            items: Iterable[Any] = params if is_iterable(params) else (params,)
+            params = tuple(items)
         with exclusive:
             key = plan_key(X, params)
             plan = None if key is None else cls._remembered(model, key)

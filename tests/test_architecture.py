@@ -19,10 +19,10 @@ MAX_LINES = {".py": 500, ".pyi": 500, ".cpp": 600, ".h": 600, ".cu": 600, ".cuh"
 EVERYTHING = {"bregman", "influence"}
 MAY_USE: dict[str, set[str]] = {
     "binary": set(),
-    "checks": set(),
+    "checks": {"errors"},
     "errors": set(),
-    "context": set(),
-    "files": set(),
+    "context": {"errors"},
+    "files": {"errors"},
     "finite": {"_C"},
     "memory": {"_C", "errors"},
     "params": {"checks", "errors", "finite"},
@@ -34,7 +34,7 @@ MAY_USE: dict[str, set[str]] = {
     "ensemble": {"_C", "context", "losses"},
     "graphs": {"_C", "checks", "errors", "params"},
     "tape": {"capture", "checks", "chunks", "context", "derived", "finite", "graphs", "losses", "errors", "params"},
-    "plan": {"_C", "capture", "chunks", "context", "derived", "ensemble", "losses", "errors", "params", "data", "tape"},
+    "plan": {"_C", "checks", "capture", "chunks", "context", "derived", "ensemble", "losses", "errors", "params", "data", "tape"},
     "operators.base": {"checks", "errors", "context"},
     "operators": {"checks", "operators.base", "plan", "tape", "losses"},
     "krylov": {"_C", "context"},

@@ -318,3 +318,25 @@ def test_a_callable_that_is_no_function_is_refused(is_random: bool) -> None:
 
     with pytest.raises(UnsupportedLossError, match=r"expected function to give one value .* draws random numbers or counts its calls"):
         resolve(function).check(torch.randn(6, 5, dtype=F64), torch.arange(6) % 5, "test")
+
+
+def test_every_call_compares_the_callable_with_few_evaluations() -> None:
+    """One without a gradient and one with, of a small set; and what the callable became since is seen on the very same data."""
+    seen, state = [0], {"smoothing": 0.0}
+
+    def function(z: Tensor, t: Tensor) -> Tensor:
+        seen[0] += 1
+        return F.cross_entropy(z, t, label_smoothing=state["smoothing"])
+
+    torch.manual_seed(0)
+    model, data = nn.Linear(3, 4).double(), (torch.randn(6, 3, dtype=F64), torch.arange(6) % 4)
+    loss = resolve(function)
+    for smoothing in (0.0, 0.0, 0.25, 0.25):
+        known = loss.name
+        seen[0], state["smoothing"] = 0, smoothing
+        found = ie.per_example_norms(model, loss, data)
+        if known == loss.name == "cross_entropy (found in function)":
+            assert seen[0] == 2
+        exact = nn.CrossEntropyLoss(label_smoothing=smoothing)
+        assert_close(found, reference.per_example_grads(model, exact, *data).norm(dim=1))
+    assert loss.name == "function"

@@ -389,15 +389,17 @@ def test_a_kinked_network_that_stalls_says_so() -> None:
 
 def test_running_out_of_steps_is_a_warning() -> None:
     case, model, X, y = problem("mse")
-    with pytest.warns(NumericalWarning, match="used up its steps"):
+    with pytest.warns(NumericalWarning, match="used up its steps") as told:
         response = ie.pbrf(model, case.loss, (X, y), case.remove, 1e-3, max_steps=1)
+    assert told[0].filename == __file__
     assert response.status is ResponseStatus.MAX_STEPS
 
 
 def test_a_linear_solve_that_misses_its_goal_is_a_warning() -> None:
     case, model, X, y = problem("mse")
-    with pytest.warns(NumericalWarning, match="linearized_pbrf: relative residual .*The steps ran out"):
+    with pytest.warns(NumericalWarning, match="linearized_pbrf: relative residual .*The steps ran out") as told:
         response = ie.linearized_pbrf(model, case.loss, (X, y), case.remove, 1e-3, solver=ie.solvers.CG(rtol=1e-12, max_steps=2))
+    assert told[0].filename == __file__
     assert response.status is ie.solvers.Status.MAX_STEPS
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a truncated series is what was asked for

@@ -17,8 +17,10 @@ from torch.func import functional_call
 import influence_ext as ie
 from influence_ext import reference
 from influence_ext.bregman import ResponseStatus
+from influence_ext.bregman.training import Trainer
+from influence_ext.data import load
 from influence_ext.errors import ArgumentError, DataError, NumericalWarning, ShapeError
-from influence_ext.losses import HalfMSE
+from influence_ext.losses import HalfMSE, resolve
 from influence_ext.testing import assert_close
 from tests.cases import generator
 
@@ -386,11 +388,18 @@ def test_a_training_that_diverges_within_the_finite_numbers_says_so(optimizer: s
     X = torch.randn(60, 5, generator=generator("away"))
     y = X[:, :3].argmax(1)
     recipe = away(lambda: nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)), optimizer=optimizer)
-    with pytest.warns(NumericalWarning, match=r"train: expected a training that learns, got an objective of .* lower lr \(now 10\)"):
+    with pytest.warns(
+        NumericalWarning, match=r"train: expected a training that learns, got an objective of .* lower lr \(now 10\)"
+    ) as told:
         run = ie.train(recipe, (X, y))
+    assert told[0].filename == __file__
     assert float(nn.functional.cross_entropy(run.model(X).detach(), y)) > 2 * float(torch.tensor(3.0).log())
-    with pytest.warns(NumericalWarning, match=r"retrain_many: .*lower the recipe's lr"):
+    with pytest.warns(NumericalWarning, match=r"retrain_many: .*lower the recipe's lr") as told:
         responses = ie.retrain_many(run, [[1], [2]], "warm")
+    for call in (ie.proximal_response, ie.retrain):
+        with pytest.warns(NumericalWarning, match=f"^{call.__name__}: ") as more:
+            call(run, [1], **({} if call is ie.retrain else {"damping": 1e-3}))
+        assert more[0].filename == told[0].filename == __file__  # neither one of torch, whose decorators are between, nor one of ours
     assert [r.status for r in responses] == [ResponseStatus.TRAINING_DIVERGED] * 2
     assert not responses[0].status.success
     found = ie.decompose(run, [[1], [2]], damping=1e-2, max_steps=20)
@@ -426,3 +435,29 @@ def test_a_training_that_its_weight_decay_ends_at_a_higher_loss_has_not_diverged
     run = ie.train(ie.Recipe(fitted, nn.MSELoss(), lr=0.01, epochs=50, batch_size=60, weight_decay=20.0, dtype=F64), (X, y))
     assert run.history["loss"][-1] > run.history["loss"][0] + 1
     assert not [w for w in recwarn if issubclass(w.category, NumericalWarning)]
+
+
+def test_whether_trainings_diverged_costs_one_pass_a_branch() -> None:
+    """The start's outputs are those of all branches; verdicts are those of the definition, by plain PyTorch."""
+    X, y = torch.randn(150, 5, generator=generator("passes")), torch.randn(150, 1, generator=generator("targets"))
+    model, seen = nn.Linear(5, 1), [0]
+    trainer = Trainer(replace(SGD, weight_decay=0.5), model, resolve(nn.MSELoss()), load((X, y)))
+    model.register_forward_pre_hook(lambda module, args: seen.__setitem__(0, seen[0] + len(args[0])))
+    start = trainer.starting_point()
+    removed = [(3,), (4, 5), ()]
+    for scale, few in ((0.9, True), (30.0, False)):
+        seen[0] = 0
+        end = replace(start, theta=scale * start.theta)
+        for group in removed:
+            found = trainer.ran_away(start, end, group)
+            kept = [n for n in range(150) if n not in group]
+            losses = [(X[kept] @ p.theta[:5, None] + p.theta[5] - y[kept]).square().mean() + 0.25 * p.theta.square().sum()
+                      for p in (start, end)]  # fmt: skip
+            mean = (X @ start.theta[:5, None] + start.theta[5]).mean()
+            losses.append((mean - y[kept]).square().mean() + 0.25 * start.theta.square().sum())
+            assert (found is not None) == bool(losses[1] > max(losses[0], losses[2]))
+            if found is not None:
+                assert found.objective == pytest.approx(float(losses[1]), rel=1e-5)
+                assert found.limit == pytest.approx(float(max(losses[0], losses[2])), rel=1e-5)
+        assert found is None or not few
+        assert seen[0] == (64 + 3 * 64 if few else 150 + 3 * 64 + sum(150 - len(group) for group in removed))

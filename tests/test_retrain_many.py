@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -379,8 +380,10 @@ def test_a_memory_budget_decides_how_many_go_together(monkeypatch: pytest.Monkey
         assert sizes == expected
         for a, b in zip(tight, free, strict=True):
             assert_close(a.params, b.params)
-    alone = ie.retrain_many(run, [[1], [2]], "warm", memory_budget=1)
-    assert alone[0].one_by_one == f"two sets together take {shared + 2 * each} bytes, more than the memory budget of 1"
+    for budget, bytes_ in ((1, 1), (0, 0), (1.5, 1), (np.uint8(255), 255)):
+        alone = ie.retrain_many(run, [[1], [2]], "warm", memory_budget=budget)
+        assert alone[0].one_by_one == f"two sets together take {shared + 2 * each} bytes, more than the memory budget of {bytes_}"
+    assert all(r.one_by_one is None for r in ie.retrain_many(run, [[1], [2]], "warm", memory_budget=1e9))
 
 
 def trainer_of(run: ie.Run) -> Any:
@@ -467,7 +470,11 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "flat": ({"remove": [3, 17]}, r"got 3; write remove=\[\[3\], \[17\]\]"),
     "range": ({"remove": [[1], [N]]}, f"retrain_many: expected example indices from 0 to {N - 1}, got {N}"),
     "start": ({"remove": [[1]], "start": "hot"}, "retrain_many: expected start to be 'cold' or 'warm', got 'hot'"),
-    "budget": ({"remove": [[1]], "memory_budget": 0}, "expected memory_budget to be a number of bytes of at least 1, got 0"),
+    "budget": (
+        {"remove": [[1]], "memory_budget": -1},
+        "expected memory_budget to be None or a finite number of bytes of at least 0, got -1",
+    ),
+    "converge": ({"remove": [[1]], "converge": "yes"}, "retrain_many: expected converge to be True or False, got 'yes'"),
 }
 
 

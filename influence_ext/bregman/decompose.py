@@ -25,7 +25,7 @@ from influence_ext.checks import is_one_of
 from influence_ext.context import standalone
 from influence_ext.data import load
 from influence_ext.errors import ArgumentError, DataError
-from influence_ext.files import whole_file
+from influence_ext.files import check_path, whole_file
 from influence_ext.plan import Plan
 from influence_ext.solvers.base import check_solver
 
@@ -115,7 +115,7 @@ class Decomposition:
 
         Folders that are missing are made.
         """
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        check_path(path, "Decomposition.plot").parent.mkdir(parents=True, exist_ok=True)
         self.figure(measure).savefig(path, dpi=150)
 
     def figure(self, measure: Measure = "output") -> Figure:
@@ -194,7 +194,7 @@ class Decomposition:
                 term: {m: {"mean": _number(self.mean(term, m)), "spread": self.spread(term, m)} for m in MEASURES} for term in TERMS
             },
         }
-        with whole_file(path) as file:
+        with whole_file(check_path(path, "Decomposition.save")) as file:
             file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
@@ -202,10 +202,12 @@ class Decomposition:
         """Read what :meth:`save` wrote.
 
         Raises:
+            ArgumentError: ``path`` is none.
             DataError: the file is missing or holds something else.
         """
+        source = check_path(path, "Decomposition.load")
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = json.loads(source.read_text(encoding="utf-8"))
             if content["format"] != FORMAT:
                 raise KeyError("format")
             return cls(
@@ -309,7 +311,7 @@ def decompose(
     )
     branches.check_proximity(damping)
     solver = solvers.LiSSA() if solver is None else solver
-    report, done, total = reporter(progress), 0, len(groups) * len(KINDS)
+    report, done, total = reporter(progress, "decompose"), 0, len(groups) * len(KINDS)
 
     def part(name: str) -> Progress:
         """Epochs of all sets as responses found, counted from ``done`` on."""

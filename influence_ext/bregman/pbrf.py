@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, Literal
@@ -17,10 +16,9 @@ from influence_ext.bregman.objective import BregmanObjective, Reference
 from influence_ext.bregman.progress import Progress, reporter
 from influence_ext.bregman.recipe import Run
 from influence_ext.bregman.response import Response, ResponseStatus, TrainedNetwork, removed_indices
-from influence_ext.checks import is_number, is_one_of
-from influence_ext.context import standalone
-from influence_ext.data import check_budget
-from influence_ext.errors import ArgumentError, DivergenceError, NumericalWarning
+from influence_ext.checks import check_budget, is_number, is_one_of
+from influence_ext.context import standalone, warn
+from influence_ext.errors import ArgumentError, DivergenceError
 from influence_ext.solvers.base import check_solver
 
 EXACT = {torch.float64: 1e-9, torch.float32: 1e-5}
@@ -90,14 +88,14 @@ def pbrf(
         Bae et al., "If Influence Functions are the Answer, Then What is the Question?", NeurIPS 2022, section 4.
     """
     check_search(rtol, max_steps, who="pbrf")
-    check_budget(memory_budget, "pbrf")
+    memory_budget = check_budget(memory_budget, "pbrf")
     _check_on_failure(on_failure, who="pbrf")
     if epsilon is not None and not is_number(epsilon):
         raise ArgumentError(f"pbrf: expected epsilon to be a finite number, got {epsilon!r}; leave it out to remove the examples.")
     network = TrainedNetwork.of(model_or_run, loss, train_data, weight_decay=weight_decay, who="pbrf")
     removed = removed_indices(remove, network.num_examples, who="pbrf")
     check_damping(damping, network.weight_decay, who="pbrf")
-    report = reporter(progress)
+    report = reporter(progress, "pbrf")
     epsilon = None if epsilon is None else float(epsilon)
     response = solve_pbrf(
         Reference(network, memory_budget),
@@ -181,7 +179,7 @@ def linearized_pbrf(
         Bae et al. 2022, equation 12.
     """
     check_solver(solver, "linearized_pbrf")
-    check_budget(memory_budget, "linearized_pbrf")
+    memory_budget = check_budget(memory_budget, "linearized_pbrf")
     network = TrainedNetwork.of(model_or_run, loss, train_data, weight_decay=weight_decay, who="linearized_pbrf")
     removed = removed_indices(remove, network.num_examples, who="linearized_pbrf")
     check_damping(damping, network.weight_decay, who="linearized_pbrf")
@@ -252,7 +250,7 @@ def checked(response: Response, on_failure: OnFailure, *, who: str) -> Response:
     why = status.explanation.rstrip(".")
     if status in (ResponseStatus.DIVERGED, ResponseStatus.NON_FINITE) and on_failure == "raise":
         raise DivergenceError(f"{who}: expected a local minimum near the trained parameters, got {reached}; {why}.")
-    warnings.warn(f"{who}: {reached}; {why}.", NumericalWarning, stacklevel=3)
+    warn(f"{who}: {reached}; {why}.")
     return response
 
 

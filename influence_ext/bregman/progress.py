@@ -5,14 +5,25 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
+from influence_ext.checks import is_answer
+from influence_ext.errors import ArgumentError
+
 Progress = Callable[[str, int, int], None]
 
 
-def reporter(progress: bool | Progress) -> Progress:
-    """The callback to call: the caller's own, a line on stderr for ``True``, or one that does nothing for ``False``."""
-    if callable(progress):
-        return progress
-    return _print_line if progress else _ignore
+def reporter(progress: bool | Progress, who: str) -> Progress:
+    """The callback to call: the caller's own, a line on stderr for ``True``, or one that does nothing for ``False``.
+
+    Raises:
+        ArgumentError: it is none of these.
+    """
+    if is_answer(progress):
+        return _print_line if progress else _ignore
+    if not callable(progress) or isinstance(progress, type):
+        raise ArgumentError(
+            f"{who}: expected progress to be True, False or a function (label, done, total), got {progress!r}; True prints a line."
+        )
+    return progress
 
 
 def onward(report: Progress) -> Progress:

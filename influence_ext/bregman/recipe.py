@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -24,9 +23,9 @@ from influence_ext.bregman.training import (
     seeded,
 )
 from influence_ext.checks import is_count, is_number, is_one_of, is_whole
-from influence_ext.context import standalone
+from influence_ext.context import standalone, warn
 from influence_ext.data import Examples, load
-from influence_ext.errors import ArgumentError, DeviceError, DivergenceError, DTypeError, NumericalWarning
+from influence_ext.errors import ArgumentError, DeviceError, DivergenceError, DTypeError
 from influence_ext.losses import Loss, resolve
 from influence_ext.losses.generic import CallableLoss
 from influence_ext.params import DEVICES, SUPPORTED_DTYPES, ParameterSpace, is_half
@@ -97,7 +96,7 @@ class Recipe:
                 f"Recipe: expected build_model to be a function that returns a new network, got {type(self.build_model).__name__}; "
                 "pass a function, for example lambda: nn.Sequential(...)."
             )
-        if not callable(self.schedule) and not is_one_of(self.schedule, SCHEDULES):
+        if (not callable(self.schedule) or isinstance(self.schedule, type)) and not is_one_of(self.schedule, SCHEDULES):
             raise ArgumentError(
                 f"Recipe: expected schedule 'constant', 'cosine' or a function of the epoch, got {self.schedule!r}; choose one."
             )
@@ -245,6 +244,7 @@ def train(recipe: Recipe, data: Any, progress: bool | Progress = False) -> Run:
         ArgumentError: no recipe, or one whose ``build_model`` returns no network.
         DataError, ShapeError, DTypeError, DeviceError: the data are unusable, or do not fit the network or the loss.
         UnsupportedLossError: the loss is none, or mixes examples.
+        UnsupportedModelError: the network's outputs have no gradient.
         DivergenceError: the training loss left the finite numbers.
 
     Warns:
@@ -264,14 +264,14 @@ def train(recipe: Recipe, data: Any, progress: bool | Progress = False) -> Run:
     trainer = Trainer(recipe, copy.deepcopy(model), loss, examples)
     initial = trainer.starting_point()
     _check_fit(trainer)
-    final, history = trainer.advance(initial, range(recipe.epochs), report=reporter(progress), label="training")
+    final, history = trainer.advance(initial, range(recipe.epochs), report=reporter(progress, "train"), label="training")
     if (away := trainer.ran_away(initial, final)) is not None:
         message = (
             f"train: expected a training that learns, got {away}; it diverged: lower lr (now {recipe.lr:g}) or standardise the inputs."
         )
         if not math.isfinite(away.objective):
             raise DivergenceError(message)
-        warnings.warn(message, NumericalWarning, stacklevel=3)
+        warn(message)
     trainer.write(final, model)
     return Run(model.eval(), recipe, examples, history, initial, final, loss)
 

@@ -115,7 +115,7 @@ class TrainedNetwork:
             raise ArgumentError(f"{who}: expected an nn.Module or a Run, got {type(model_or_run).__name__}; pass one of the two.")
         if loss is None or train_data is None:
             raise ArgumentError(f"{who}: expected loss and train_data beside a model, got none; pass both, or a Run.")
-        return cls(model_or_run, resolve(loss), load(train_data, who=who), weight_decay or 0.0, who)
+        return cls(model_or_run, resolve(loss), load(train_data, who=who), 0.0 if weight_decay is None else weight_decay, who)
 
     def buffers_move(self, initial: dict[str, Tensor]) -> bool:
         """Whether training changed the network's buffers from ``initial``, as running statistics do."""

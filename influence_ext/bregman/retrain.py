@@ -21,7 +21,7 @@ from influence_ext.bregman.recipe import Run
 from influence_ext.bregman.response import LateNorms, Norms, Response, ResponseStatus, TrainedNetwork, removed_indices
 from influence_ext.bregman.together import TogetherTrainer, Trained
 from influence_ext.bregman.training import Proximity, RanAway, Trainer
-from influence_ext.checks import is_count, is_one_of
+from influence_ext.checks import check_budget, is_answer, is_count, is_iterable, is_one_of
 from influence_ext.context import standalone
 from influence_ext.errors import ArgumentError
 
@@ -79,7 +79,7 @@ def retrain(
         raise ArgumentError(f"retrain: expected start to be 'cold' or 'warm', got {start!r}; choose one.")
     branches = Branches(run, who="retrain", epochs=epochs, converge=converge, rtol=rtol, max_steps=max_steps)
     removed = removed_indices(remove, run.data.num_examples, who="retrain")
-    report = reporter(progress)
+    report = reporter(progress, "retrain")
     response = (branches.cold([removed], report) if start == "cold" else branches.warm([removed], report))[0]
     return checked(response, "raise", who="retrain")
 
@@ -115,7 +115,8 @@ def retrain_many(
             trained together.
         rtol: Goal of ``converge`` for the relative gradient norm; ``None`` is 1e-6 in float64 and 1e-4 in float32.
         max_steps: Bound on the Newton steps of ``converge``.
-        memory_budget: Bytes that sets in training may take together; ``None`` is 1 GiB. It decides how many are trained at a time.
+        memory_budget: Bytes that sets in training may take together, a number of at least 0 such as ``2e9``; ``None`` is 1 GiB. It decides
+            how many are trained at a time.
         progress: ``True`` for a line on stderr, or a function ``(label, done, total)``.
 
     Returns:
@@ -138,7 +139,7 @@ def retrain_many(
     branches = Branches(
         run, who="retrain_many", epochs=epochs, converge=converge, rtol=rtol, max_steps=max_steps, memory_budget=memory_budget
     )
-    report = reporter(progress)
+    report = reporter(progress, "retrain_many")
     responses = branches.cold(groups, report) if start == "cold" else branches.warm(groups, report)
     return [checked(response, "raise", who="retrain_many") for response in responses]
 
@@ -163,7 +164,8 @@ def proximal_response(
         remove: Indices of the training examples removed together.
         damping: λ. The weight decay stays where the training has it, in ``(w/2)‖θ‖²``. With SGD and ``epochs``, ``λ + w`` has to be below
             ``2 (1 + momentum) / lr``, where its steps are stable, in one epoch at least of those that the schedule names
-            and in which lr is not 0.
+            and in which lr is not 0. That is necessary and not enough: small steps in one epoch do not take back what large ones in the
+            others have made of it, and ``status`` and ``relative_gradient_norm`` tell how it ended.
         epochs: Epochs from θs; ``None`` is ``K/2``, rounded up.
         converge: Solve to convergence instead of those epochs.
         rtol: Goal of ``converge`` for the relative gradient norm; ``None`` is 1e-6 in float64 and 1e-4 in float32.
@@ -186,7 +188,7 @@ def proximal_response(
     branches = Branches(run, who="proximal_response", epochs=epochs, converge=converge, rtol=rtol, max_steps=max_steps)
     branches.check_proximity(damping)
     removed = removed_indices(remove, run.data.num_examples, who="proximal_response")
-    response = branches.proximal([removed], damping, reporter(progress))[0]
+    response = branches.proximal([removed], damping, reporter(progress, "proximal_response"))[0]
     return checked(response, "raise", who="proximal_response")
 
 
@@ -235,7 +237,7 @@ def proximal_response_many(
         run, who="proximal_response_many", epochs=epochs, converge=converge, rtol=rtol, max_steps=max_steps, memory_budget=memory_budget
     )
     branches.check_proximity(damping)
-    responses = branches.proximal(groups, damping, reporter(progress))
+    responses = branches.proximal(groups, damping, reporter(progress, "proximal_response_many"))
     return [checked(response, "raise", who="proximal_response_many") for response in responses]
 
 
@@ -270,10 +272,11 @@ class Branches:
         check_search(rtol, max_steps, who=who)
         if epochs is not None and not is_count(epochs):
             raise ArgumentError(f"{who}: expected epochs to be a whole number of at least 1, got {epochs!r}; correct epochs.")
+        if not is_answer(converge):
+            raise ArgumentError(f"{who}: expected converge to be True or False, got {converge!r}; True solves to convergence.")
         if epochs is not None and converge:
             raise ArgumentError(f"{who}: expected either epochs or converge=True, got both; leave out one.")
-        if memory_budget is not None and not is_count(memory_budget):
-            raise ArgumentError(f"{who}: expected memory_budget to be a number of bytes of at least 1, got {memory_budget!r}; correct it.")
+        memory_budget = check_budget(memory_budget, who)
         self.run, self._who = run, who
         self.network = TrainedNetwork.of(run, None, None, who=who) if reference is None else reference.network
         if converge and self.network.buffers_move(run.initial.buffers):
@@ -393,8 +396,8 @@ def removed_sets(run: Run, remove: Iterable[Iterable[int]], *, who: str, allow_e
     """
     if not isinstance(run, Run):
         raise ArgumentError(f"{who}: expected a Run, got {type(run).__name__}; train the network with train(recipe, data).")
-    sets: Sequence[Any] = list(remove) if isinstance(remove, Iterable) else [remove]
-    if not sets or not all(isinstance(group, Iterable) for group in sets):
+    sets: Sequence[Any] = list(remove) if is_iterable(remove) else [remove]
+    if not sets or not all(map(is_iterable, sets)):
         raise ArgumentError(
             f"{who}: expected remove to be a list of removed sets, each a list of indices, got "
             f"{'none' if not sets else repr(sets[0])}; write remove=[[3], [17]] for two single examples."

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from influence_ext.bregman.progress import Progress
 from influence_ext.data import Examples, ModelInput, call_model
-from influence_ext.errors import DataError, DivergenceError, InfluenceExtError, ShapeError
+from influence_ext.errors import DataError, DivergenceError, InfluenceExtError, ShapeError, UnsupportedModelError
 from influence_ext.losses import Loss
 from influence_ext.losses.generic import CallableLoss
 from influence_ext.params import ParameterSpace
@@ -131,7 +131,7 @@ def calling_the_network(who: str, remedy: str = "correct their shape, dtype or v
         yield
     except (InfluenceExtError, torch.OutOfMemoryError):
         raise
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
         if "DefaultCPUAllocator" in str(error) or "can't allocate memory" in str(error):
             raise
         raise DataError(f"{who}: expected inputs that the network takes, got {first_line(error)}; {remedy}.") from error
@@ -200,6 +200,7 @@ class Trainer:
         self._start = self.space.values(model)
         self._theta = self._start.clone()
         self._grad = torch.zeros_like(self._theta)
+        self._beginnings: dict[int, tuple[TrainingPoint, Tensor, Tensor]] = {}
         values, grads = self.space.unflatten(self._theta), self.space.unflatten(self._grad)
         for name in self.space.names:
             parameter = model.get_parameter(name)
@@ -235,6 +236,7 @@ class Trainer:
 
         Raises:
             DivergenceError: the training loss left the finite numbers.
+            UnsupportedModelError: outputs have no gradient.
         """
         recipe = self.recipe
         theta, grad = self._theta, self._grad
@@ -260,6 +262,11 @@ class Trainer:
                     if len(index):
                         t = self.examples.targets[index]
                         z = outputs_of(self.model, rows(self.examples.X, index), len(index), label)
+                        if not z.requires_grad:
+                            raise UnsupportedModelError(
+                                f"{label}: expected outputs that PyTorch can differentiate by the trainable parameters, got ones without a "
+                                "gradient; leave out what detaches them, such as .detach() or torch.no_grad() in the forward pass."
+                            )
                         z_value = z.detach()
                         if isinstance(self.loss, CallableLoss) and done in (0, len(epochs) - 1):
                             self.loss.confirm(z_value, t, label)
@@ -289,16 +296,17 @@ class Trainer:
         output for all examples, the mean one at the start: it has learned less than nothing. (A start may be a trained network, which noisy
         steps leave uphill.)
 
-        Cost: a forward pass over 64 examples at either point; where it is above on them, over all.
+        Cost: a forward pass over 64 examples at the end; where it is above on them, over all. The same once at each start that is asked of.
+        Memory: the outputs of a chunk of examples, and two numbers an example.
         """
-        kept = torch.ones(self.examples.num_examples, dtype=torch.bool)
-        few = torch.linspace(0, len(kept) - 1, min(FEW, len(kept)), dtype=torch.float64).long()
+        everything = torch.arange(self.examples.num_examples, device=self.space.device)
+        kept = torch.ones_like(everything, dtype=torch.bool)
         kept[list(removed)] = False
-        for index in (few, kept.nonzero()[:, 0]):
-            index = index.to(self.space.device)
-            found = self._mean_loss(self._outputs(end, index), index) + self._decay(end)
-            z = self._outputs(start, index)
-            limit = max(self._mean_loss(z, index), self._mean_loss(z.mean(dim=0, keepdim=True).expand_as(z), index)) + self._decay(start)
+        few = everything[torch.linspace(0, len(everything) - 1, min(FEW, len(everything)), dtype=torch.float64).round().long()]
+        for index, counted in ((few, slice(None)), (everything, kept)):
+            values, one_for_all = self._beginning(start, index)
+            limit = max(_mean(values[counted]), _mean(one_for_all[counted])) + self._decay(start)
+            found = _mean(self._losses(end, index[counted])[0]) + self._decay(end)
             if found <= limit:
                 return None
         return RanAway(found, limit)
@@ -308,19 +316,28 @@ class Trainer:
         weight = self.loss.factor(self.examples.targets) * self.examples.num_examples
         return self.recipe.weight_decay / 2 * float(point.theta.square().sum(dtype=torch.float64)) / weight
 
-    def _mean_loss(self, z: Tensor, index: Tensor) -> float:
-        """The mean of ``ℓ`` over the examples ``index`` at their outputs."""
-        targets = self.examples.targets[index]
-        parts = [self.loss.value(z[k : k + CHUNK], targets[k : k + CHUNK]) for k in range(0, len(z), CHUNK)]
-        return float(torch.cat(parts).mean(dtype=torch.float64))
+    def _beginning(self, start: TrainingPoint, index: Tensor) -> tuple[Tensor, Tensor]:
+        """``ℓ`` of the examples ``index`` at the start, and with their mean output for each: ``[n]`` both, kept for the next branch."""
+        known = self._beginnings.get(len(index))
+        if known is None or known[0] is not start:
+            values, z = self._losses(start, index)
+            targets = self.examples.targets
+            one_for_all = [self.loss.value(z.expand(len(part), *z.shape[1:]), targets[part]) for part in index.split(CHUNK)]
+            known = self._beginnings[len(index)] = start, values, torch.cat(one_for_all)
+        return known[1:]
 
-    def _outputs(self, point: TrainingPoint, index: Tensor) -> Tensor:
-        """``[n, *out]``, in evaluation mode."""
+    def _losses(self, point: TrainingPoint, index: Tensor) -> tuple[Tensor, Tensor]:
+        """``ℓ`` of the examples ``index`` in evaluation mode, ``[n]``, and the mean of their outputs, ``[1, *out]``."""
         self._theta.copy_(point.theta)
         self.load_buffers(point.buffers)
         self.model.eval()
+        values, total = [], torch.zeros((), dtype=torch.float64, device=self.space.device)
         with isolated_random_state(self.space.device), torch.no_grad():
-            return torch.cat([call_model(self.model, rows(self.examples.X, part)) for part in index.split(CHUNK)])
+            for part in index.split(CHUNK):
+                z = call_model(self.model, rows(self.examples.X, part))
+                values.append(self.loss.value(z, self.examples.targets[part]))
+                total = total + z.sum(dim=0, keepdim=True, dtype=torch.float64)
+        return torch.cat(values), (total / len(index)).to(self.space.dtype)
 
     def gradient(
         self,
@@ -369,3 +386,7 @@ class Trainer:
         with torch.no_grad():
             for name, buffer in self.model.named_buffers():
                 buffer.copy_(buffers[name])
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.mean(dtype=torch.float64))

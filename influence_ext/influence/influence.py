@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from influence_ext.checks import is_one_of
+from influence_ext.checks import check_damping, is_one_of
 from influence_ext.context import standalone
 from influence_ext.data import Examples, check_indices, load
 from influence_ext.errors import ArgumentError
@@ -16,7 +16,6 @@ from influence_ext.influence.scores import Scores
 from influence_ext.losses import Loss, LossLike
 from influence_ext.operators.fisher import EmpiricalFisher
 from influence_ext.operators.ggn import GGN
-from influence_ext.operators.linearised import check_damping
 from influence_ext.operators.per_example import ExampleGradients
 from influence_ext.params import Selection
 from influence_ext.solvers import CG, AutoChoice, BlockCG, Factorisation, FactorisingSolver, Solution, Solver, auto

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from influence_ext.checks import is_whole
+from influence_ext.checks import is_answer, is_whole
 from influence_ext.errors import ArgumentError, DataError
-from influence_ext.files import whole_file
+from influence_ext.files import check_path, whole_file
 
 FORMAT = "influence_ext.scores/1"
 
@@ -51,7 +51,7 @@ class Scores:
             raise ArgumentError(f"Scores.top: expected test in [0, {num_test}), got {test!r}; choose a row of values.")
         if not (is_whole(k) and 1 <= k <= num_train):
             raise ArgumentError(f"Scores.top: expected k in [1, {num_train}], got {k!r}; there are {num_train} training examples.")
-        if not isinstance(harmful, bool):
+        if not is_answer(harmful):
             raise ArgumentError(f"Scores.top: expected harmful to be True or False, got {harmful!r}; it asks for the smallest scores.")
         found = torch.topk(self.values[test], k, largest=not harmful)
         return list(zip(found.indices.tolist(), found.values.tolist(), strict=True))
@@ -61,10 +61,13 @@ class Scores:
 
         Returns:
             The path written, with the suffix ``.npz``.
+
+        Raises:
+            ArgumentError: ``path`` is none.
         """
         import numpy as np
 
-        target = Path(path)
+        target = check_path(path, "Scores.save")
         if target.suffix != ".npz":
             target = target.with_name(target.name + ".npz")
         with whole_file(target) as path, path.open("wb") as file:
@@ -87,14 +90,12 @@ def load_scores(path: str | os.PathLike[str]) -> Scores:
     """Read what :meth:`Scores.save` wrote.
 
     Raises:
+        ArgumentError: ``path`` is none.
         DataError: the file is missing or not a scores file.
     """
     import numpy as np
 
-    try:
-        source = Path(path)
-    except TypeError as reason:
-        raise DataError(f"load_scores: expected a path, got {type(path).__name__}; pass where Scores.save wrote.") from reason
+    source = check_path(path, "load_scores")
     if not source.exists() and source.suffix != ".npz":
         source = source.with_name(source.name + ".npz")
     try:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -168,18 +170,25 @@ class CallableLoss(Loss):
         Raises:
             UnsupportedLossError: the callable gives another value for the same outputs and targets.
 
-        Cost: one evaluation of the callable, and two with a gradient on some of the examples, at most 256, from all over the data.
+        Cost: one evaluation of the callable, and one with a gradient on some of the examples, at most 256, from all over the data; where
+        there are more, another on these.
         """
         known = self._known(z, target)
         if known is None or z.shape[0] == 0:
             return known is not None
         z, target = z.detach(), target.detach()
         size = min(PROBE_SIZE, max(1, PROBE_ELEMENTS // max(1, count(z.shape))))
-        some = torch.linspace(0, z.shape[0] - 1, min(size, z.shape[0]), dtype=torch.float64, device=z.device).long()
-        first = self._value_of_batch(z[some], target[some])
-        agrees = all(self._agrees(self._same_value, known, z[k : k + size], target[k : k + size]) for k in range(0, z.shape[0], size))
-        agrees = agrees and self._agrees(self._same_gradient, known, z[some], target[some])
-        if (again := self._value_of_batch(z[some], target[some])) != first and abs(again - first) > _rounding(z) * abs(first):
+        if z.shape[0] <= size:
+            some = _Trial(self.function, z, target)
+            parts = [some]
+        else:
+            index = torch.linspace(0, z.shape[0] - 1, size, dtype=torch.float64, device=z.device).long()
+            some = _Trial(self.function, z[index], target[index])
+            parts = [_Trial(self.function, z[k : k + size], target[k : k + size]) for k in range(0, z.shape[0], size)]
+        first = some.value
+        agrees = all(self._agrees(self._same_value, known, part) for part in parts)
+        agrees = agrees and self._agrees(self._same_gradient, known, some)
+        if all((again := value) != first and abs(again - first) > _rounding(z) * abs(first) for value in some.later_values()):
             raise self._inconsistent(first, again, who)
         if not agrees:
             _log.warning("%s: on these data %s is not %s; PyTorch differentiates it.", who, self._given_name, known.name)
@@ -187,44 +196,37 @@ class CallableLoss(Loss):
             self.name = self._given_name
         return agrees
 
-    def _value_of_batch(self, z: Tensor, target: Tensor) -> float:
-        with torch.no_grad():
-            return float(self.function(z.contiguous(), target))
-
     def _inconsistent(self, first: float, again: float, who: str) -> UnsupportedLossError:
         return UnsupportedLossError(
             f"{who}: expected {self._given_name} to give one value for the same outputs and targets, got {first:.6g} and then {again:.6g}; "
             "it draws random numbers or counts its calls: pass a function of outputs and targets alone."
         )
 
-    def _agrees(self, compare: Callable[[Loss, Tensor, Tensor], bool], known: Loss, z: Tensor, target: Tensor) -> bool:
+    def _agrees(self, compare: Callable[[Loss, _Trial], bool], known: Loss, trial: _Trial) -> bool:
         """Whether ``compare`` finds the callable and ``known`` equal.
 
         If not in float32 then in float64: where a network fits its data, losses as PyTorch computes them have lost their digits. Of outputs
         that are not finite nothing is known.
         """
-        if not known.total_weight(target) > 0 or not all_finite(z) or compare(known, z, target):
+        if not known.total_weight(trial.target) > 0 or not trial.is_finite or compare(known, trial):
             return True
         try:
-            return z.dtype == torch.float32 and compare(known, z.double(), _double(target))
+            return trial.z.dtype == torch.float32 and compare(known, trial.in_double())
         except Exception:  # the callable's own, of tensors that it holds in float32
             return False
 
-    def _same_value(self, known: Loss, z: Tensor, target: Tensor) -> bool:
+    def _same_value(self, known: Loss, trial: _Trial) -> bool:
+        z, target = trial.z, trial.target
         values, factor = known.value(z, target).double(), known.factor(target)
         limit = _rounding(z) * float(values.abs().sum()) + NEGLIGIBLE * float(z.abs().sum())
-        return abs(self._value_of_batch(z, target) - float(values.sum()) * factor) <= limit * factor
+        return abs(trial.value - float(values.sum()) * factor) <= limit * factor
 
-    def _same_gradient(self, known: Loss, z: Tensor, target: Tensor) -> bool:
+    def _same_gradient(self, known: Loss, trial: _Trial) -> bool:
         """What has the same values may have another derivative: a reversed gradient, a hook, a detached part."""
+        z, target = trial.z, trial.target
         factor = known.factor(target)
         expected = known.gradient(z, target).double() * factor
-        with torch.inference_mode(False), torch.enable_grad():
-            leaf = z.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
-            value = self.function(leaf, target.clone())
-            if not value.requires_grad:
-                return False
-            (found,) = torch.autograd.grad(value, leaf, allow_unused=True)
+        found = trial.graded[1]
         limit = _rounding(z) * float(expected.norm()) + NEGLIGIBLE * z.numel() ** 0.5 * factor
         return found is not None and float((found.double() - expected).norm()) <= limit
 
@@ -238,7 +240,7 @@ class CallableLoss(Loss):
             self._check_reduction(found.reduction, who)
             z, target = z[:PROBE_SIZE].detach(), target[:PROBE_SIZE].detach()
             found.check(z, target, who)
-            if not (self._agrees(self._same_value, found, z, target) and self._same_elsewhere(found, z, target)):
+            if not (self._agrees(self._same_value, found, _Trial(self.function, z, target)) and self._same_elsewhere(found, z, target)):
                 found = None
         self._recognised[kind] = found
         if found is not None:
@@ -254,7 +256,8 @@ class CallableLoss(Loss):
             except InfluenceExtError:  # outside of its domain, as probabilities are that no longer lie in [0, 1]
                 continue
             try:
-                if not all(self._agrees(compare, known, other, target) for compare in (self._same_value, self._same_gradient)):
+                trial = _Trial(self.function, other, target)
+                if not all(self._agrees(compare, known, trial) for compare in (self._same_value, self._same_gradient)):
                     return False
             except Exception:  # the callable's own: whatever it objects to, the recognised loss does not
                 return False
@@ -271,14 +274,14 @@ class CallableLoss(Loss):
         N = len(values)
         if N < 2:
             return
-        found = self._value_of_batch(z, target)
+        found = _value_of_batch(self.function, z, target)
         total, size = float(values.sum()), float(values.abs().sum())
         tolerance = 1e-5 if z.dtype == torch.float32 else 1e-8
         is_mean, is_sum = abs(found - total / N) <= tolerance * size / N, abs(found - total) <= tolerance * size
         if is_mean and is_sum:
             return
         if not (is_mean or is_sum):
-            if (again := self._value_of_batch(z, target)) != found:
+            if (again := _value_of_batch(self.function, z, target)) != found:
                 raise self._inconsistent(found, again, who)
             if self._vectorised:  # a callable may behave differently under vmap, as where it catches what vmap raises
                 self._vectorised = False
@@ -363,6 +366,49 @@ class CallableLoss(Loss):
                 "batch of one; reduce it with .mean() or .sum()."
             )
         return values
+
+
+@dataclass(eq=False)
+class _Trial:
+    """A callable on one batch: its value, and its value with its gradient, each computed once."""
+
+    function: Callable[[Tensor, Tensor], Any]
+    z: Tensor
+    target: Tensor
+
+    @cached_property
+    def is_finite(self) -> bool:
+        """Whether the outputs are."""
+        return all_finite(self.z)
+
+    @cached_property
+    def value(self) -> float:
+        """Without a gradient."""
+        return _value_of_batch(self.function, self.z, self.target)
+
+    @cached_property
+    def graded(self) -> tuple[float, Tensor | None]:
+        """The value, and the gradient by the outputs; None where there is none."""
+        with torch.inference_mode(False), torch.enable_grad():
+            leaf = self.z.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
+            value = self.function(leaf, self.target.clone())
+            (gradient,) = torch.autograd.grad(value, leaf, allow_unused=True) if value.requires_grad else (None,)
+        return float(value.detach()), gradient
+
+    def later_values(self) -> Iterator[float]:
+        """What the callable gives after :attr:`value`: in the gradient's pass, if there was one, and once more."""
+        if "graded" in self.__dict__:
+            yield self.graded[0]
+        yield _value_of_batch(self.function, self.z, self.target)
+
+    def in_double(self) -> _Trial:
+        """The same in float64."""
+        return _Trial(self.function, self.z.double(), _double(self.target))
+
+
+def _value_of_batch(function: Callable[[Tensor, Tensor], Any], z: Tensor, target: Tensor) -> float:
+    with torch.no_grad():
+        return float(function(z.contiguous(), target))
 
 
 def _kind(z: Tensor, target: Tensor) -> _Kind:

@@ -109,7 +109,15 @@ class MovedLoss(Loss):
         return (gradient if order == "kept" else gradient.transpose(1, 2)).reshape(z.shape)
 
     def _targets(self, target: Tensor) -> Tensor:
+        """Q t; nothing is copied where that is a view."""
+        if self._takes_all_targets and self.targets.numel() == target.shape[1:].numel():
+            return target.reshape(len(target), *self.targets.shape).to(self.target_dtype)
         return select(target, self.targets, lead=1).to(self.target_dtype)
+
+    @cached_property
+    def _takes_all_targets(self) -> bool:
+        """Whether targets reach the inner loss in their order, each once."""
+        return torch.equal(self.targets.flatten(), torch.arange(self.targets.numel(), device=self.targets.device))
 
 
 @dataclass(frozen=True, eq=False)

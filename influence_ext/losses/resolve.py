@@ -192,7 +192,7 @@ def resolve(loss: LossLike | Loss, reduction: str | None = None, who: str = "los
     if found is not None:
         name, options = found
         entry, label = NATIVE[name], type(loss).__name__ if isinstance(loss, nn.Module) else name
-        chosen = check_reduction(reduction or options.pop("reduction", "mean"), label, who)
+        chosen = check_reduction(options.pop("reduction", "mean") if reduction is None else reduction, label, who)
         return entry.make(name, chosen, {**entry.options, **options})
     if isinstance(loss, str) or not callable(loss):
         found_text = repr(loss) if loss is None or isinstance(loss, (str, int, float)) else type(loss).__name__
@@ -202,7 +202,7 @@ def resolve(loss: LossLike | Loss, reduction: str | None = None, who: str = "los
         )
     function = loss.func if isinstance(loss, partial) else loss
     name = getattr(function, "__name__", type(function).__name__).replace("<lambda>", "callable")
-    stated = reduction or _attribute(loss, "reduction")
+    stated = _attribute(loss, "reduction") if reduction is None else reduction
     called: Callable[..., Any] = loss
     return CallableLoss(called, name, None if stated is None else check_reduction(stated, name, who), recognise)
 

@@ -128,7 +128,7 @@ class LinearOperator(abc.ABC):
         """
         if not is_count(block_size):
             raise ArgumentError(f"{type(self).__name__}.to_dense: expected block_size to be at least 1, got {block_size!r}; leave it out.")
-        P = self.num_parameters
+        P, block_size = self.num_parameters, int(block_size)
         size = P * P * self.dtype.itemsize
         if size > 8 * 2**30:
             raise ArgumentError(

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from influence_ext.checks import is_count, is_seed
 from influence_ext.context import standalone
+from influence_ext.errors import ArgumentError
 from influence_ext.operators.base import KroneckerBlock, KroneckerFactors, Rotation
 from influence_ext.operators.linearised import LinearisedOperator
 from influence_ext.plan import Plan
@@ -104,6 +106,13 @@ class KroneckerFactored(LinearisedOperator):
 
     def _cotangent_blocks(self, num_samples: int | None, seed: int) -> Iterator[tuple[Tape, bool, Tensor]]:
         """``(tape, whether its examples are new, cotangents [V, n, *out])`` of blocks of ``BLOCK_BYTES``; every pass draws the same."""
+        who = type(self).__name__
+        if not (num_samples is None or is_count(num_samples)) or not is_seed(seed):
+            raise ArgumentError(
+                f"{who}: expected num_samples to be None or a whole number of at least 1, and seed one of 64 bits, got {num_samples!r} and "
+                f"{seed!r}; None takes all columns."
+            )
+        num_samples = None if num_samples is None else int(num_samples)
         plan, theta = self._tape.plan, self._tape.theta
         fixed, each = _factor_widths(plan)
         limit = BLOCK_BYTES // self.dtype.itemsize

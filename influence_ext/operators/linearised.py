@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from influence_ext.checks import is_count, is_one_of
+from influence_ext.checks import check_damping, is_count, is_one_of
 from influence_ext.context import standalone
 from influence_ext.data import Examples, load
 from influence_ext.errors import ArgumentError
@@ -40,7 +40,7 @@ class LinearisedOperator(LinearOperator):
         damping: λ ≥ 0.
         params: names, patterns or tensors that select a sub-space; default: all parameters with ``requires_grad``.
         memory_budget: bytes that the cached forward state and one product's workspace may take; what does not fit is recomputed chunk by
-            chunk in every product, and batches that do not fit are read again. None: no limit.
+            chunk in every product, and batches that do not fit are read again. A number of at least 0, such as ``2e9``; None: no limit.
         reduction: overrides the loss's own.
         precision: how products multiply float32 matrices. "full" is float32; "bfloat16" rounds both factors to 8 bits, for a relative error
             of a product of about 3e-3, and "tf32", on a CUDA device, to 11 bits, for about 4e-4; sums are float32 in all of them. What is
@@ -257,18 +257,3 @@ class LinearisedOperator(LinearOperator):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(P={self.num_parameters}, N={self.num_examples}, loss={self.loss.name}, damping={self.damping:g})"
-
-
-def check_damping(damping: Any, who: str) -> float:
-    """λ as a float.
-
-    Raises:
-        ArgumentError: it is negative, infinite or not a number.
-    """
-    try:
-        value = float("nan") if isinstance(damping, str) else float(damping)
-    except (TypeError, ValueError, RuntimeError, OverflowError):  # RuntimeError: a tensor of several elements
-        value = float("nan")
-    if not 0 <= value < float("inf"):
-        raise ArgumentError(f"{who}: expected damping >= 0 and finite, got {damping!r}; for instance damping=1e-3.")
-    return value

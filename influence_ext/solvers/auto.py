@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from influence_ext.checks import is_count, is_number
+from influence_ext.checks import check_budget, is_count
 from influence_ext.errors import ArgumentError
 from influence_ext.operators.base import CurvatureOperator, LinearOperator
-from influence_ext.solvers.base import CountedOperator, OnFailure, Outcome, Solver
+from influence_ext.solvers.base import CountedOperator, OnFailure, Outcome, Solver, check_operator
 from influence_ext.solvers.block_cg import BlockCG
 from influence_ext.solvers.cg import CG
 from influence_ext.solvers.direct import Direct
@@ -118,12 +118,10 @@ def auto(
         ArgumentError: ``num_rhs`` is no whole number of at least 1, ``at_once`` none in between, ``memory_budget`` no number of bytes, or
             the operator is not one.
     """
-    if not isinstance(operator, LinearOperator):
-        raise ArgumentError(f"auto: expected a LinearOperator, got {type(operator).__name__}; pass a curvature such as GGN(...).")
+    check_operator(operator, "auto")
     if not is_count(num_rhs):
         raise ArgumentError(f"auto: expected num_rhs, a whole number of at least 1, got {num_rhs!r}; pass the number of right-hand sides.")
-    if not (memory_budget is None or (is_number(memory_budget) and memory_budget >= 0)):
-        raise ArgumentError(f"auto: expected memory_budget to be a number of bytes or None, got {memory_budget!r}; None is no limit.")
+    memory_budget = check_budget(memory_budget, "auto")
     V = num_rhs if at_once is None else at_once
     if not is_count(V) or num_rhs < V:
         raise ArgumentError(f"auto: expected at_once, a whole number in [1, {num_rhs}], got {at_once!r}; a part of the right-hand sides.")

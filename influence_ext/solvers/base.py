@@ -282,19 +282,27 @@ class Solver(abc.ABC):
         if not condition:
             raise ArgumentError(f"{self.name}: expected {expected}, got {got!r}{'; ' + fix if fix else ''}.")
 
+    def _keep(self, name: str, value: Any) -> None:
+        """Python's own number in place of one of NumPy, which would round or overflow in arithmetic with others."""
+        object.__setattr__(self, name, value)
+
     def _require_count(self, name: str, value: int) -> None:
         self._require(is_count(value), f"{name} to be an integer of at least 1", value)
+        self._keep(name, int(value))
 
     def _require_seed(self, value: int) -> None:
         self._require(is_seed(value), "seed to be a whole number of 64 bits", value)
+        self._keep("seed", int(value))
 
     def _require_positive(self, name: str, value: float | None, fix: str = "") -> None:
         """``value`` may be None; otherwise it has to be a finite number above zero."""
         self._require(value is None or (is_number(value) and value > 0), f"{name} to be a finite number > 0", value, fix)
+        self._keep(name, None if value is None else float(value))
 
     def _require_tolerance(self, rtol: float | None) -> None:
         fix = "the relative residual of x = 0 is 1, so useful values lie well below"
         self._require(rtol is None or (is_number(rtol) and 0 < rtol < 1), "rtol to be between 0 and 1", rtol, fix)
+        self._keep("rtol", None if rtol is None else float(rtol))
 
 
 def check_solver(solver: Any, who: str) -> None:
@@ -308,6 +316,19 @@ def check_solver(solver: Any, who: str) -> None:
         raise ArgumentError(f"{who}: expected solver to be one of influence_ext.solvers, got {found}; pass an instance, for example CG().")
 
 
+def check_operator(operator: Any, who: str) -> LinearOperator:
+    """Refuse what is no operator.
+
+    Raises:
+        ArgumentError: a class, a network, a matrix.
+    """
+    if not isinstance(operator, LinearOperator):
+        raise ArgumentError(
+            f"{who}: expected a LinearOperator, got {type(operator).__name__}; pass a curvature such as GGN(model, loss, data)."
+        )
+    return operator
+
+
 @standalone
 def run(solver: Solver, operator: LinearOperator, B: Tensor, method: Callable[..., Outcome], x0: Tensor | None = None) -> Solution:
     """Check the input, call ``method(operator, B)`` (or ``B, x0``) on the non-zero rows, put the answer together.
@@ -316,11 +337,7 @@ def run(solver: Solver, operator: LinearOperator, B: Tensor, method: Callable[..
     tiny or huge gradients inside the range of float32.
     """
     who = solver.name
-    if not isinstance(operator, LinearOperator):
-        raise ArgumentError(
-            f"{who}: expected a LinearOperator, got {type(operator).__name__}; pass a curvature such as GGN(model, loss, data)."
-        )
-    _check(who, "B", operator, B)
+    _check(who, "B", check_operator(operator, who), B)
     rows = B.detach().reshape(-1, operator.num_parameters)
     largest = rows.abs().amax(dim=1)
     nonzero = largest.nonzero().squeeze(1)

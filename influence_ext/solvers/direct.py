@@ -11,7 +11,7 @@ from torch import Tensor
 from influence_ext.context import standalone
 from influence_ext.errors import ArgumentError
 from influence_ext.operators.base import LinearOperator
-from influence_ext.solvers.base import CountedOperator
+from influence_ext.solvers.base import CountedOperator, check_operator
 from influence_ext.solvers.factorisation import Factorisation, FactorisingSolver, cholesky
 
 
@@ -47,7 +47,7 @@ class Direct(FactorisingSolver):
         Raises:
             ArgumentError: the operator has more than ``max_parameters`` parameters.
         """
-        operator = operator.exact
+        operator = check_operator(operator, "Direct").exact
         P = operator.num_parameters
         if self.max_parameters < P:
             size = P * P * operator.dtype.itemsize / 2**30

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from influence_ext.checks import check_damping, is_answer
 from influence_ext.context import standalone
 from influence_ext.errors import ArgumentError
 from influence_ext.operators.base import CurvatureOperator, LinearOperator
-from influence_ext.solvers.base import Status
+from influence_ext.solvers.base import Status, check_operator
 from influence_ext.solvers.factorisation import Factorisation, FactorisingSolver, cholesky
 
 
@@ -47,7 +48,7 @@ class Dual(FactorisingSolver):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_count("max_roots", self.max_roots)
-        self._require(isinstance(self.spectral, bool), "spectral to be True or False", self.spectral)
+        self._require(is_answer(self.spectral), "spectral to be True or False", self.spectral)
 
     @standalone
     def factorise(self, operator: LinearOperator) -> DualFactorisation:
@@ -56,12 +57,12 @@ class Dual(FactorisingSolver):
         Raises:
             ArgumentError: an operator without a root, damping that is not above zero, or more than ``max_roots`` roots.
         """
-        operator = operator.exact
+        operator = check_operator(operator, "Dual").exact
         if not isinstance(operator, CurvatureOperator):
             raise ArgumentError(
                 f"Dual: expected a CurvatureOperator, whose root U gives G = UᵀU, got {type(operator).__name__}; use CG or Direct."
             )
-        _require_damping(operator.damping)
+        _positive(operator.damping)
         R = operator.num_roots
         if self.max_roots < R:
             size = R * R * operator.dtype.itemsize / 2**30
@@ -113,7 +114,7 @@ class DualFactorisation(Factorisation):
         Raises:
             ArgumentError: λ is not above zero, or the factorisation is not spectral.
         """
-        _require_damping(damping)
+        damping = _positive(damping)
         if self.eigenvalues is None:
             raise ArgumentError(
                 "DualFactorisation.damped: expected an eigendecomposition, got a Cholesky factor, which belongs to one "
@@ -131,8 +132,10 @@ class DualFactorisation(Factorisation):
         return (B - self.curvature.root_rmatmat(Y).detach()) / self.damping
 
 
-def _require_damping(damping: float) -> None:
-    if not 0 < damping < float("inf"):
+def _positive(damping: float) -> float:
+    value = check_damping(damping, "Dual")
+    if value == 0:
         raise ArgumentError(
             f"Dual: expected a damping > 0, as the formula divides by it, got {damping}; give the operator a damping, for instance 1e-3."
         )
+    return value

@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from influence_ext.checks import check_damping
 from influence_ext.context import standalone
 from influence_ext.errors import ArgumentError
 from influence_ext.operators.base import KroneckerFactors, LinearOperator, Rotation
@@ -123,6 +124,7 @@ class EKFACFactorisation(Factorisation):
         Raises:
             ArgumentError: negative damping.
         """
+        damping = check_damping(damping, "EKFAC")
         operator = self.operator.damped(damping)  # type: ignore[attr-defined]
         definite = bool((self.eigenvalues + damping > 0).all())
         status = self.status if self.status is Status.NON_FINITE else Status.CONVERGED if definite else Status.NOT_PSD

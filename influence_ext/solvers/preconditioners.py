@@ -14,7 +14,7 @@ from influence_ext.checks import is_count, is_one_of, is_seed, is_whole
 from influence_ext.context import standalone
 from influence_ext.errors import ArgumentError, ShapeError
 from influence_ext.operators.base import LinearOperator
-from influence_ext.solvers.base import CountedOperator, Outcome, Solution, Solver, Status, run
+from influence_ext.solvers.base import CountedOperator, Outcome, Solution, Solver, Status, check_operator, run
 
 InverseFunction = Callable[[Tensor], Tensor]
 
@@ -63,7 +63,7 @@ class Jacobi(Preconditioner):
     @standalone
     def factorise(self, operator: LinearOperator) -> JacobiInverse:
         """The inverse diagonal; NOT_PSD where an entry is not positive."""
-        counted = CountedOperator(operator)
+        counted = CountedOperator(check_operator(operator, "Jacobi"))
         diagonal = counted.diagonal()
         status = Status.CONVERGED if bool((diagonal > 0).all()) else Status.NOT_PSD
         if not bool(diagonal.isfinite().all()):
@@ -121,6 +121,7 @@ class Nystrom(Preconditioner):
     @standalone
     def factorise(self, operator: LinearOperator) -> NystromInverse:
         """The sketch, multiplied and decomposed; NOT_PSD where the sketched matrix is not positive semi-definite."""
+        check_operator(operator, "Nystrom")
         P, dtype = operator.num_parameters, operator.dtype
         damping = float(getattr(operator, "damping", 0.0))
         counted = CountedOperator(operator)
@@ -202,7 +203,8 @@ class PreconditionedSolver(Solver):
     def __post_init__(self) -> None:
         super().__post_init__()
         given = self.preconditioner
-        known = given is None or is_one_of(given, ("jacobi",)) or isinstance(given, Preconditioner) or callable(given)
+        known = given is None or is_one_of(given, ("jacobi",)) or (callable(given) and not isinstance(given, type))
+        known = known or isinstance(given, Preconditioner)
         self._require(known, "preconditioner to be None, 'jacobi', a Preconditioner or a function [V, P] -> [V, P]", given)
 
     def solve(self, operator: LinearOperator, B: Tensor, x0: Tensor | None = None) -> Solution:
@@ -211,6 +213,7 @@ class PreconditionedSolver(Solver):
 
     def prepared(self, operator: LinearOperator) -> Self:
         """The same solver with its preconditioner made for ``operator``, to solve with again and again."""
+        check_operator(operator, self.name)
         recipe = Jacobi() if self.preconditioner == "jacobi" else self.preconditioner
         if not isinstance(recipe, Preconditioner):
             return self
@@ -221,6 +224,7 @@ class PreconditionedSolver(Solver):
     def _require_kept(self, value: int | None) -> None:
         valid = value is None or (is_whole(value) and value >= 0)
         self._require(valid, "reorthogonalise to be None or an integer of at least 0", value, "it is how many past residuals to keep")
+        self._keep("reorthogonalise", None if value is None else int(value))
 
     @abc.abstractmethod
     def _solve(self, operator: CountedOperator, B: Tensor, x0: Tensor | None = None) -> Outcome:

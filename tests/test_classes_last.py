@@ -128,6 +128,18 @@ def named(model: nn.Module, theta: Tensor) -> dict[str, Tensor]:
     return {name: piece.view(p.shape) for (name, p), piece in pieces}
 
 
+@pytest.mark.parametrize("shape", [(2, 10), (10, 2), (4, 5), (5, 2, 2), (1, 5, 4), (20,)], ids=str)
+def test_a_reshape_behind_the_transposition_makes_other_classes(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(4)
+    model = Places(lambda z: z.mT.reshape(z.shape[0], *shape)).double()
+    X, t = torch.randn(3, 4, 3, dtype=F64), torch.randint(0, shape[0], (3, *shape[1:]))
+    J = torch.func.jacrev(lambda theta: torch.func.functional_call(model, theta, (X,)))(dict(model.named_parameters()))
+    J = torch.cat([j.reshape(60, -1) for j in J.values()], dim=1).detach()
+    H = torch.func.hessian(lambda z: F.cross_entropy(z, t))(model(X).detach()).reshape(60, 60)
+    V = torch.randn(3, J.shape[1], dtype=F64)
+    assert_close(ie.GGN(model, nn.CrossEntropyLoss(), (X, t)).matmat(V), V @ J.T @ H @ J)
+
+
 def test_states_of_either_order_fit_every_network() -> None:
     torch.manual_seed(0)
     X, t = torch.randn(5, 4, 3, dtype=F64), torch.randint(0, 5, (5, 4))

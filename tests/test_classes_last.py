@@ -50,6 +50,16 @@ def test_losses_do_not_see_how_outputs_lie_in_memory(row: LossCase) -> None:
     assert_close(hessian.root_matmat(hessian.root_rmatmat(U.view(3, *z.shape))).reshape(U.shape), expected, scope="layer")
 
 
+@pytest.mark.parametrize("row", AT_POSITIONS, ids=lambda row: row.id)
+def test_one_example_is_a_batch_like_any_other(row: LossCase) -> None:
+    z, t = row.sample()
+    z, t = turned(z[:1].to(F64)), t[:1].to(F64) if t.is_floating_point() else t[:1]
+    loss, oracle = resolve(row.make()), row.oracle()
+    assert_close(loss.value(z, t), reference.loss_values(oracle, z, t), scope="layer")
+    assert_close(loss.gradient(z, t), reference.loss_gradient(oracle, z, t), scope="layer")
+    assert loss.hessian(z, t).classes_innermost
+
+
 class Places(nn.Module):
     """A layer at every place, and classes wherever ``end`` puts them."""
 

@@ -158,7 +158,7 @@ void bind(py::module_& m, const std::string& suffix) {
       .def_property_readonly("num_parameters", &Plan<T>::num_parameters)
       .def_property_readonly("output_depends_on_parameters", &Plan<T>::output_depends_on_parameters)
       .def_property_readonly("widest_activation", &Plan<T>::widest_activation)
-      .def_property_readonly("output_is_transposed", [](const Plan<T>& plan) { return plan.untransposed() >= 0; })
+      .def_property_readonly("untransposed_classes", &Plan<T>::untransposed_classes)
       .def_property_readonly("sweep_width", [](const Plan<T>& plan) { return plan.schedules().sweep_width; })
       .def_property_readonly("curved_nodes",
                              [](const Plan<T>& plan) {

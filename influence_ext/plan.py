@@ -215,8 +215,12 @@ class Plan:
 
     @property
     def output_is_transposed(self) -> bool:
-        """Whether the network ends by moving its innermost axis to the front, which products may leave out."""
-        return bool(self._native.output_is_transposed)
+        """Whether the network ends by moving its innermost axis to the front, which products may leave out.
+
+        Not where a reshape behind that makes another axis of it: classes of a loss would be others then.
+        """
+        shape, classes = self.output_shape, self._native.untransposed_classes
+        return len(shape) > 1 and shape[0] == classes
 
     @property
     def _on_device(self) -> bool:

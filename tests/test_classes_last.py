@@ -50,6 +50,16 @@ def test_losses_do_not_see_how_outputs_lie_in_memory(row: LossCase) -> None:
     assert_close(hessian.root_matmat(hessian.root_rmatmat(U.view(3, *z.shape))).reshape(U.shape), expected, scope="layer")
 
 
+@pytest.mark.parametrize("row", AT_POSITIONS, ids=lambda row: row.id)
+def test_one_example_is_a_batch_like_any_other(row: LossCase) -> None:
+    z, t = row.sample()
+    z, t = turned(z[:1].to(F64)), t[:1].to(F64) if t.is_floating_point() else t[:1]
+    loss, oracle = resolve(row.make()), row.oracle()
+    assert_close(loss.value(z, t), reference.loss_values(oracle, z, t), scope="layer")
+    assert_close(loss.gradient(z, t), reference.loss_gradient(oracle, z, t), scope="layer")
+    assert loss.hessian(z, t).classes_innermost
+
+
 class Places(nn.Module):
     """A layer at every place, and classes wherever ``end`` puts them."""
 
@@ -126,6 +136,18 @@ def named(model: nn.Module, theta: Tensor) -> dict[str, Tensor]:
     sizes = [p.numel() for p in model.parameters()]
     pieces = zip(model.named_parameters(), theta.split(sizes), strict=True)
     return {name: piece.view(p.shape) for (name, p), piece in pieces}
+
+
+@pytest.mark.parametrize("shape", [(2, 10), (10, 2), (4, 5), (5, 2, 2), (1, 5, 4), (20,)], ids=str)
+def test_a_reshape_behind_the_transposition_makes_other_classes(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(4)
+    model = Places(lambda z: z.mT.reshape(z.shape[0], *shape)).double()
+    X, t = torch.randn(3, 4, 3, dtype=F64), torch.randint(0, shape[0], (3, *shape[1:]))
+    J = torch.func.jacrev(lambda theta: torch.func.functional_call(model, theta, (X,)))(dict(model.named_parameters()))
+    J = torch.cat([j.reshape(60, -1) for j in J.values()], dim=1).detach()
+    H = torch.func.hessian(lambda z: F.cross_entropy(z, t))(model(X).detach()).reshape(60, 60)
+    V = torch.randn(3, J.shape[1], dtype=F64)
+    assert_close(ie.GGN(model, nn.CrossEntropyLoss(), (X, t)).matmat(V), V @ J.T @ H @ J)
 
 
 def test_states_of_either_order_fit_every_network() -> None:

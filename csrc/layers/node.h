@@ -1,12 +1,15 @@
 // A node of the plan: one operator with its operands and attributes, as lowered from the exported graph.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
+#include <forward_list>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "common/buffer.h"
@@ -14,21 +17,35 @@
 
 namespace infl {
 
-// A node's lists where kernels read them, each made at its first use.
+// A node's lists where kernels read them, each made at its first use. Every tile asks for them, so what is there is found without a lock.
 class ListsOnDevices {
  public:
   template <class Make>
-  const int64_t* get(const Context& ctx, const std::string& key, const Make& make) {
+  const int64_t* get(const Context& ctx, std::string_view key, const Make& make) {
+    if (const Copy* copy = find(ctx.runtime, key)) return copy->list.data();
     const std::lock_guard<std::mutex> guard(mutex_);
-    const auto place = std::make_pair(ctx.runtime, key);
-    auto it = copies_.find(place);
-    if (it == copies_.end()) it = copies_.emplace(place, upload(ctx, make())).first;
-    return it->second.data();
+    if (const Copy* copy = find(ctx.runtime, key)) return copy->list.data();  // made by whoever held the lock before
+    copies_.push_front({ctx.runtime, std::string(key), upload(ctx, make()), newest_.load()});
+    newest_.store(&copies_.front());
+    return copies_.front().list.data();
   }
 
  private:
+  struct Copy {
+    DeviceRuntime* runtime;
+    std::string key;
+    Buffer<int64_t> list;
+    const Copy* next;
+  };
+  const Copy* find(DeviceRuntime* runtime, std::string_view key) const {
+    const Copy* copy = newest_.load();
+    while (copy != nullptr && (copy->runtime != runtime || copy->key != key)) copy = copy->next;
+    return copy;
+  }
+
   std::mutex mutex_;
-  std::map<std::pair<DeviceRuntime*, std::string>, Buffer<int64_t>> copies_;
+  std::forward_list<Copy> copies_;  // never moved nor taken away
+  std::atomic<const Copy*> newest_{nullptr};
 };
 
 struct Node {
@@ -71,7 +88,7 @@ struct Node {
   }
   // A list that is made of others, likewise; `key` names it.
   template <class Make>
-  const int64_t* derived_on(const Context& ctx, const std::string& key, const Make& make) const {
+  const int64_t* derived_on(const Context& ctx, std::string_view key, const Make& make) const {
     return on_devices->get(ctx, key, make);
   }
   bool has_slot(size_t k) const { return k < slots.size() && slots[k] >= 0; }

@@ -67,6 +67,19 @@ INFL_HD T sigmoid(T x) {
   return (x < T(0) ? e : T(1)) / (T(1) + e);
 }
 
+// σ(x) and 1 − σ(x) = σ(−x), which a subtraction would leave without digits where σ is near one.
+template <class T>
+struct SigmoidAndComplement {
+  T value, complement;
+};
+
+template <class T>
+INFL_HD SigmoidAndComplement<T> sigmoid_and_complement(T x) {
+  const T e = exp_nonpositive(x < T(0) ? x : -x);
+  const T large = T(1) / (T(1) + e), small = e * large;
+  return {x < T(0) ? small : large, x < T(0) ? large : small};
+}
+
 // Away from zero by e^(−2|x|), near it as x + x³ P(x²) / Q(x²), where the former would cancel (the rational approximation is that of Cephes).
 template <class T>
 INFL_HD T hyperbolic_tangent(T x) {
@@ -85,12 +98,31 @@ INFL_HD T log1p_exp(T x) {
   return (x > T(0) ? x : T(0)) + log1p_unit(exp_nonpositive(x > T(0) ? -x : x));
 }
 
-// tanh(log(1 + eˣ)) = (s² − 1) / (s² + 1) with s = 1 + eˣ, by e^(−|x|).
+// t = tanh(log(1 + eˣ)) = (s² − 1) / (s² + 1) with s = 1 + eˣ, by e^(−|x|); and its slope 1 − t², where t near one leaves no digits of it.
 template <class T>
-INFL_HD T tanh_log1p_exp(T x) {
+struct TanhAndSlope {
+  T value, slope;
+};
+
+template <class T>
+INFL_HD TanhAndSlope<T> tanh_log1p_exp(T x) {
   const T e = exp_nonpositive(x > T(0) ? -x : x);
   const T far = T(1) + T(2) * e, near = e * (e + T(2));
-  return x > T(0) ? far / (far + T(2) * e * e) : near / (near + T(2));
+  const T denominator = x > T(0) ? far + T(2) * e * e : near + T(2);
+  const T quarter = x > T(0) ? e * e * (far + e * e) : near + T(1);
+  return {(x > T(0) ? far : near) / denominator, T(4) * quarter / (denominator * denominator)};
+}
+
+// gelu_tanh(x) = x (1 + tanh u) / 2 = x σ(2u), u = √(2/π) (x + 0.044715 x³).
+template <class T>
+struct TanhArgument {
+  T twice, slope, curvature;  // 2u, u', u''
+};
+
+template <class T>
+INFL_HD TanhArgument<T> gelu_tanh_argument(T x) {
+  const T c = T(0.79788456080286535588), k = T(0.044715);
+  return {T(2) * c * (x + k * x * x * x), c * (T(1) + T(3) * k * x * x), T(6) * c * k * x};
 }
 
 // a, b: elu: alpha, scale; softplus: beta, threshold; leaky_relu: negative slope; clamp, hardtanh: lower and upper bound (they differ in their
@@ -110,12 +142,12 @@ INFL_HD ValueAndDerivative<T> activation(T x, T a, T b) {
     const T cdf = x < T(0) ? tail : T(1) - tail;
     return {x * cdf, cdf + x * (T(0.39894228040143267794) * e)};
   } else if constexpr (kind == Activation::gelu_tanh) {
-    const T c = T(0.79788456080286535588), k = T(0.044715);
-    const T t = hyperbolic_tangent(c * (x + k * x * x * x));
-    return {T(0.5) * x * (T(1) + t), T(0.5) * (T(1) + t) + T(0.5) * x * (T(1) - t * t) * c * (T(1) + T(3) * k * x * x)};
+    const TanhArgument<T> u = gelu_tanh_argument(x);
+    const SigmoidAndComplement<T> s = sigmoid_and_complement(u.twice);
+    return {x * s.value, s.value + T(2) * x * (s.value * s.complement) * u.slope};
   } else if constexpr (kind == Activation::silu) {
-    const T s = sigmoid(x);
-    return {x * s, s * (T(1) + x * (T(1) - s))};
+    const SigmoidAndComplement<T> s = sigmoid_and_complement(x);
+    return {x * s.value, s.value * (T(1) + x * s.complement)};
   } else if constexpr (kind == Activation::sigmoid) {
     const T s = sigmoid(x);
     return {s, s * (T(1) - s)};
@@ -141,8 +173,8 @@ INFL_HD ValueAndDerivative<T> activation(T x, T a, T b) {
     const T low = x < a ? a : x;
     return {low > b ? b : low, x <= a || x >= b ? T(0) : T(1)};
   } else if constexpr (kind == Activation::mish) {
-    const T t = tanh_log1p_exp(x);
-    return {x * t, t + x * sigmoid(x) * (T(1) - t * t)};
+    const TanhAndSlope<T> t = tanh_log1p_exp(x);
+    return {x * t.value, t.value + x * sigmoid(x) * t.slope};
   } else if constexpr (kind == Activation::softshrink) {
     return {x > a ? x - a : x < -a ? x + a : x * T(0), x >= -a && x <= a ? T(0) : T(1)};
   } else if constexpr (kind == Activation::hardshrink) {
@@ -248,13 +280,13 @@ INFL_HD T second_derivative(T x, T a, T b) {
   } else if constexpr (kind == Activation::gelu) {
     return T(0.39894228040143267794) * exp_nonpositive(T(-0.5) * x * x) * (T(2) - x * x);
   } else if constexpr (kind == Activation::gelu_tanh) {
-    const T c = T(0.79788456080286535588), k = T(0.044715);
-    const T u = c * (x + k * x * x * x), t = hyperbolic_tangent(u), slope = c * (T(1) + T(3) * k * x * x);
-    const T complement = T(4) * sigmoid(2 * u) * sigmoid(-2 * u);  // 1 − t², which would lose its digits in the tails
-    return complement * (slope + T(0.5) * x * (T(6) * c * k * x - T(2) * t * slope * slope));
+    const TanhArgument<T> u = gelu_tanh_argument(x);
+    const SigmoidAndComplement<T> s = sigmoid_and_complement(u.twice);
+    const T bend = x * (u.curvature + T(2) * (s.complement - s.value) * u.slope * u.slope);
+    return T(2) * (s.value * s.complement) * (T(2) * u.slope + bend);
   } else if constexpr (kind == Activation::silu) {
-    const T s = sigmoid(x);
-    return s * (T(1) - s) * (T(2) + x * (T(1) - T(2) * s));
+    const SigmoidAndComplement<T> s = sigmoid_and_complement(x);
+    return s.value * s.complement * (T(2) + x * (s.complement - s.value));
   } else if constexpr (kind == Activation::sigmoid) {
     const T s = sigmoid(x);
     return s * (T(1) - s) * (T(1) - T(2) * s);
@@ -266,8 +298,9 @@ INFL_HD T second_derivative(T x, T a, T b) {
   } else if constexpr (kind == Activation::hardswish) {
     return x > T(-3) && x < T(3) ? T(1) / T(3) : T(0);
   } else if constexpr (kind == Activation::mish) {
-    const T t = tanh_log1p_exp(x), s = sigmoid(x);
-    return (T(1) - t * t) * s * (T(2) + x * (T(1) - s - T(2) * t * s));
+    const TanhAndSlope<T> t = tanh_log1p_exp(x);
+    const SigmoidAndComplement<T> s = sigmoid_and_complement(x);
+    return t.slope * s.value * (T(2) + x * (s.complement - T(2) * t.value * s.value));
   } else if constexpr (kind == Activation::log_sigmoid) {
     const T s = sigmoid(x);
     return -s * (T(1) - s);

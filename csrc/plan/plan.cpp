@@ -249,7 +249,9 @@ void Plan<T>::find_untransposed() {
   const auto reads = [&](const Node& other) {
     return std::any_of(other.inputs.begin(), other.inputs.end(), [&](int input) { return canonical_[input] == value; });
   };
-  if (shape[classes] < node.width && std::count_if(nodes_.begin(), nodes_.end(), reads) == 1) untransposed_ = value;
+  if (shape[classes] == node.width || std::count_if(nodes_.begin(), nodes_.end(), reads) != 1) return;
+  untransposed_ = value;
+  untransposed_classes_ = shape[classes];
 }
 
 template <class T>

@@ -130,6 +130,8 @@ class Plan {
   int64_t num_parameters() const { return num_parameters_; }
   // The value whose transposition the output is, where it is one that puts the innermost axis first and nothing else reads the value; or -1.
   int untransposed() const { return untransposed_; }
+  // Its innermost axis, the outputs' first: they may since have been reshaped, and then their first axis is another. Zero if there is none.
+  int64_t untransposed_classes() const { return untransposed_ < 0 ? 0 : untransposed_classes_; }
   bool output_depends_on_parameters() const { return needs_tangent_[output()]; }
   bool is_read_once(int slot) const { return read_once_[slot]; }  // by one node, of all that read its region
   bool on_calling_thread() const;                                 // does a node refuse other threads?
@@ -156,6 +158,7 @@ class Plan {
   int output_;
   int64_t num_parameters_;
   int untransposed_ = -1;
+  int64_t untransposed_classes_ = 0;
   std::vector<std::shared_ptr<const Rule<T>>> own_rules_;
   std::vector<const Rule<T>*> rules_;
   std::vector<Storage> storages_;

@@ -325,7 +325,7 @@ void Tape<T>::product(const Context& ctx, int64_t V, const T* v, const OutputHes
   const bool shortened = takes_shortcuts(ctx, V);
   const Schedules& s = plan_->schedules(shortened);
   const int64_t C = plan_->output_width();
-  if (h.untransposed && plan_->untransposed() < 0)
+  if (h.untransposed && h.C != h.positions * plan_->untransposed_classes())
     throw std::invalid_argument("Tape: expected a loss Hessian of this network's outputs, got one of outputs before a transposition.");
   if (shortened) keep_jacobians(ctx);
   // body(a shortcut's Jacobians of a tile, its width, where its tangent and cotangent are)

@@ -1,4 +1,6 @@
 // The sizes of a sweep: which schedule it takes, how many examples and right-hand sides at once, and the memory of that.
+#include <unistd.h>
+
 #include <algorithm>
 
 #include "plan/tape.h"
@@ -7,10 +9,10 @@ namespace infl {
 
 namespace {
 
-// What a tile may take, a core's second-level cache where that has 1 MB, as on most servers: a smaller one would leave room for the accumulator
-// there, but gradients sum over its examples, and sums of few terms take as long to add up as to make. Then the size below which an accumulator per
-// thread nearly stays in that cache.
-constexpr int64_t kTileBytes = 1 << 20;
+// What a tile may take, a core's second-level cache up to 1 MB, as most servers have it: a smaller one would leave room for the accumulator there,
+// but gradients sum over its examples, and sums of few terms take as long to add up as to make. Then the size below which an accumulator per thread
+// nearly stays in a cache of 1 MB.
+constexpr int64_t kLeastTileBytes = 256 << 10, kMostTileBytes = 1 << 20;
 constexpr int64_t kAccumulatorBytes = 1 << 20;
 constexpr int64_t kSmallestTile = 8, kLargestTile = 256;
 // Right-hand sides of one sweep: more share little that fewer do not, so beyond this many they must leave room for one another in the cache.
@@ -24,6 +26,17 @@ constexpr int64_t kJacobianMultiplication = 3, kNearLoad = 10, kFarLoad = 25;
 constexpr int64_t kPaysBackWithin = 8;  // vectors: the Jacobians themselves take a cotangent sweep for each output
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t tile_bytes() {
+  static const int64_t bytes = [] {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+    const int64_t cache = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    if (cache > 0) return std::clamp(cache, kLeastTileBytes, kMostTileBytes);
+#endif
+    return kMostTileBytes;  // not known
+  }();
+  return bytes;
+}
 
 }  // namespace
 
@@ -53,7 +66,7 @@ Tiling Tape<T>::tiling(const Context& ctx, int64_t V, int64_t sums, bool shorten
   const int64_t sweep_bytes = std::max<int64_t>(1, std::max(s.sweep_width * V, s.forward_width)) * sizeof(T);
   const int64_t accumulator = sums * plan_->num_parameters() * static_cast<int64_t>(sizeof(T));
   const int64_t example_bytes = sweep_bytes + kept * static_cast<int64_t>(sizeof(T));
-  const int64_t cached_tile = std::clamp(kTileBytes / example_bytes, kSmallestTile, kLargestTile);
+  const int64_t cached_tile = std::clamp(tile_bytes() / example_bytes, kSmallestTile, kLargestTile);
   // By example pays where accumulators stay in the cache, or where moving them for every tile costs less than writing and reading the activations.
   const int64_t accumulator_traffic = ceil_div(N_, cached_tile) * 2 * accumulator;
   bool by_example = accumulator <= kAccumulatorBytes ||

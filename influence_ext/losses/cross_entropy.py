@@ -190,7 +190,9 @@ class CrossEntropy(ClassLoss):
             return self._prepare(z, target, who)
         targets, K = self._checked_targets(z, target, who), z.shape[1]
         rows = z.detach().movedim(1, -1).reshape(-1, K)
-        return rows, targets.transpose(1, 2).reshape(-1, K) if targets.is_floating_point() else targets.view(-1, 1)
+        if not targets.is_floating_point():
+            return rows, targets.view(-1, 1)
+        return rows, targets.transpose(1, 2).reshape(-1, K).contiguous()  # of one example reshape is a view
 
     def _evaluate(self, z: Tensor, rows: Tensor, target: Tensor, z_s: Tensor | None = None, **results: Tensor) -> None:
         weight = self._class_weights(z, self.name)

@@ -94,18 +94,6 @@ def test_buffers_frozen_and_derived_slots_are_read_anew() -> None:
     assert_close(interpret(graph, model, [X]), model(X).detach())
 
 
-def test_a_structure_is_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    export, exports = torch.export.export, []
-    monkeypatch.setattr(torch.export, "export", lambda *args, **options: exports.append(args) or export(*args, **options))
-    clear_cache()
-    for _ in range(2):
-        for N in (3, 1, 7):
-            capture(nn.Sequential(dense(784, 12), nn.ReLU(), dense(12, 6), nn.ReLU(), dense(6, 10)), normal(N, 784))
-        assert len(exports) == 1
-        clear_cache()
-        exports.clear()
-
-
 def test_table_shows_every_node() -> None:
     model = Net(lambda n, x: F.elu(n.fc(x) - n.c) @ n.W + n.fc(x), fc=dense(4, 3), W=par(3, 3), c=normal(3))
     graph = capture(model, normal(2, 4))

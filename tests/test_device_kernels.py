@@ -25,7 +25,8 @@ from tests.emulation import ROOT, Traffic, emulated_device
 F64 = torch.float64
 LINES = [7, 33, 700, 9001]
 """Elements of a line: 8 lanes, a warp, a block, several blocks."""
-LONG = [(9001, 1), (9001, 300), (20_011, 70), (50_257, 1), (50_257, 140), (130_001, 2), (240_001, 1)]
+MANY_LONG = pytest.param(50_257, 140, marks=pytest.mark.slow)  # seven million elements, each a call of several in the emulation
+LONG = [(9001, 1), (9001, 200), (20_011, 70), (50_257, 1), MANY_LONG, (130_001, 2), (240_001, 1)]
 """Elements of a line that is kept in shared memory, and lines: a block, clusters of 2, 4 and 8, and (a block, float64) more than fit."""
 COLUMNS = [(7, 3), (300, 40), (9001, 2)]
 """Elements of a line and lines side by side."""

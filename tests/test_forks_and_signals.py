@@ -44,7 +44,8 @@ import faulthandler, os, queue, signal, threading, time, torch
 from torch import nn
 import influence_ext as ie
 from influence_ext import context
-faulthandler.dump_traceback_later(40, exit=True)
+faulthandler.dump_traceback_later(300, exit=True)  # a wait in vain is longer
+context.FORK_WAITS_SECONDS = 600.0
 torch.set_num_threads(1)
 torch.manual_seed(0)
 model, batches = nn.Linear(4, 2), [(torch.randn(256, 4), torch.randn(256, 2)) for _ in range(3)]
@@ -67,13 +68,11 @@ class Loader:
         for _ in batches:
             yield read.get()
 
-begin = time.monotonic()
 streamed = ie.GGN(model, nn.MSELoss(), Loader(), 0.1, memory_budget=12000)
 assert streamed.tape.chunk is not None
 v = torch.randn(streamed.shape[0])
 whole = ie.GGN(model, nn.MSELoss(), tuple(torch.cat(x) for x in zip(*batches)), 0.1)
 assert torch.allclose(streamed @ v, whole @ v, rtol=1e-4)
-assert time.monotonic() - begin < context.FORK_WAITS_SECONDS  # no fork waited in vain
 
 # a thread that holds the lock and waits for the thread that forks: the fork goes on, and the child has all locks free
 context.FORK_WAITS_SECONDS = 0.2
@@ -116,15 +115,24 @@ assert held and free and os.waitpid(pid, 0)[1] == 0
 
 # a signal whose handler raises does not end the wait
 signal.signal(signal.SIGINT, signal.default_int_handler)
-context.FORK_WAITS_SECONDS = 20.0
-parent = os.getpid()
-inside, let_go = threading.Event(), []
+context.FORK_WAITS_SECONDS = 600.0
+parent, lock = os.getpid(), context.unforkable
+inside, asked, let_go = threading.Event(), threading.Event(), []
+class Told:
+    # the lock, with a word when somebody is about to wait for it
+    def __getattr__(self, name):
+        return getattr(lock, name)
+    def acquire(self, **options):
+        asked.set()
+        return lock.acquire(**options)
+context.unforkable = Told()
 def signals():
-    with context.exclusive, context.unforkable:
+    with context.exclusive, lock:
         inside.set()
-        time.sleep(0.2)
+        asked.wait()
+        asked.clear()
         os.kill(parent, signal.SIGINT)
-        time.sleep(0.4)
+        asked.wait()  # again, after the signal
         let_go.append(time.monotonic())
 other = threading.Thread(target=signals)
 other.start()
@@ -135,14 +143,14 @@ if os.fork() == 0:
     os._exit(0)
 other.join()
 assert os.wait()[1] == 0
-assert let_go[0] < float(os.read(reading, 100)) < let_go[0] + 10
+assert let_go[0] < float(os.read(reading, 100))
 print("right")
 os._exit(0)
 """
 
 
 def test_a_fork_never_waits_for_who_waits_for_it() -> None:
-    run = subprocess.run([sys.executable, "-u", "-c", FORKING], capture_output=True, text=True, timeout=60, check=False)
+    run = subprocess.run([sys.executable, "-u", "-c", FORKING], capture_output=True, text=True, timeout=600, check=False)
     assert run.stdout.strip() == "right", run.stderr
     assert "KeyboardInterrupt" in run.stderr  # told, once
 
@@ -168,7 +176,7 @@ IN_A_CHILD = """
 expected = result()
 pid = os.fork()
 if pid == 0:
-    signal.alarm(20)
+    signal.alarm(300)
     os._exit(0 if torch.allclose(result(), expected, rtol=1e-4, atol=1e-6) else 1)
 assert os.waitpid(pid, 0)[1] == 0
 assert torch.get_num_threads() == 2
@@ -179,7 +187,7 @@ print("right")
 @pytest.mark.parametrize("computes", [TRAINED, MORE_THREADS], ids=["training alone", "more threads than at first"])
 def test_a_child_computes_what_its_parent_did(computes: str) -> None:
     begin = "import os, signal, torch\nfrom torch import nn\nimport influence_ext as ie\ntorch.set_num_threads(2)\ntorch.manual_seed(0)"
-    run = subprocess.run([sys.executable, "-c", begin + computes + IN_A_CHILD], capture_output=True, text=True, timeout=60, check=False)
+    run = subprocess.run([sys.executable, "-c", begin + computes + IN_A_CHILD], capture_output=True, text=True, timeout=600, check=False)
     assert run.stdout.strip() == "right", run.stderr
 
 
@@ -291,7 +299,7 @@ import faulthandler, signal, torch
 from torch import nn
 import influence_ext as ie
 from influence_ext.capture.generic import Operator
-faulthandler.dump_traceback_later(30, exit=True)
+faulthandler.dump_traceback_later(300, exit=True)
 torch.manual_seed(0)
 class Bessel(nn.Module):
     def forward(self, x):
@@ -323,5 +331,5 @@ print("right")
 
 
 def test_a_signal_handler_computes_with_the_operator_it_interrupts() -> None:
-    run = subprocess.run([sys.executable, "-c", REENTERED], capture_output=True, text=True, timeout=60, check=False)
+    run = subprocess.run([sys.executable, "-c", REENTERED], capture_output=True, text=True, timeout=600, check=False)
     assert run.stdout.strip() == "right", run.stderr

@@ -43,7 +43,7 @@ HEAVY = (
 def python(code: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """Run code in a process of its own that imports from ``folder``."""
     environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
 
 
 # --- stubs ---------------------------------------------------------------------------------------------------------------------

@@ -18,8 +18,7 @@ from tests.cases import eager, subset
 from tests.cases.zoo import MINILM, ZOO, ModelCase, WholeModel, whole
 
 F64 = torch.float64
-CAPTURE_SECONDS = 9.0  # three times what a capture may take on an idle machine
-AGAIN_SECONDS = 0.5  # ten times what a second operator may take
+TIMES_THE_EXPORT = 15  # a capture may take so many times what torch.export takes of it; measured: at most 3
 
 
 def _rows() -> Iterator[object]:
@@ -91,15 +90,27 @@ def test_norms(model: WholeModel) -> None:
 
 
 @structures
-def test_one_capture_serves_every_number_of_examples(case: ModelCase) -> None:
+def test_one_capture_serves_every_number_of_examples(case: ModelCase, monkeypatch: pytest.MonkeyPatch) -> None:
     model = whole(case, case.dtypes[0])
+    export, exports = torch.export.export, []
+
+    def timed(*args: object, **options: object) -> object:
+        start = time.process_time()
+        try:
+            return export(*args, **options)  # type: ignore[arg-type]
+        finally:
+            exports.append(time.process_time() - start)
+
+    monkeypatch.setattr(torch.export, "export", timed)
     clear_cache()
     start = time.process_time()
     plan = Plan.of(model.model, subset(model.X, slice(0, 1)), case.params)
-    assert time.process_time() - start < CAPTURE_SECONDS
-    start = time.process_time()
+    taken = time.process_time() - start
+    assert len(exports) == 1
+    if plan.graph.fallback is None:
+        assert taken < TIMES_THE_EXPORT * exports[0]
     assert Plan.of(model.model, model.X, case.params).graph is plan.graph
-    assert time.process_time() - start < AGAIN_SECONDS
+    assert len(exports) == 1
     peer = None if model.dtype == F64 else plain(eager.jacobian_products, model.peer, model.V)()
     for examples in ([0], [0, 1, 2], [2, 0]):
         T = plan.linearize(subset(model.X, examples)).jvp(model.V)

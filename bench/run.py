@@ -8,7 +8,7 @@
     python -m bench.run --smoke             tiny networks: checks the code, measures nothing, writes nothing
 
 Each case runs in a process of its own and is written as soon as it is done. Exit status: 0 all answers right, 1 a contender of this library
-failed or was wrong, 2 usage.
+failed or was wrong, 2 usage, 130 Ctrl-C, after which the cases that were done are kept.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     command = shlex.join(["python", "-m", "bench.run", *(sys.argv[1:] if argv is None else argv)])
     header = described(args.device, command, args.seed)
     path = Path(args.out) if args.out else RESULTS / header["machine"]["name"] / "results.jsonl"
+    shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
     before = load(path)
     if args.resume:
         cases = [c for c in cases if not any(is_same(r, header, c) for r in before)]
@@ -81,7 +82,13 @@ def main(argv: list[str] | None = None) -> int:
         if start - began + durations[case.name] > 60 * args.minutes:
             say(f"\nbench: {len(cases) - k} cases left out for want of time, among them {case.name}; --resume does them.")
             break
-        record = described(args.device, command, args.seed) | {"rates": asdict(rates)} | result(case, options, rates, args.timeout)
+        try:
+            record = described(args.device, command, args.seed) | {"rates": asdict(rates)} | result(case, options, rates, args.timeout)
+        except KeyboardInterrupt:
+            number = "1 case is" if len(done) == 1 else f"{len(done)} cases are"
+            kept = "nothing was to be written" if args.smoke and not args.out else f"{number} kept in {shown}"
+            say(f"\nbench: interrupted in {case.name}; {kept}, --resume does the others and `python -m bench.plot` redraws the tables.")
+            return 130
         done.append(record)
         say(summary(record))
         if not args.smoke:
@@ -95,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
                 file.write(json.dumps(record) + "\n")
     if not args.smoke or args.out:
         say("\n".join(["", *tables(done)]))
-        say(f"results: {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}")
+        say(f"results: {shown}")
     return 1 if any(c["ours"] and c["failure"] for record in done for c in record["contenders"]) else 0
 
 

@@ -424,6 +424,22 @@ def test_json_records_go_to_stdout_alone(capsys: pytest.CaptureFixture[str]) -> 
     assert "GEMM" in captured.err
 
 
+def test_ctrl_c_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(case: Case, *rest: Any) -> Any:
+        if case.name == "gram-smoke-classifier-n12":
+            raise KeyboardInterrupt
+        return measured(case, *rest)
+
+    measured, out = run.result, tmp_path / "results.jsonl"
+    monkeypatch.setattr(run, "result", interrupted)
+    names = ["norms-smoke-classifier-*", "gram-smoke-classifier-n12"]
+    assert run.main(["--smoke", "--no-compile", "--out", str(out), "--cases", *names]) == 130
+    text = capsys.readouterr().out
+    assert "interrupted in gram-smoke-classifier-n12" in text
+    assert f"1 case is kept in {out}" in text
+    assert [record["case"] for record in load(out)] == ["norms-smoke-classifier-n12"]
+
+
 def test_unknown_cases_are_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert run.main(["--cases", "nothing"]) == 2
     assert "expected --cases to match a case, got ['nothing']" in capsys.readouterr().err

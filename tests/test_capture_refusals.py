@@ -118,7 +118,7 @@ REFUSALS = [
     Refusal(
         "wrong number of features",
         lambda n, x: x @ n.W,
-        ("torch.export can trace", "check that model(X) itself runs"),
+        ("runs on this data, X [N, 5] of torch.float64, got RuntimeError from Net (in <lambda>, ", "x @ n.W", "try model(X) alone"),
         X=lambda: normal(3, 5),
     ),
 ]
@@ -141,7 +141,7 @@ def test_one_message_lists_all_problems() -> None:
     for text in ("batch norm with batch statistics", "bernoulli: draws random numbers", "dropout is active"):
         assert text in message
     lines = [line for line in message.splitlines() if line.startswith("  - ")]
-    assert f"{len(lines)} problems in Net" in message
+    assert f"{len(lines)} problems in Net; each is listed with its remedy.\n" in message
     assert len(lines) == len(set(lines)) >= 3
 
 

@@ -417,10 +417,15 @@ def miniature(regression: str) -> experiments.Settings:
 
 def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(experiments, "quick", miniature)
+    monkeypatch.setattr(demo, "WIDTH", 80)  # of a plain terminal, where tables are neither cut nor folded
     assert cli.main(["demo", "--out", str(tmp_path / "out"), "--regression", "diabetes"]) == 0
     text = capsys.readouterr().out
-    for part in ("most helpful", "planted mislabels", "linearization error", "cold-start retraining", "Diabetes", str(tmp_path)[-30:]):
-        assert part in text.replace("\n", "")
+    for part in ("most helpful", "planted mislabels", "linearization error", "cold-start retraining", "Diabetes"):
+        assert part in " ".join(text.split())
+    assert str(tmp_path)[-30:] in text.replace("\n", "")
+    assert "…" not in text
+    for k, term in enumerate(TERMS, start=1):
+        assert re.search(rf"^{k}  {term} +\S+ ± \S+ +\S+% +\S+ ± \S+$", text, re.MULTILINE)
     names = ["mislabels.png", "digits.png", "terms_diabetes.png", "terms_mnist.png", "correlation_diabetes.png", "correlation_mnist.png"]
     assert all((tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG") for name in names)
     found = json.loads((tmp_path / "out" / "results.json").read_text())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from dataclasses import dataclass, replace
@@ -153,6 +154,12 @@ def test_table(found: Decomposition) -> None:
     assert "cold start: 3 trained" in found.table()
     assert "influence: 3 truncated; relative residual at most" in found.table()
     assert all(line == line.rstrip() for line in lines)
+
+
+def test_the_title_counts(found: Decomposition) -> None:
+    one = dataclasses.replace(found, removed=found.removed[:1])
+    assert one.title().endswith("1 removal of a single example")
+    assert dataclasses.replace(found, removed=found.removed[2:]).title().endswith("1 removal of a group of 2")
 
 
 def test_saved_and_loaded(found: Decomposition, tmp_path: Path) -> None:

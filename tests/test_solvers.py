@@ -121,16 +121,20 @@ def test_repeat_is_identical_and_leaves_no_trace(case: SolverCase) -> None:
     assert error(first.value, exact(operator, before)) <= case.tolerance
 
 
+def loosened(solver: Solver, rtol: float) -> Solver:
+    """The solver with a tolerance of at least ``rtol``, which float32 can give; itself where it has none."""
+    own = getattr(solver, "rtol", None)
+    return solver if own is None or own >= rtol else dataclasses.replace(solver, rtol=rtol)
+
+
 @each_solver
 @pytest.mark.parametrize("magnitude", [1e-30, 1e30], ids=["tiny", "huge"])
 def test_float32_columns_whose_squares_leave_the_range(case: SolverCase, magnitude: float) -> None:
     reference = SYSTEMS[0].make()
     operator = RootOperator(reference.U.float(), reference.damping)
     solver = dataclasses.replace(auto(operator, 2)) if case.id == "AutoChoice" else case.make(operator)
-    if case.id.startswith(("CG", "BlockCG", "LiSSA", "Neumann")):
-        solver = dataclasses.replace(solver, rtol=1e-5)
     B = rhs(2, operator) * magnitude
-    solution = solver.solve(operator, B)
+    solution = loosened(solver, 1e-5).solve(operator, B)
     assert solution.converged
     assert error(solution.value, exact(operator, B)) <= 1e-3
 
@@ -152,10 +156,8 @@ def test_products_that_are_not_finite(case: SolverCase) -> None:
 def test_solution_that_overflows(case: SolverCase) -> None:
     operator = RootOperator(torch.full((1, 3), 1e-3, dtype=torch.float32), 1e-2)
     solver = dataclasses.replace(case.make(operator), on_failure="return")
-    if isinstance(solver, CG | BlockCG | LiSSA | Neumann):
-        solver = dataclasses.replace(solver, rtol=1e-4)
     B = torch.full((1, 3), 1e38)
-    solution = solver.solve(operator, B)
+    solution = loosened(solver, 1e-4).solve(operator, B)
     assert solution.status == [Status.NON_FINITE]
 
 

@@ -134,11 +134,12 @@ class Decomposition:
         """Network, ``N``, ``P``, λ and the number of removed sets in one line."""
         p = self.protocol
         sizes = {len(group) for group in self.removed}
-        what = "single examples" if sizes == {1} else f"groups of {min(sizes)}" + (f" to {max(sizes)}" if len(sizes) > 1 else "")
+        s, a = ("", "a ") if len(self.removed) == 1 else ("s", "")
+        what = f"single example{s}" if sizes == {1} else f"group{s} of {min(sizes)}" + (f" to {max(sizes)}" if len(sizes) > 1 else "")
         decay = f" + weight decay {p['recipe']['weight_decay']:g}" if p["recipe"]["weight_decay"] else ""
         return (
             f"{p['network']}: N = {p['num_examples']}, P = {p['num_parameters']}, damping {p['damping']:g}{decay}, "
-            f"{len(self.removed)} removals of {what}"
+            f"{len(self.removed)} removal{s} of {a}{what}"
         )
 
     def correlations(self, test_data: Any) -> dict[str, Correlation]:

@@ -191,8 +191,8 @@ def _problems_text(who: str, model: nn.Module, problems: list[str]) -> str:
     count = "one problem" if len(problems) == 1 else f"{len(problems)} problems"
     listed = "\n".join(f"  - {text}" for text in problems)
     return (
-        f"{who}: expected a model that maps each example on its own to an output, got {count} in {type(model).__name__}; change the "
-        f"forward pass accordingly.\n{listed}"
+        f"{who}: expected a model that maps each example on its own to an output, got {count} in {type(model).__name__}; each is listed "
+        f"with its remedy.\n{listed}"
     )
 
 

@@ -116,7 +116,10 @@ def export_model(
             if not _is_functional(program, names, known):
                 program = program.run_decompositions({})
         except Exception as reason:
-            if problems or _depends_on_data(reason) or not _runs(traced, probes):
+            failure = _failure(traced, probes)
+            if failure is not None and not problems:
+                raise UnsupportedModelError(_not_running_text(who, model, failure, inputs)) from failure
+            if problems or _depends_on_data(reason):
                 raise UnsupportedModelError(_failure_text(who, model, reason, problems)) from reason
             raise NotExportable(f"torch.export: {type(reason).__name__}: {_first_line(reason)}") from reason
     return Exported(program, names, tuple(problems))
@@ -251,13 +254,14 @@ def _depends_on_data(reason: Exception) -> bool:
     return "data-dependent" in str(reason).lower() or type(reason).__name__.startswith("GuardOnDataDependent")
 
 
-def _runs(model: nn.Module, inputs: tuple[Tensor, ...]) -> bool:
+def _failure(model: nn.Module, inputs: tuple[Tensor, ...]) -> Exception | None:
+    """What a plain forward pass raises, whose words are clearer than those of a traced one."""
     try:
         with torch.no_grad():
             copy.deepcopy(model)(*inputs)  # a forward pass may write into buffers
-    except Exception:
-        return False
-    return True
+    except Exception as reason:
+        return reason
+    return None
 
 
 def _first_line(reason: Exception) -> str:
@@ -272,6 +276,14 @@ def _place(reason: Exception) -> str:
         return ""
     last = lines[-1]
     return f" (in {last.name}, line {last.lineno} of {os.path.basename(last.filename)}: {last.line})"
+
+
+def _not_running_text(who: str, model: nn.Module, reason: Exception, inputs: tuple[Tensor, ...]) -> str:
+    shapes = ", ".join(f"[{', '.join(['N', *map(str, x.shape[1:])])}] of {x.dtype}" for x in inputs)
+    return (
+        f"{who}: expected a model that runs on this data, X {shapes}, got {type(reason).__name__} from {type(model).__name__}"
+        f"{_place(reason)}: {_first_line(reason).rstrip('.')}; give it the X that it was trained on, and try model(X) alone."
+    )
 
 
 def _failure_text(who: str, model: nn.Module, reason: Exception, found: list[Problem]) -> str:

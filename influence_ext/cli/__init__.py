@@ -62,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="influence-ext",
         description="Influence functions, proximal Bregman responses and their five-term decomposition.",
-        epilog="exit status: 0 done, 1 a check, a solve or a training failed, 2 the command or its input is unusable",
+        epilog="exit status: 0 done, 1 a check, a solve or a training failed, 2 the command or its input is unusable, 130 Ctrl-C",
     )
     top.add_argument("--version", action="version", version=f"influence-ext {ie.__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")

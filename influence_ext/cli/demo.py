@@ -96,8 +96,9 @@ def run(args: argparse.Namespace) -> int:
     report = Report(console, folder)
     start = time.perf_counter()
     report.content |= {"seed": args.seed, "full": args.full, "python": platform.python_version(), "build": ie.build_info()}
+    threads = torch.get_num_threads()
     report.console.print(
-        f"[bold]influence_ext {ie.__version__}[/] · torch {torch.__version__} · {torch.get_num_threads()} threads · "
+        f"[bold]influence_ext {ie.__version__}[/] · torch {torch.__version__} · {threads} thread{'s' if threads > 1 else ''} · "
         f"{'paper-size protocol' if args.full else 'quick protocol (--full: the sizes of the paper)'} · seed {args.seed}"
     )
     with warnings.catch_warnings():
@@ -213,7 +214,7 @@ def five_terms(report: Report, experiment: experiments.Experiment, seed: int) ->
     describe(report, trained)
     with report.bar("decomposition") as bar:
         found = experiments.decompose(trained, seed, bar)
-    report.console.print(terms_table(found))
+    report.console.print(terms_table(found, report.console.width))
     report.console.print(f"[dim]{solved(found)} · {found.seconds:.0f} s")
     from influence_ext.cli import plots
 
@@ -338,9 +339,9 @@ def neighbour_table(trained: Trained, found: list[Neighbours]) -> Table:
     data = trained.data
     z = trained.outputs(data.X_test)
     guesses = trained.predictions(z)
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2))
-    for title in ("test", "truth", "network says", f"{HELP}most helpful: label, score", f"{HARM}most harmful: label, score"):
-        table.add_column(title, no_wrap=True)
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for title in ("test", "truth", "network", f"{HELP}most helpful: score", f"{HARM}most harmful: score"):
+        table.add_column(title, overflow="fold")
     for row in found:
         cells = [
             "\n".join(f"{color}{i:>4}  {data.label(data.y[i])}, {score:+.1e}" for i, score in pairs)
@@ -354,38 +355,39 @@ def detection_table(found: Detection) -> Table:
     """How many of the mislabels each ranking finds."""
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2))
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column("ranked by")
-    table.add_column(f"of {len(found.flipped)} mislabels found in the first {found.inspected:.0%}", justify="right")
+    table.add_column(f"of {len(found.flipped)} mislabels in the first {found.inspected:.0%}", justify="right")
     table.add_column("")
     for name, value in found.found.items():
-        table.add_row(name, f"{value:.0%}", "█" * round(40 * value), style="bold" if name == "self-influence" else "")
+        table.add_row(name, f"{value:.0%}", "█" * round(20 * value), style="bold" if name == "self-influence" else "")
     return table
 
 
-def terms_table(found: Terms) -> Table:
-    """The five terms with their spread over the removed points."""
+def terms_table(found: Terms, width: int) -> Table:
+    """The five terms with their spread over the removed points; what each lies between where ``width`` columns have room for it."""
     from rich.table import Table
 
     d = found.decomposition
     names = list(d.terms[0])
     largest = max(d.mean(name) for name in names)
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    is_wide = width >= 101
     for title, side in (
         ("", "right"),
         ("term", "left"),
-        ("between", "left"),
+        *([("between", "left")] if is_wide else []),
         ("output distance", "right"),
         ("of the largest", "right"),
         ("parameter distance", "right"),
     ):
-        table.add_column(title, justify=side, no_wrap=True)  # type: ignore[arg-type]
+        table.add_column(title, justify=side, overflow="fold")  # type: ignore[arg-type]
     for k, name in enumerate(names):
         mean = d.mean(name)
         table.add_row(
             str(k + 1),
             name,
-            BETWEEN[k],
+            *([BETWEEN[k]] if is_wide else []),
             f"{mean:.2e} ± {d.spread(name):.0e}",
             f"{mean / largest:.1%}",
             f"{d.mean(name, 'parameter'):.2e} ± {d.spread(name, 'parameter'):.0e}",

@@ -73,7 +73,8 @@ class EmpiricalFisher(_OuterProducts):
 
     .. math:: E + \lambda I, \qquad E = c \sum_n \nabla\ell_n \nabla\ell_n^T
 
-    with the unreduced loss ``ℓ_n`` of each example and the loss's reduction ``c``. Arguments and errors: :class:`LinearisedOperator`.
+    with the unreduced loss ``ℓ_n`` of each example and the loss's reduction ``c``. Arguments and errors:
+    :class:`influence_ext.operators.linearised.LinearisedOperator`.
 
     Cost: a product with V vectors costs V tangent and V cotangent sweeps.
 
@@ -100,7 +101,8 @@ class MonteCarloFisher(_OuterProducts):
         num_samples: K ≥ 1, draws an example.
         seed: of the generator all draws come from.
 
-    Other arguments and errors: :class:`LinearisedOperator`. Cost: as :class:`EmpiricalFisher`; K·N·C numbers are kept.
+    Other arguments and errors: :class:`influence_ext.operators.linearised.LinearisedOperator`. Cost: as
+    :class:`EmpiricalFisher`; K·N·C numbers are kept.
 
     Reference: Martens 2020, "New insights and perspectives on the natural gradient method", section 5.
     """

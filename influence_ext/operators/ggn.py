@@ -22,7 +22,13 @@ class GGN(KroneckerFactored, CurvatureOperator):
     ``J_n [C, P]`` is the Jacobian of output n, ``H_n [C, C]`` the loss Hessian in output space, ``c`` the loss's reduction over the whole
     data set, however it comes in batches: ``1/N`` for "mean" (the sum of weights, where the loss has some), 1 for "sum".
 
-    Arguments and errors: :class:`LinearisedOperator`.
+    Args:
+        model: any network; used in evaluation mode, never modified.
+        loss: ``nn`` loss module, functional, its name, or a callable ``loss(output, target)``.
+        data: one ``(X, y)`` or a re-iterable of such batches.
+        damping: λ ≥ 0.
+
+    All other arguments, and the errors: :class:`influence_ext.operators.linearised.LinearisedOperator`.
 
     Cost: one forward pass; keeps the activations of all N examples (``cached_bytes``). A product with V vectors costs V tangent and V
     cotangent sweeps, about four forward passes' multiplications less two of the first layer's, and V·(2 widest activations) of workspace

@@ -23,8 +23,8 @@ class Hessian(LinearisedOperator):
     tangent and with the cotangent of ``c ∇ℓ_n`` that was computed once. Exact, symmetric, indefinite: solvers that need a positive matrix
     refuse it or report what they met.
 
-    Arguments and errors: :class:`LinearisedOperator`; products raise :class:`UnsupportedModelError` for a node that runs in torch and
-    has no second derivative there.
+    Arguments and errors: :class:`influence_ext.operators.linearised.LinearisedOperator`; products raise
+    :class:`UnsupportedModelError` for a node that runs in torch and has no second derivative there.
 
     Cost: a forward pass and a cotangent sweep; keeps, beyond a GGN's state, the cotangents of curved nodes (``report()`` lists them) and
     the second derivatives of curved activations: two or three times its ``cached_bytes``. A product with V vectors costs about one and a

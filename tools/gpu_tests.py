@@ -1,4 +1,4 @@
-"""A plugin of pytest for tests on a GPU, which gpu.sh loads by ``-p tools.gpu_tests``: a run of them can be cut short and gone on with.
+"""A plugin of pytest for tests on a GPU, which gpu.sh loads by ``-p gpu_tests``: a run of them can be cut short and gone on with.
 
 In the folder GPU_TESTS it keeps the names of the tests that have passed, and a later run of the same code leaves those out. After the time
 GPU_TESTS_UNTIL (seconds since the epoch) no further test begins: the exit status is then 75. A test that the device does not survive, or

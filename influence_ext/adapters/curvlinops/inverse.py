@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,8 @@ import torch
 from torch import Tensor
 
 from influence_ext.adapters.curvlinops.interface import PyTorchLinearOperator
-from influence_ext.errors import ArgumentError, DTypeError, NumericalWarning, ShapeError
+from influence_ext.context import warn
+from influence_ext.errors import ArgumentError, DTypeError, ShapeError
 from influence_ext.operators import LinearOperator
 from influence_ext.solvers import CG
 
@@ -106,11 +106,9 @@ class CGInverseLinearOperator(_InverseLinearOperator):
         if failed:
             worst = float(solution.residual_norm.max())
             reason = next(iter(failed)).explanation
-            warnings.warn(
+            warn(
                 f"CGInverseLinearOperator: {sum(failed.values())} of {B.shape[1]} columns did not reach the tolerance "
-                f"{self._solver.rtol:g}, the worst relative residual is {worst:.2e}. {reason}",
-                NumericalWarning,
-                stacklevel=4,
+                f"{self._solver.rtol:g}, the worst relative residual is {worst:.2e}. {reason}"
             )
         return solution.value.T
 

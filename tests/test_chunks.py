@@ -235,7 +235,7 @@ def test_chunks_of_a_stream_are_no_larger_than_its_batches(monkeypatch: pytest.M
 
 @pytest.mark.parametrize("budget", [float("nan"), float("inf"), True, "1e6"])
 def test_what_is_no_number_of_bytes_is_refused(budget: Any) -> None:
-    with pytest.raises(errors.ArgumentError, match="expected memory_budget to be a finite number of bytes, got"):
+    with pytest.raises(errors.ArgumentError, match="expected memory_budget to be None or a finite number of bytes of at least 0, got"):
         ie.GGN(wide(), nn.CrossEntropyLoss(), (X, Y), memory_budget=budget)
 
 

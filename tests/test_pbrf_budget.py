@@ -74,5 +74,5 @@ def test_the_linearised_response_in_chunks(dtype: torch.dtype) -> None:
 def test_a_budget_that_is_none() -> None:
     model, X, y = problem(torch.float64)
     for call in (ie.pbrf, ie.linearized_pbrf):
-        with pytest.raises(ArgumentError, match="expected memory_budget to be a finite number of bytes, got '1 GiB'"):
+        with pytest.raises(ArgumentError, match="expected memory_budget to be None or a finite number of bytes of at least 0, got '1 GiB'"):
             call(model, nn.CrossEntropyLoss(), (X, y), REMOVED, DAMPING, memory_budget="1 GiB")  # type: ignore[operator]

@@ -273,7 +273,7 @@ TWO_ROOTS = RootOperator(torch.ones(2, 10, dtype=F64), 1.0)
         ),
         (Dual(max_roots=1), TWO_ROOTS, r"= 1 roots .*, got 2, whose Gram matrix takes .* GiB; use CG"),
         (Dual(), TWO_ROOTS.damped(0.0), r"expected a damping > 0, as the formula divides by it, got 0.0; give the operator"),
-        (Dual(spectral=True), TWO_ROOTS.damped(-1.0), r"expected a damping > 0, .* got -1.0"),
+        (Dual(spectral=True), TWO_ROOTS.damped(-1.0), r"expected damping >= 0 and finite, got -1.0"),
         (Dual(), diagonal(*[1.0] * 10), r"expected a CurvatureOperator, .* got DenseOperator; use CG or Direct"),
         (
             LiSSA(batch_size=2),

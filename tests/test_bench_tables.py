@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bench import plot, tables
+from bench import goals, plot, tables
 from bench.cases import CASES, GPU_CASES
 from bench.contender import OURS
 from bench.records import ROOT
@@ -117,15 +117,33 @@ def test_a_gpu_heads_its_page() -> None:
     assert tables.page([found], []).startswith("# NVIDIA H100, beside M, 2 cores\n")
 
 
+def test_goals_stand_beside_what_is_reached() -> None:
+    """Products against whom the goal names, and against everyone; a dash where nothing was measured."""
+    product, retraining = goals.PRODUCTS[0], goals.RETRAINING
+    rows = [(OURS, 2.0), ("torch.func", 9.0), ("curvlinops", 7.0), ("torch.func.linearize", 5.0)]
+    contenders = [{"name": name, "ours": name == OURS, "median": median} for name, median in rows]
+    measured = record(product.case, 2.0, 5.0, num_vectors=1, contenders=contenders, floor={"seconds": 1.0})
+    contenders = [{"name": name, "ours": name == OURS, "median": median} for name, median in ((OURS, 1.0), ("plain PyTorch", 3.0))]
+    trained = record(retraining.case, 1.0, 1.5, contenders=[*contenders, {"name": "torch.func, vmap", "ours": False, "median": 1.5}])
+    gram = record("gram-lenet-n256", 1.0, 21.0, best_peer="torch.func, vmap")
+    gram["contenders"][1]["name"] = "torch.func, vmap"
+    text = goals.goals([measured, trained, gram])
+    assert f"| MLP, N = 7, V = 1 | {product.speed_up:g} × | 3.50 × | 2.50 × | {product.floor} % | 40 % | 7.0 × |" in text
+    assert f"| title of {retraining.case}, N = 7 | 5 × | 3.00 × | 1.50 × | – | 40 % | 7.5 × |" in text
+    assert "| MLP | –, – | – | – | 21.0 × |" in text
+    assert "| classifier | –, – | – | – | – |" in text
+
+
 def test_tables_are_those_of_the_records(tmp_path: Path) -> None:
-    """What README and the machine's page show is what was measured last."""
+    """What README, the page of limits and the machine's page show is what was measured last."""
     machine = "amd-epyc-2c"
-    for path in ("README.md", f"bench/results/{machine}/README.md", f"bench/results/{machine}/results.jsonl"):
+    pages = ("README.md", "bench/notes/limits.md", f"bench/results/{machine}/README.md")
+    for path in (*pages, f"bench/results/{machine}/results.jsonl"):
         copy = tmp_path / path
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes((ROOT / path).read_bytes())
     arguments = ["--machine", machine, "--results", str(tmp_path / "bench" / "results"), "--readme", str(tmp_path / "README.md")]
-    assert plot.main(arguments) == 0
-    for path in ("README.md", f"bench/results/{machine}/README.md"):
+    assert plot.main([*arguments, "--limits", str(tmp_path / "bench" / "notes" / "limits.md")]) == 0
+    for path in pages:
         drawn, kept = (folder / path for folder in (tmp_path, ROOT))
         assert drawn.read_text(encoding="utf-8") == kept.read_text(encoding="utf-8"), f"{path}: run python -m bench.plot"

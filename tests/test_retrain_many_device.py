@@ -35,8 +35,8 @@ ON_THE_DEVICE = [
     "residual",
     "matrix",
     "convolution",
-    "lenet",
-    "residual-images",
+    pytest.param("lenet", marks=pytest.mark.slow),  # half a minute each in the emulation; "convolution" and "residual" are quick
+    pytest.param("residual-images", marks=pytest.mark.slow),
     "layer-norm",
 ]
 
@@ -101,7 +101,10 @@ def test_gradients_on_the_device_are_those_of_autograd() -> None:
     assert_close(found, torch.stack(expected))
 
 
-@pytest.mark.parametrize("row", ["sgd-decay", "classes", "sequence", "embedding", "convolution", "lenet", "residual-images", "layer-norm"])
+LONG_MEMORY = [pytest.param("residual-images", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("row", ["sgd-decay", "classes", "sequence", "embedding", "convolution", "lenet", *LONG_MEMORY, "layer-norm"])
 def test_the_memory_of_a_set_on_the_device_is_charged(row: str) -> None:
     recipe, examples = ROWS[row]
     recipe = replace(recipe, batch_size=14)  # and a last batch of 9
